@@ -1,0 +1,9 @@
+from diffusers import StableDiffusionPipeline
+
+from texforce_cli.tiny import WEIGHTS
+
+
+def test_the_embedded_model_is_a_plain_pipeline_and_small():
+    pipe = StableDiffusionPipeline.from_pretrained(WEIGHTS, safety_checker=None)
+    assert pipe.unet.config.sample_size == 16
+    assert sum(f.stat().st_size for f in WEIGHTS.rglob("*") if f.is_file()) < 20e6

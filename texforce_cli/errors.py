@@ -1,0 +1,31 @@
+"""The faults that a user can mend: one sentence that names the thing, its value and the remedy."""
+
+from __future__ import annotations
+
+
+class TexforceError(Exception):
+    """A handled failure (exit code 1). `hint` is the remedy, shown after the message."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}; {self.hint}" if self.hint else self.message
+
+
+class UsageError(TexforceError):
+    """The command was asked for in a way it cannot be (exit code 2)."""
+
+    exit_code = 2
+
+
+class Interrupted(TexforceError):
+    """The user or the system asked to stop; everything finished is on disk (exit code 130 or 143)."""
+
+    def __init__(self, message: str, hint: str | None = None, *, exit_code: int = 130) -> None:
+        super().__init__(message, hint)
+        self.exit_code = exit_code
