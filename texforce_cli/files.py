@@ -1,0 +1,76 @@
+"""Files that are either whole or absent: every write goes to a temporary neighbour and is renamed into place."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from texforce_cli.errors import TexforceError
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`, flushed and renamed over it when the block ends, removed when it fails.
+
+    The temporary file keeps the suffix of `path`, so that libraries that look at suffixes write the right format.
+
+    Raises:
+        TexforceError: the folder cannot be written or the disk is full.
+    """
+    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.tmp{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with temporary.open("rb+") as handle:
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise write_error(path, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` to `path` as one atomic step."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` as UTF-8, as one atomic step."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` to `path` as indented JSON, as one atomic step."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(handle)
+
+
+def _sha256(handle: Any) -> str:
+    digest = hashlib.sha256()  # Python 3.10 has no file_digest
+    while block := handle.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def write_error(path: Path, error: OSError) -> TexforceError:
+    """The sentence for a failed write: which file, why, and what to do."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return TexforceError(f"no space left on the disk to write '{path}'", "free some space and run the command again")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return TexforceError(f"'{path.parent}' cannot be written", "choose another folder with --out")
+    return TexforceError(f"'{path}' could not be written ({error.strerror or error})", "choose another folder with --out")
