@@ -10,7 +10,9 @@ import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import platformdirs
 
 from texforce_cli.errors import TexforceError
 
@@ -70,7 +72,19 @@ def _sha256(handle: Any) -> str:
 def write_error(path: Path, error: OSError) -> TexforceError:
     """The sentence for a failed write: which file, why, and what to do."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return TexforceError(f"no space left on the disk to write '{path}'", "free some space and run the command again")
+        return TexforceError(
+            f"no space left on the disk to write '{path}'", "free some space and run the command again"
+        )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return TexforceError(f"'{path.parent}' cannot be written", "choose another folder with --out")
-    return TexforceError(f"'{path}' could not be written ({error.strerror or error})", "choose another folder with --out")
+    return TexforceError(
+        f"'{path}' could not be written ({error.strerror or error})", "choose another folder with --out"
+    )
+
+
+def user_folder(kind: Literal["cache", "data"]) -> Path:
+    """Where things are kept between runs: TEXFORCE_HOME, else the system's place for an application's cache or data."""
+    home = os.environ.get("TEXFORCE_HOME")
+    if home:
+        return Path(home).expanduser() / kind
+    return Path(platformdirs.user_cache_dir("texforce") if kind == "cache" else platformdirs.user_data_dir("texforce"))

@@ -1,0 +1,238 @@
+"""DDPO on the embedded model: exact gradients, exact ratios, and learning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from texforce_cli.algorithms.ddpo import DDPO, DDPOSettings, TrainSteps
+from texforce_cli.algorithms.optimisation import Optimisation, OptimiserSettings, learning_rate_factor
+from texforce_cli.algorithms.reference import PlainDDPO
+from texforce_cli.diffusion.adapters import Adapter
+from texforce_cli.diffusion.policy import Denoising, Policy
+from texforce_cli.diffusion.sampler import rollout
+from texforce_cli.errors import TexforceError
+from texforce_cli.prompts import Prompt
+from texforce_cli.rewards.registry import load_registry
+from texforce_cli.rewards.terms import RewardSet, parse_terms
+
+PROMPTS = [Prompt("a cat"), Prompt("a red dog"), Prompt("two foxes")]
+
+
+def make(
+    pipeline: Any,
+    kind: type[DDPO] = DDPO,
+    *,
+    train: str = "text-encoder",
+    guidance: float = 1.0,
+    unconditional: str = "trained",
+    steps: str = "first:3",
+    seed: int = 0,
+    rate: float = 1e-2,
+    **settings: Any,
+) -> DDPO:
+    adapter = Adapter.insert(pipeline, train, rank=4, alpha=4, seed=seed)  # type: ignore[arg-type]
+    policy = Policy(pipeline, Denoising(6, guidance), adapter=adapter, unconditional=unconditional)  # type: ignore[arg-type]
+    optimisation = Optimisation(adapter.parameters(), OptimiserSettings(rate, 100))
+    numbers = {"samples": 12, "group_size": 4, "micro_batch": 4, "update_batch": 12, "clip_range": 8e-4} | settings
+    return kind(
+        policy,
+        RewardSet(parse_terms(["brightness"]), load_registry()),
+        optimisation,
+        PROMPTS,
+        DDPOSettings(train_steps=TrainSteps.parse(steps), **numbers),
+        seed=seed,
+        progress=lambda phase, done, total: None,
+    )
+
+
+def gradients(algorithm: DDPO) -> list[torch.Tensor]:
+    """The gradient of one whole update with B moved away from zero, before the optimiser uses it."""
+    generator = torch.Generator().manual_seed(5)
+    assert algorithm.policy.adapter is not None
+    for parameter in algorithm.policy.adapter.parameters():
+        parameter.data = parameter.data.double()
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    texts = [p.text for p in PROMPTS for _ in range(2)]
+    drawn = rollout(algorithm.policy, texts, range(6), latent_dtype=torch.float64)
+    for parameter in algorithm.policy.adapter.parameters():  # so that the ratio is not 1 and some are clipped
+        parameter.data += 1e-3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    images = torch.tensor([3, 0, 5, 1, 2, 4])
+    chosen = algorithm.settings.train_steps.choose(algorithm.policy.schedule.stochastic, 6, np.random.default_rng(0))
+    advantages = torch.linspace(-1, 1, 6, dtype=torch.float64)
+    list(algorithm._accumulate(drawn, images, chosen, advantages, 1.0))
+    return [parameter.grad.clone() for parameter in algorithm.policy.adapter.parameters() if parameter.grad is not None]
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("train", ["text-encoder", "both"])
+@pytest.mark.parametrize("steps", ["first:3", "random:0.5"])
+def test_one_encoder_backward_gives_the_gradient_of_the_plain_way(
+    pipeline: Any, guidance: float, train: str, steps: str
+) -> None:
+    found = []
+    for kind in (DDPO, PlainDDPO):
+        from texforce_cli.diffusion.models import load_pipeline, resolve_model
+
+        double = load_pipeline(resolve_model("tiny"), device=torch.device("cpu"), precision="fp32").to(torch.float64)
+        found.append(gradients(make(double, kind, guidance=guidance, train=train, steps=steps, clip_range=1e-5)))
+    ours, plain = (torch.cat([g.flatten() for g in grads]) for grads in found)
+    assert len(found[0]) == len(found[1]) > 0
+    assert plain.norm() > 0
+    assert ((ours - plain).norm() / plain.norm()).item() <= 1e-9
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("unconditional", ["trained", "snapshot", "base"])
+def test_with_unchanged_weights_the_ratio_is_one(pipeline: Any, guidance: float, unconditional: str) -> None:
+    result = make(pipeline, guidance=guidance, unconditional=unconditional, steps="all").preflight()
+    assert result.ratio_error < 2e-5
+    assert len(result.steps) == 6
+    assert result.ok
+
+
+def test_a_wrong_guidance_at_training_is_caught_by_the_preflight(pipeline: Any) -> None:
+    algorithm = make(pipeline, guidance=3.0)
+    drawn = algorithm._draw(0, range(4), ["a cat"] * 4)
+    algorithm.policy.denoising = Denoising(6, 3.5)
+    algorithm._draw = lambda *arguments, **named: drawn  # type: ignore[method-assign]
+    assert not algorithm.preflight().ok
+
+
+def test_half_precision_latents_are_scored_as_they_are_stored(pipeline: Any) -> None:
+    policy = make(pipeline).policy
+    drawn = rollout(policy, ["a cat"] * 2, [0, 1], latent_dtype=torch.bfloat16)
+    assert drawn.latents.dtype == torch.bfloat16
+    embeddings = policy.embed(drawn.prompts)
+    with torch.no_grad():
+        for index in policy.schedule.stochastic:
+            output, _ = policy.output(drawn.latents[index], index, embeddings)
+            mean = policy.schedule.mean(drawn.latents[index], output, index)
+            again = policy.schedule.log_prob(drawn.latents[index + 1], mean, index)
+            assert (again - drawn.log_probs[index]).abs().max() < 2e-5
+
+
+def test_an_image_does_not_depend_on_the_batch_it_is_drawn_in(pipeline: Any) -> None:
+    policy = Policy(pipeline, Denoising(4, 2.0))
+    together = rollout(policy, ["a cat", "a dog", "two foxes"], [1, 2, 3])
+    alone = rollout(policy, ["a dog"], [2])
+    assert torch.equal(together.latents[0, 1], alone.latents[0, 0])  # the noise, to the bit
+    difference = np.abs(together.images[1].astype(int) - alone.images[0].astype(int))
+    assert difference.max() <= 2  # the arithmetic, but for rounding in kernels of another batch
+
+
+def test_the_snapshot_keeps_the_unconditional_branch_of_sampling(pipeline: Any) -> None:
+    algorithm = make(pipeline, guidance=3.0, unconditional="snapshot")
+    calls: list[int] = []
+    inner = algorithm.policy.unet
+    algorithm.policy.unet = lambda sample, *a, **k: (calls.append(len(sample)), inner(sample, *a, **k))[1]
+    algorithm.policy.snapshot_unconditional()
+    drawn = algorithm._draw(0, range(4), ["a cat"] * 4)
+    assert drawn.unconditional is not None and drawn.unconditional.shape[0] == 6
+    calls.clear()
+    images = torch.arange(4)
+    list(algorithm._accumulate(drawn, images, torch.zeros(1, 4, dtype=torch.long), torch.ones(4), 1.0))
+    assert calls == [4]  # one branch only
+
+
+def test_the_snapshot_is_taken_again_each_epoch_and_the_base_never(pipeline: Any) -> None:
+    for kind, changes in (("snapshot", True), ("base", False)):
+        algorithm = make(pipeline, guidance=3.0, unconditional=kind, seed=len(kind))
+        algorithm.policy.snapshot_unconditional()
+        before = algorithm.policy._frozen_unconditional().clone()
+        assert algorithm.policy.adapter is not None
+        for parameter in algorithm.policy.adapter.parameters():
+            parameter.data += 0.1
+        algorithm.policy.snapshot_unconditional()
+        assert torch.equal(before, algorithm.policy._frozen_unconditional()) is not changes
+
+
+@pytest.mark.parametrize("train", ["text-encoder", "unet", "both"])
+def test_only_the_chosen_component_is_trained(pipeline: Any, train: str) -> None:
+    algorithm = make(pipeline, train=train)
+    names = {name.partition(".")[0] for name in algorithm.policy.adapter.export()}  # type: ignore[union-attr]
+    assert names == {"text-encoder": {"text_encoder"}, "unet": {"unet"}, "both": {"text_encoder", "unet"}}[train]
+    before = {k: v.clone() for k, v in pipeline.unet.state_dict().items() if "lora" not in k}
+    algorithm.run_epoch(0)
+    assert all(torch.equal(before[k], v) for k, v in pipeline.unet.state_dict().items() if "lora" not in k)
+
+
+def test_brightness_rises(pipeline: Any) -> None:
+    algorithm = make(pipeline, samples=48, micro_batch=16, group_size=16, update_batch=16, steps="first:4")
+    rewards = [algorithm.run_epoch(epoch).reward_mean for epoch in range(6)]
+    assert np.mean(rewards[-2:]) > np.mean(rewards[:2]) + 0.01
+
+
+def test_rewards_that_do_not_vary_change_nothing_and_say_so(pipeline: Any) -> None:
+    algorithm = make(pipeline)
+    algorithm._score = lambda drawn, batch: {"brightness": np.full(len(batch), 0.5)}  # type: ignore[method-assign]
+    before = algorithm.policy.adapter.export()  # type: ignore[union-attr]
+    report = algorithm.run_epoch(0)
+    assert report.flat and "did not vary" in report.warnings[0]
+    assert all(torch.equal(before[k], v) for k, v in algorithm.policy.adapter.export().items())  # type: ignore[union-attr]
+
+
+def test_too_few_images_a_prompt_for_the_tracker_are_named(pipeline: Any) -> None:
+    report = make(pipeline, advantages="prompt", group_size=1).run_epoch(0)
+    assert "3 of 3 prompts have fewer than 16 rewards" in report.warnings[0]
+
+
+def test_the_kl_term_is_zero_at_the_base_and_holds_the_weights_back(pipeline: Any) -> None:
+    report = make(pipeline, kl_weight=1.0, update_batch=12).run_epoch(0)
+    assert report.reference_kl == pytest.approx(0.0, abs=1e-9)
+    report = make(pipeline, kl_weight=1.0, update_batch=4, seed=1).run_epoch(0)
+    assert report.reference_kl is not None and report.reference_kl > 0
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_weights_alone() -> None:
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimisation = Optimisation([parameter], OptimiserSettings(0.1, 10))
+    parameter.grad = torch.tensor([1.0, float("nan"), 0.0])
+    with pytest.raises(TexforceError, match="not finite"):
+        optimisation.step()
+    assert parameter.tolist() == [1.0, 1.0, 1.0]
+
+
+def test_the_learning_rate_by_hand() -> None:
+    factors = [learning_rate_factor(step, 10, 0.2, "cosine") for step in range(11)]
+    assert factors[:3] == [0.5, 1.0, 1.0]  # never 0 at first
+    assert factors[6] == pytest.approx(0.5)
+    assert factors[10] == pytest.approx(0.0)
+    assert [learning_rate_factor(step, 4, 0.0, "linear") for step in range(4)] == [1.0, 0.75, 0.5, 0.25]
+
+
+def test_the_average_of_the_weights_by_hand() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimisation = Optimisation([parameter], OptimiserSettings(1.0, 10, weight_decay=0, ema=0.75))
+    parameter.grad = torch.ones(1)
+    optimisation.step()  # Adam's first step: -1
+    assert parameter.item() == pytest.approx(-1.0, abs=1e-6)
+    with optimisation.averaged():
+        assert parameter.item() == pytest.approx(-0.25, abs=1e-6)
+    assert parameter.item() == pytest.approx(-1.0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "text", ["first:0", "first:x", "random:0", "random:1.5", "window:", "every", "all:3", "random:nan"]
+)
+def test_train_steps_that_mean_nothing_are_refused(text: str) -> None:
+    with pytest.raises(ValueError):
+        TrainSteps.parse(text)
+
+
+def test_which_steps_are_trained() -> None:
+    rng = np.random.default_rng(0)
+    stochastic = list(range(9))
+    assert TrainSteps.parse("first:3").choose(stochastic, 2, rng).tolist() == [[0, 0], [1, 1], [2, 2]]
+    assert TrainSteps.parse("all").choose(stochastic, 1, rng).flatten().tolist() == stochastic
+    random = TrainSteps.parse("random:0.5").choose(stochastic, 64, rng)
+    assert random.shape == (4, 64)
+    assert all(len(set(random[:, i].tolist())) == 4 for i in range(64))
+    assert len({tuple(random[:, i].tolist()) for i in range(64)}) > 8
+    for _ in range(20):
+        window = TrainSteps.parse("window:3").choose(stochastic, 2, rng)[:, 0].tolist()
+        assert window == list(range(window[0], window[0] + 3)) and window[0] <= 4
+    assert TrainSteps.parse("window:99").choose(stochastic, 1, rng).flatten().tolist() == stochastic

@@ -1,0 +1,1 @@
+"""Algorithms that steer a policy with rewards, behind one small seam; DDPO is the first."""

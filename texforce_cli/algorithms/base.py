@@ -1,0 +1,75 @@
+"""The seam: what a training run asks of an algorithm, and nothing more.
+
+A run (`workflows/train.py`) owns the folder, the checkpoints, the pictures and the signals. An algorithm owns one epoch:
+it draws what it needs, changes the adapter through its `Optimisation`, and says what happened. DDPO is the first one;
+DPOK, reward-weighted regression, ReFL, AlignProp and DRaFT need nothing else from the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+Phase = Literal["sampling", "rewards", "training"]
+
+Progress = Callable[[Phase, int, int], None]
+"""Called after each batch and each optimiser step with (phase, done, total); it may raise to stop the run there."""
+
+
+@dataclass(frozen=True)
+class EpochReport:
+    """What one epoch did: one line of metrics.jsonl. Rewards are those of the weights before the epoch's updates."""
+
+    epoch: int
+    images: int
+    reward_mean: float
+    reward_std: float
+    terms: Mapping[str, Mapping[str, float]]
+    approx_kl: float
+    """Of the last update: half the mean squared log-ratio (mean over elements)."""
+    clip_fraction: float
+    ratio_error: float
+    """max |ratio - 1| before the first update, where it would be 0 in exact arithmetic."""
+    grad_norm: float
+    learning_rate: float
+    seconds: Mapping[Phase, float]
+    reference_kl: float | None = None
+    flat: bool = False
+    """The rewards did not vary: nothing could be learnt."""
+    warnings: tuple[str, ...] = field(default_factory=tuple)
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What is measured before the first epoch: how exact the ratio is, and how sensitive each step."""
+
+    ratio_error: float
+    limit: float
+    steps: tuple[Mapping[str, float], ...]
+    """For each step: timestep, sigma, sensitivity, ratio_error, trained (0, 1 or the share of images)."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether the ratio with unchanged weights is near enough to 1."""
+        return self.ratio_error <= self.limit
+
+
+class Algorithm(Protocol):
+    """One way to learn from rewards."""
+
+    def preflight(self) -> Preflight:
+        """Measure without learning."""
+        ...
+
+    def run_epoch(self, epoch: int) -> EpochReport:
+        """Learn from one epoch of images. All randomness is derived from the run's seed and `epoch`."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has to be kept between epochs beside the optimiser: plain JSON values."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a `state_dict`."""
+        ...

@@ -1,0 +1,348 @@
+"""DDPO: PPO over denoising steps (Black et al. 2024), as TexForce uses it on the text encoder (Eq. 3-5).
+
+Deviations from the paper, each by option: group-relative advantages, which steps are trained, the unconditional branch
+from sampling, a KL term to the base, a learning rate steered by approx_kl.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from texforce_cli.algorithms.base import EpochReport, Phase, Preflight, Progress
+from texforce_cli.algorithms.optimisation import Optimisation
+from texforce_cli.core import advantages as adv
+from texforce_cli.core.ppo import Diagnostics, clipped_surrogate, reference_kl, steered_learning_rate
+from texforce_cli.core.seeds import derive
+from texforce_cli.diffusion.policy import Embeddings, Policy
+from texforce_cli.diffusion.sampler import Trajectory, rollout
+from texforce_cli.prompts import Prompt
+from texforce_cli.rewards.terms import RewardSet, Scores
+
+
+@dataclass(frozen=True)
+class TrainSteps:
+    """Which denoising steps are trained: `first:N`, `random:F` (a share, other steps for each image), `window:K`, `all`."""
+
+    kind: Literal["first", "random", "window", "all"]
+    amount: float = 0
+
+    @classmethod
+    def parse(cls, text: str) -> TrainSteps:
+        """Raises ValueError with the reason."""
+        kind, _, amount = text.partition(":")
+        if kind == "all" and not amount:
+            return cls("all")
+        if kind in ("first", "window") and amount.isdigit() and int(amount) > 0:
+            return cls(kind, int(amount))  # type: ignore[arg-type]
+        if kind == "random" and 0 < float(amount or "nan") <= 1:
+            return cls("random", float(amount))
+        raise ValueError("write first:N, random:F with 0 < F <= 1, window:K or all")
+
+    def choose(self, stochastic: Sequence[int], images: int, rng: np.random.Generator) -> Tensor:
+        """Step indices [K, images] for one pass over the data.
+
+        A window of K consecutive steps begins anywhere in the first half of the schedule, the same for all images.
+        """
+        steps = np.asarray(stochastic)
+        if self.kind == "random":
+            count = max(1, round(self.amount * len(steps)))
+            return torch.from_numpy(np.stack([rng.permutation(steps)[:count] for _ in range(images)], axis=1))
+        if self.kind == "first":
+            steps = steps[: int(self.amount)]
+        elif self.kind == "window":
+            latest = max(0, min(len(steps) // 2, len(steps) - int(self.amount)))
+            start = int(rng.integers(latest + 1))
+            steps = steps[start : start + int(self.amount)]
+        return torch.from_numpy(np.repeat(steps[:, None], images, axis=1))
+
+
+@dataclass(frozen=True)
+class DDPOSettings:
+    """An epoch draws `samples` images, `group_size` a prompt, and makes one update every `update_batch` of them."""
+
+    samples: int
+    group_size: int
+    micro_batch: int
+    update_batch: int
+    clip_range: float
+    """On the mean log-ratio over elements."""
+    train_steps: TrainSteps
+    advantages: adv.Advantages = "group"
+    advantage_clip: float = 5.0
+    inner_epochs: int = 1
+    kl_weight: float = 0.0
+    kl_target: float | None = None
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """An epoch's images with their rewards."""
+
+    trajectory: Trajectory
+    scores: Scores
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one optimiser step saw."""
+
+    diagnostics: Diagnostics
+    grad_norm: float
+    reference_kl: float
+
+
+class DDPO:
+    """Sample, score, compare, update: `run_epoch`."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        rewards: RewardSet,
+        optimisation: Optimisation,
+        prompts: Sequence[Prompt],
+        settings: DDPOSettings,
+        *,
+        seed: int,
+        progress: Progress,
+    ) -> None:
+        self.policy, self.rewards, self.optimisation = policy, rewards, optimisation
+        self.prompts, self.settings, self.seed, self.progress = list(prompts), settings, seed, progress
+        self.tracker = adv.PromptTracker()
+        self._seconds: dict[Phase, float] = {}
+
+    def preflight(self) -> Preflight:
+        """Draw one micro-batch and take its log-probabilities again, in another order, with the weights unchanged."""
+        prompts = [prompt.text for prompt in self._prompts_of(epoch=-1)[: self.settings.micro_batch]]
+        drawn = self._draw(epoch=-1, indices=range(len(prompts)), prompts=prompts)
+        order = torch.arange(len(prompts) - 1, -1, -1, device=self.policy.device)
+        schedule, errors = self.policy.schedule, {}
+        with torch.no_grad():
+            embeddings = self.policy.embed([prompts[i] for i in order.tolist()])
+            for index in schedule.stochastic:
+                steps = torch.full_like(order, index)
+                log_prob, _ = self._log_prob(drawn, order, steps, embeddings)
+                errors[index] = torch.expm1(log_prob - drawn.log_probs[index, order]).abs().max().item()
+        chosen = self.settings.train_steps.choose(schedule.stochastic, 64, self._rng("steps", -1))
+        trained = {i: (chosen == i).any(0).double().mean().item() for i in range(len(schedule))}
+        return Preflight(
+            ratio_error=max((errors[i] for i in errors if trained[i]), default=0.0),
+            limit=0.1 * self.settings.clip_range,
+            steps=tuple(
+                {
+                    "timestep": schedule.timesteps[i],
+                    "sigma": schedule.sigma[i],
+                    "sensitivity": schedule.sensitivity(i),
+                    "ratio_error": errors.get(i, 0.0),
+                    "trained": trained[i],
+                }
+                for i in range(len(schedule))
+            ),
+        )
+
+    def run_epoch(self, epoch: int) -> EpochReport:
+        """Draw and score images with the policy as it is, then learn from them."""
+        self._seconds = {"sampling": 0.0, "rewards": 0.0, "training": 0.0}
+        self.policy.snapshot_unconditional()
+        rollouts = self._collect(epoch)
+        rewards, prompts = rollouts.scores.total, rollouts.trajectory.prompts
+        flat = not adv.varies(rewards)
+        learning_rate = self.optimisation.learning_rate
+        with self._timed("training"):
+            updates = [] if flat else list(self._learn(epoch, rollouts, self._advantages(rewards, prompts)))
+        diagnostics = [update.diagnostics for update in updates]
+        report = EpochReport(
+            epoch=epoch,
+            images=len(rewards),
+            reward_mean=float(rewards.mean()),
+            reward_std=float(rewards.std()),
+            terms={
+                name: {"mean": float(values.mean()), "std": float(values.std())}
+                for name, values in rollouts.scores.terms.items()
+            },
+            approx_kl=diagnostics[-1].approx_kl if diagnostics else 0.0,
+            clip_fraction=float(np.mean([d.clip_fraction for d in diagnostics])) if diagnostics else 0.0,
+            ratio_error=diagnostics[0].ratio_error if diagnostics else 0.0,
+            grad_norm=float(np.mean([update.grad_norm for update in updates])) if updates else 0.0,
+            learning_rate=learning_rate,
+            seconds=dict(self._seconds),
+            reference_kl=float(np.mean([u.reference_kl for u in updates]))
+            if updates and self.settings.kl_weight
+            else None,
+            flat=flat,
+            warnings=tuple(self._warnings(flat, prompts)),
+        )
+        if self.settings.kl_target and updates:
+            self.optimisation.base_rate = steered_learning_rate(
+                self.optimisation.base_rate, report.approx_kl, self.settings.kl_target
+            )
+        return report
+
+    def state_dict(self) -> dict[str, Any]:
+        """The tracker of the prompts."""
+        return {"tracker": self.tracker.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a `state_dict`."""
+        self.tracker.load_state_dict(state["tracker"])
+
+    # sampling
+
+    def _collect(self, epoch: int) -> Rollouts:
+        chosen = self._prompts_of(epoch)
+        parts, terms = [], defaultdict(list)
+        for start in range(0, len(chosen), self.settings.micro_batch):
+            batch = chosen[start : start + self.settings.micro_batch]
+            indices = range(start, start + len(batch))
+            with self._timed("sampling"):
+                parts.append(self._draw(epoch, indices, [prompt.text for prompt in batch]))
+            self.progress("sampling", start + len(batch), len(chosen))
+            with self._timed("rewards"):
+                for name, values in self._score(parts[-1], batch).items():
+                    terms[name].append(values)
+            self.progress("rewards", start + len(batch), len(chosen))
+        scores = self.rewards.total({name: np.concatenate(values) for name, values in terms.items()})
+        return Rollouts(Trajectory.join(parts), scores)
+
+    def _draw(self, epoch: int, indices: range, prompts: Sequence[str]) -> Trajectory:
+        return rollout(self.policy, prompts, [derive(self.seed, "image", epoch, index) for index in indices])
+
+    def _score(self, drawn: Trajectory, batch: Sequence[Prompt]) -> dict[str, NDArray[np.float64]]:
+        return self.rewards.score(drawn.images, drawn.prompts, [prompt.metadata for prompt in batch])
+
+    def _prompts_of(self, epoch: int) -> list[Prompt]:
+        """The epoch's prompts, `group_size` times each; every prompt once before any comes twice."""
+        rng, count = self._rng("prompts", epoch), self.settings.samples // self.settings.group_size
+        rounds = -(-count // len(self.prompts))
+        order = np.concatenate([rng.permutation(len(self.prompts)) for _ in range(rounds)])[:count]
+        return [self.prompts[i] for i in order for _ in range(self.settings.group_size)]
+
+    # learning
+
+    def _advantages(self, rewards: NDArray[np.float64], prompts: Sequence[str]) -> Tensor:
+        if self.settings.advantages == "group":
+            values = adv.group_advantages(rewards, prompts)
+        elif self.settings.advantages == "prompt":
+            values = self.tracker.advantages(rewards, prompts)
+        else:
+            values = adv.batch_advantages(rewards)
+        clipped = np.clip(values, -self.settings.advantage_clip, self.settings.advantage_clip)
+        return torch.from_numpy(clipped).to(self.policy.device, torch.float32)
+
+    def _learn(self, epoch: int, rollouts: Rollouts, advantages: Tensor) -> Iterator[Update]:
+        images, size = len(advantages), self.settings.update_batch
+        total = self.settings.inner_epochs * -(-images // size)
+        done = 0
+        for inner in range(self.settings.inner_epochs):
+            order = torch.from_numpy(self._rng("order", epoch, inner).permutation(images)).to(self.policy.device)
+            rng = self._rng("steps", epoch, inner)
+            steps = self.settings.train_steps.choose(self.policy.schedule.stochastic, images, rng)
+            steps = steps.to(self.policy.device)
+            for start in range(0, images, size):
+                yield self._update(rollouts.trajectory, order[start : start + size], steps, advantages)
+                done += 1
+                self.progress("training", done, total)
+
+    def _update(self, drawn: Trajectory, chosen: Tensor, steps: Tensor, advantages: Tensor) -> Update:
+        """One optimiser step on the images `chosen` [n] at their `steps` [K, N]."""
+        scale = 1 / (len(chosen) * len(steps))
+        log_ratios, penalties = [], []
+        for images in chosen.split(self.settings.micro_batch):
+            for log_ratio, penalty in self._accumulate(drawn, images, steps[:, images], advantages[images], scale):
+                log_ratios.append(log_ratio)
+                penalties.append(penalty)
+        return Update(
+            Diagnostics.of(torch.cat(log_ratios), self.settings.clip_range),
+            self.optimisation.step(),
+            float(np.mean(penalties)),
+        )
+
+    def _accumulate(
+        self, drawn: Trajectory, images: Tensor, steps: Tensor, advantages: Tensor, scale: float
+    ) -> Iterator[tuple[Tensor, float]]:
+        """Gather the gradients of a micro-batch: one encoder forward, all its steps, one encoder backward."""
+        prompts = [drawn.prompts[i] for i in images.tolist()]
+        embeddings = self.policy.embed(prompts)
+        reference = self._reference(prompts)
+        leaf = embeddings.leaf()
+        for step in steps:
+            loss, log_ratio, penalty = self._loss(drawn, images, step, advantages, leaf, reference)
+            self.optimisation.backward(loss * scale)
+            yield log_ratio, penalty
+        embeddings.backward(leaf)
+
+    def _loss(
+        self,
+        drawn: Trajectory,
+        images: Tensor,
+        step: Tensor,
+        advantages: Tensor,
+        embeddings: Embeddings,
+        reference: Embeddings | None,
+    ) -> tuple[Tensor, Tensor, float]:
+        """Eq. (5) summed over a micro-batch at one step each, plus the KL term; with the log-ratios [n]."""
+        log_prob, mean = self._log_prob(drawn, images, step, embeddings)
+        old = drawn.log_probs[step, images]
+        loss = clipped_surrogate(log_prob, old, advantages, self.settings.clip_range).sum()
+        penalty = 0.0
+        if reference is not None and self.policy.adapter is not None:
+            with torch.no_grad(), self.policy.adapter.disabled():
+                _, reference_mean = self._log_prob(drawn, images, step, reference)
+            sigma = torch.tensor(self.policy.schedule.sigma, device=mean.device)[step].reshape(-1, 1, 1, 1)
+            divergence = reference_kl(mean, reference_mean, sigma)
+            loss = loss + self.settings.kl_weight * divergence.sum()
+            penalty = divergence.mean().item()
+        return loss, (log_prob - old).detach(), penalty
+
+    def _log_prob(
+        self, drawn: Trajectory, images: Tensor, step: Tensor, embeddings: Embeddings
+    ) -> tuple[Tensor, Tensor]:
+        """log p(x_p | x_t) [n] of the stored states of `images` [n] at their steps [n], and the mean of the step."""
+        sample = drawn.latents[step, images]
+        kept = None if drawn.unconditional is None else drawn.unconditional[step, images]
+        output, _ = self.policy.output(sample, step, embeddings, kept)
+        mean = self.policy.schedule.mean(sample, output, step)
+        return self.policy.schedule.log_prob(drawn.latents[step + 1, images], mean, step), mean
+
+    def _reference(self, prompts: Sequence[str]) -> Embeddings | None:
+        if not self.settings.kl_weight or self.policy.adapter is None:
+            return None
+        with torch.no_grad(), self.policy.adapter.disabled():
+            return self.policy.embed(prompts)
+
+    # bookkeeping
+
+    def _warnings(self, flat: bool, prompts: Sequence[str]) -> Iterator[str]:
+        if flat:
+            yield "the rewards of this epoch did not vary: nothing could be learnt from it"
+        if self.settings.advantages == "prompt":
+            inert = self.tracker.inert(prompts)
+            if inert:
+                yield (
+                    f"{len(inert)} of {len(set(prompts))} prompts have fewer than {self.tracker.minimum} rewards so far: "
+                    "they use the statistics of the epoch (more images a prompt, or --advantages group)"
+                )
+        if self.settings.advantages == "group" and self.settings.group_size < 2:
+            yield "one image a prompt has nothing to be compared with: use --group-size 2 or more"
+
+    def _rng(self, *purpose: str | int) -> np.random.Generator:
+        return np.random.default_rng(derive(self.seed, *purpose))
+
+    @contextmanager
+    def _timed(self, phase: Phase) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self.policy.device.type == "cuda":
+                torch.cuda.synchronize()
+            self._seconds[phase] += time.perf_counter() - start

@@ -1,0 +1,129 @@
+"""AdamW with warm-up, a schedule, gradient clipping and an optional average of the weights: one optimiser step."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from texforce_cli.errors import TexforceError
+
+LRSchedule = Literal["constant", "cosine", "linear"]
+
+
+@dataclass(frozen=True)
+class OptimiserSettings:
+    """`warmup` is a share of all `updates`; `ema` a decay, 0 for none; `loss_scale` keeps fp16 gradients from vanishing."""
+
+    learning_rate: float
+    updates: int
+    schedule: LRSchedule = "constant"
+    warmup: float = 0.0
+    weight_decay: float = 1e-4
+    max_grad_norm: float = 1.0
+    ema: float = 0.0
+    loss_scale: float = 1.0
+
+
+def learning_rate_factor(step: int, updates: int, warmup: float, schedule: LRSchedule) -> float:
+    """The factor on the learning rate of update `step` (0 first). The first one is never 0."""
+    warm = math.ceil(warmup * updates)
+    if step < warm:
+        return (step + 1) / warm
+    progress = min(1.0, (step - warm) / max(1, updates - warm))
+    if schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    return 1 - progress if schedule == "linear" else 1.0
+
+
+class Optimisation:
+    """The optimiser of a run over `parameters`; `step()` uses the gradients that have been gathered."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], settings: OptimiserSettings) -> None:
+        self.parameters = list(parameters)
+        self.settings = settings
+        self.base_rate = settings.learning_rate
+        self.updates = 0
+        self._adam = torch.optim.AdamW(
+            self.parameters, lr=settings.learning_rate, betas=(0.9, 0.999), weight_decay=settings.weight_decay
+        )
+        self._average = [p.detach().clone() for p in self.parameters] if settings.ema else []
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate of the next update."""
+        s = self.settings
+        return self.base_rate * learning_rate_factor(self.updates, s.updates, s.warmup, s.schedule)
+
+    def backward(self, loss: Tensor) -> None:
+        """Gather the gradient of a loss."""
+        (loss * self.settings.loss_scale).backward()
+
+    def step(self) -> float:
+        """Update the weights and forget the gradients; returns the norm of the gradient before clipping.
+
+        Raises:
+            TexforceError: a gradient is not finite; the weights are unchanged.
+        """
+        if self.settings.loss_scale != 1:
+            for parameter in self.parameters:
+                if parameter.grad is not None:
+                    parameter.grad /= self.settings.loss_scale
+        norm = float(nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm))
+        if not math.isfinite(norm):
+            self._adam.zero_grad()
+            raise TexforceError("the gradient is not finite", "use --precision fp32 or bf16, or a lower --lr")
+        for group in self._adam.param_groups:
+            group["lr"] = self.learning_rate
+        self._adam.step()
+        self._adam.zero_grad()
+        self.updates += 1
+        for average, parameter in zip(self._average, self.parameters):
+            average.lerp_(parameter.detach(), 1 - self.settings.ema)
+        return norm
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within this block the parameters are their moving average, if there is one."""
+        live = [parameter.detach().clone() for parameter in self.parameters] if self._average else []
+        for parameter, average in zip(self.parameters, self._average):
+            parameter.data.copy_(average)
+        try:
+            yield
+        finally:
+            for parameter, value in zip(self.parameters, live):
+                parameter.data.copy_(value)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Moments and averages by name, for a safetensors file."""
+        result = {}
+        for index, parameter in enumerate(self.parameters):
+            for key, value in self._adam.state.get(parameter, {}).items():
+                result[f"adam.{index}.{key}"] = value.detach().cpu().clone()
+        for index, average in enumerate(self._average):
+            result[f"ema.{index}"] = average.detach().cpu().clone()
+        return result
+
+    def numbers(self) -> dict[str, Any]:
+        """The rest of the state, plain JSON values."""
+        return {"updates": self.updates, "base_rate": self.base_rate}
+
+    def load(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Continue from `tensors()` and `numbers()`."""
+        self.updates, self.base_rate = int(numbers["updates"]), float(numbers["base_rate"])
+        for index, parameter in enumerate(self.parameters):
+            prefix = f"adam.{index}."
+            state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            if state:
+                # Adam's own step counter stays on the CPU, the moments go to the parameter
+                self._adam.state[parameter] = {
+                    key: value.clone() if key == "step" else value.to(parameter.device).clone()
+                    for key, value in state.items()
+                }
+        for index, average in enumerate(self._average):
+            average.copy_(tensors[f"ema.{index}"])

@@ -1,0 +1,40 @@
+"""Where output goes: data to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from texforce_cli.errors import TexforceError
+
+stderr = Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+def note(text: str) -> None:
+    """Something worth knowing."""
+    stderr.print(escape(text))
+
+
+def warn(text: str) -> None:
+    """Something that may be wrong."""
+    stderr.print(f"[yellow]warning:[/yellow] {escape(text)}")
+
+
+def show_error(error: TexforceError, *, as_json: bool) -> None:
+    """One sentence: what is wrong, then the remedy."""
+    if as_json:
+        write_json({"error": {"message": error.message, "hint": error.hint, "exit_code": error.exit_code}})
+    hint = f"; {escape(error.hint)}" if error.hint else ""
+    label = "stopped" if error.exit_code in (130, 143) else "error"
+    text = error.message.removeprefix("stopped; ")
+    stderr.print(f"[bold red]{label}:[/bold red] {escape(text)}{hint}")
+
+
+def write_json(document: dict[str, Any]) -> None:
+    """The one JSON document of a command with --json."""
+    sys.stdout.write(json.dumps({"texforce": 1, **document}, indent=2, default=str) + "\n")
+    sys.stdout.flush()

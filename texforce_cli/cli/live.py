@@ -1,0 +1,173 @@
+"""What a person sees while a run goes on: the plan, a bar for each phase, a line an epoch, a summary."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from texforce_cli.cli.console import note, stderr, warn, write_json
+from texforce_cli.workflows.events import (
+    Checked,
+    EpochDone,
+    Evaluated,
+    Evaluation,
+    Event,
+    Note,
+    Progressed,
+    Started,
+    Warned,
+)
+
+if TYPE_CHECKING:
+    from texforce_cli.workflows.train import Plan, TrainResult
+
+
+class TrainView:
+    """A listener that draws on stderr; bars only on a terminal."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description:<12}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[about]}"),
+            console=stderr,
+            transient=True,
+            disable=not stderr.is_terminal,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._total = 0
+
+    def __enter__(self) -> TrainView:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Note):
+            note(event.text)
+        elif isinstance(event, Warned):
+            warn(event.text)
+        elif isinstance(event, Started):
+            self._started(event)
+        elif isinstance(event, Checked):
+            self._checked(event)
+        elif isinstance(event, Progressed):
+            self._bar(str(event.phase), event.done, event.total)
+        elif isinstance(event, Evaluated):
+            note(describe_evaluation(event.evaluation))
+        elif isinstance(event, EpochDone):
+            self._epoch(event)
+
+    def _started(self, event: Started) -> None:
+        self._total = event.epochs
+        again = f", going on after epoch {event.done}" if event.done else ""
+        note(f"run folder: {event.folder}{again}")
+        note(f"{event.images} images in {event.epochs} epochs; Ctrl-C stops at a safe point")
+        chosen = [f"{n} {event.config[n]} ({o})" for n, o in event.origins.items() if o != "default"]
+        stderr.print(f"[dim]{escape(', '.join(chosen))}[/dim]")
+        self._bar("epoch", event.done, event.epochs)
+
+    def _checked(self, event: Checked) -> None:
+        result = event.preflight
+        note(f"preflight: max |ratio - 1| = {result.ratio_error:.1e} with unchanged weights (limit {result.limit:.1e})")
+        if stderr.is_terminal and len(result.steps) <= 20:
+            table = Table(
+                "step", "timestep", "sigma", "sensitivity", "trained", box=None, header_style="dim", style="dim"
+            )
+            for index, step in enumerate(result.steps):
+                known = math.isfinite(step["sensitivity"])
+                table.add_row(
+                    str(index),
+                    f"{step['timestep']:.0f}",
+                    f"{step['sigma']:.3f}",
+                    f"{step['sensitivity']:.2f}" if known else "no noise",
+                    f"{100 * step['trained']:.0f} %" if step["trained"] else "",
+                )
+            stderr.print(table)
+
+    def _bar(self, name: str, done: int, total: int, about: str = "") -> None:
+        if name not in self._tasks:
+            self._tasks[name] = self._progress.add_task(name, total=total, about=about)
+        fields = {"about": about} if about else {}
+        self._progress.update(self._tasks[name], completed=done, total=total, **fields)
+
+    def _epoch(self, event: EpochDone) -> None:
+        report = event.report
+        seconds = sum(report.seconds.values())
+        for phase in ("sampling", "rewards", "training"):
+            if phase in self._tasks:
+                self._progress.reset(self._tasks[phase])
+        self._bar("epoch", report.epoch + 1, self._total, f"reward {report.reward_mean:.4g}")
+        note(
+            f"epoch {report.epoch + 1}/{self._total}  reward {report.reward_mean:.4f} ± {report.reward_std:.4f}  "
+            f"kl {report.approx_kl:.1e}  clipped {100 * report.clip_fraction:.0f} %  {seconds:.1f} s"
+        )
+
+
+def describe_evaluation(evaluation: Evaluation) -> str:
+    """The held-out measurement in one line."""
+    d = evaluation.difference
+    parts = [
+        f"held-out {evaluation.mean:.4f}, base {evaluation.base_mean:.4f}: {d.mean:+.4f} ± {d.half_width:.4f} (95 %)"
+    ]
+    if evaluation.unseen:
+        parts.append(f"unseen prompts {evaluation.unseen.mean:+.4f} ± {evaluation.unseen.half_width:.4f}")
+    return "  " + "; ".join(parts)
+
+
+def summarise(result: TrainResult) -> None:
+    """Where everything is and what to do next."""
+    note(f"done: {result.images} images in {result.seconds / 60:.1f} minutes")
+    if result.evaluation:
+        note(describe_evaluation(result.evaluation).strip())
+    note(f"adapter: {result.adapter}")
+    note(f"pictures: {result.folder / 'samples'}, curve: {result.folder / 'curve.png'}")
+    note(f'next: texforce sample "a cat" --lora {result.adapter} --compare --grid --out pictures')
+
+
+def result_document(result: TrainResult) -> dict[str, Any]:
+    """The result as JSON values."""
+    return {"run": dataclasses.asdict(result)}
+
+
+def describe_plan(plan: Plan, *, as_json: bool) -> None:
+    """The plan of a dry run: every option with its origin, and what it costs."""
+    cost = plan.cost()
+    hours = _computed_hours(plan, cost)
+    if as_json:
+        document = {"config": dataclasses.asdict(plan.config), "origins": dict(plan.origins), "cost": cost | hours}
+        write_json({"plan": document})
+        return
+    note(f"model: {plan.source.name} ({plan.source.reason})")
+    note(f"prompts: {plan.prompts.name}, {len(plan.prompts.seen)} to train on, {len(plan.prompts.unseen)} held out")
+    table = Table("option", "value", "from", box=None, header_style="bold")
+    for name, value in dataclasses.asdict(plan.config).items():
+        table.add_row(name.replace("_", "-"), escape(str(value)), plan.origins[name])
+    stderr.print(table)
+    for name, number in (cost | hours).items():
+        note(f"{name.replace('_', ' ')}: {number:,.4g}" if number < 1e4 else f"{name.replace('_', ' ')}: {number:,.0f}")
+
+
+def _computed_hours(plan: Plan, cost: Mapping[str, float]) -> dict[str, float]:
+    if plan.source.family == "tiny":
+        return {}
+    from texforce_cli.presets import computed_memory_gb, computed_petaflop
+
+    c = plan.config
+    return {
+        "computed_petaflop": computed_petaflop(cost["unet_calls_sampling"], cost["unet_calls_training"], c.size or 512),
+        "computed_memory_gb": computed_memory_gb(c.precision, c.micro_batch, c.guidance != 1),
+    }

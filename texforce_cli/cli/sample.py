@@ -1,0 +1,106 @@
+"""`texforce sample`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Optional
+
+import typer
+
+EXAMPLE = 'Example: [bold]texforce sample "a cat on the moon" --model tiny --seeds 0:8 --grid --out pictures[/bold]'
+_WHAT, _HOW, _OUT = "What to draw", "Sampling", "Output"
+
+
+def sample(
+    prompts: Annotated[Optional[list[str]], typer.Argument(help="What to draw.", show_default=False)] = None,
+    prompts_file: Annotated[
+        Optional[str],
+        typer.Option("--prompts", help="A prompt set, or FILE.txt, .jsonl, .csv.", rich_help_panel=_WHAT),
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="As in train; default: what the LoRA was trained on.", rich_help_panel=_WHAT)
+    ] = "auto",
+    lora: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            "--lora", help="PATH[:WEIGHT] of a file, adapter, checkpoint or run; repeatable.", rich_help_panel=_WHAT
+        ),
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="7, 0:8 or 1,5,9: each prompt with each.", rich_help_panel=_WHAT)] = "0",
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Also the base, same seeds.", rich_help_panel=_WHAT)
+    ] = False,
+    steps: Annotated[
+        Optional[int], typer.Option(help="Default: as the LoRA was trained.", min=1, max=1000, rich_help_panel=_HOW)
+    ] = None,
+    guidance: Annotated[
+        Optional[float], typer.Option(help="Default: as the LoRA was trained.", min=1, max=100, rich_help_panel=_HOW)
+    ] = None,
+    eta: Annotated[float, typer.Option(help="Noise of DDIM steps.", min=0, max=1, rich_help_panel=_HOW)] = 1.0,
+    scheduler: Annotated[
+        Literal["ddim", "dpm", "euler", "euler-a", "pndm", "unipc"], typer.Option(rich_help_panel=_HOW)
+    ] = "ddim",
+    size: Annotated[
+        Optional[int], typer.Option(help="Pixels; default the model's.", min=8, rich_help_panel=_HOW)
+    ] = None,
+    negative_prompt: Annotated[str, typer.Option(rich_help_panel=_HOW)] = "",
+    batch: Annotated[int, typer.Option(help="Pictures at a time.", min=1, rich_help_panel=_HOW)] = 8,
+    device: Annotated[str, typer.Option(rich_help_panel=_HOW)] = "auto",
+    precision: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(rich_help_panel=_HOW)] = "fp32",
+    safety_checker: Annotated[
+        bool,
+        typer.Option("--safety-checker", help="Blacken what the model's checker objects to.", rich_help_panel=_HOW),
+    ] = False,
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.", rich_help_panel=_OUT)] = Path("pictures"),
+    grid: Annotated[
+        bool, typer.Option("--grid", help="Also one captioned picture of all.", rich_help_panel=_OUT)
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite.", rich_help_panel=_OUT)] = False,
+    json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.", rich_help_panel=_OUT)] = False,
+) -> None:
+    """Draw pictures with a model and any number of LoRAs; the same seed gives the same noise whatever else changes."""
+    from texforce_cli.cli.console import note, warn, write_json
+    from texforce_cli.cli.live import TrainView
+    from texforce_cli.workflows import sample as workflow
+
+    texts = list(prompts or [])
+    if prompts_file:
+        texts += _from_set(prompts_file, model)
+    request = workflow.SampleRequest(
+        prompts=texts,
+        seeds=workflow.parse_seeds(seeds),
+        out=out,
+        model=model,
+        loras=lora or [],
+        steps=steps,
+        guidance=guidance,
+        eta=eta,
+        scheduler=scheduler,
+        size=size,
+        negative_prompt=negative_prompt,
+        batch=batch,
+        device=device,
+        precision=precision,
+        safety_checker=safety_checker,
+        grid=grid,
+        compare=compare,
+        force=force,
+    )
+    with TrainView() as view:
+        result = workflow.sample(request, view)
+    if result.withheld:
+        warn(f"the safety checker blackened {result.withheld} pictures")
+    note(f"{len(result.files)} pictures in {out}")
+    if result.grid:
+        note(f"grid: {result.grid}")
+    if json:
+        files = [str(path) for path in result.files]
+        write_json({"files": files, "grid": str(result.grid) if result.grid else None, "withheld": result.withheld})
+
+
+def _from_set(spec: str, model: str) -> list[str]:
+    from texforce_cli.diffusion.models import resolve_model
+    from texforce_cli.prompts import load_prompts
+
+    found = load_prompts(spec, resolve_model(model).family)
+    return [prompt.text for prompt in (*found.seen, *found.unseen)]

@@ -1,0 +1,55 @@
+"""`texforce train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from texforce_cli.cli.options import add_train_options
+
+EXAMPLE = "Example: [bold]texforce train --reward jpeg-incompressibility --model tiny[/bold]"
+
+
+def _train(
+    *,
+    config: Annotated[
+        Optional[Path],
+        typer.Option("--config", help="Options from a TOML file.", rich_help_panel="The ones that matter first"),
+    ] = None,
+    resume: Annotated[
+        Optional[str],
+        typer.Option(
+            "--resume", help="Go on with this run.", metavar="RUN", rich_help_panel="The ones that matter first"
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the plan, load no weights.", rich_help_panel="Output")
+    ] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="One JSON document on stdout.", rich_help_panel="Output")
+    ] = False,
+    **flags: Any,
+) -> None:
+    """Fine-tune a Stable Diffusion model on any reward, with reinforcement learning on its text encoder."""
+    from texforce_cli.cli.console import write_json
+    from texforce_cli.cli.live import TrainView, describe_plan, result_document, summarise
+    from texforce_cli.workflows import train as workflow
+
+    if dry_run:
+        made = workflow.plan(flags, config)
+        describe_plan(made, as_json=json)
+        return
+    with TrainView() as view:
+        if resume:
+            result = workflow.resume(resume, flags, config_file=config, listener=view)
+        else:
+            result = workflow.train(flags, config_file=config, listener=view)
+    summarise(result)
+    if json:
+        write_json(result_document(result))
+
+
+train = add_train_options(_train)
+train.__name__ = "train"

@@ -1,0 +1,344 @@
+"""Every option of a training run, once: its type, default, help and check.
+
+The command line, `--config FILE.toml`, the environment (TEXFORCE_*), presets, the Python API and the run folder all read
+this one dataclass. Standard library only, so that `--help` stays quick.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from texforce_cli.errors import UsageError
+from texforce_cli.presets import PRESETS, automatic_preset, preset_values
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ENVIRONMENT = "TEXFORCE_"
+FIRST, MODEL, SAMPLING, ADAPTER, LEARNING, EVALUATION, OUTPUT = (
+    "The ones that matter first",
+    "Model",
+    "Sampling",
+    "LoRA",
+    "Optimisation",
+    "Evaluation",
+    "Output",
+)
+
+
+def option(default: Any, panel: str, help: str, check: Callable[[Any], str | None] | None = None) -> Any:
+    """A field with its help panel and text; `check` returns what is wrong with a value, or None."""
+    about = {"panel": panel, "help": help, "check": check}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=about)
+    return dataclasses.field(default=default, metadata=about)
+
+
+def _above(low: float) -> Callable[[float], str | None]:
+    return lambda value: None if value > low else f"must be above {low:g}"
+
+
+def _between(low: float, high: float) -> Callable[[float], str | None]:
+    return lambda value: None if low <= value <= high else f"must be between {low:g} and {high:g}"
+
+
+def _train_steps(text: str) -> str | None:
+    kind, _, amount = text.partition(":")
+    try:
+        good = (
+            text == "all"
+            or (kind in ("first", "window") and int(amount) > 0)
+            or (kind == "random" and 0 < float(amount) <= 1)
+        )
+    except ValueError:
+        good = False
+    return None if good else "is not first:N, random:F with 0 < F <= 1, window:K or all"
+
+
+_positive, _not_negative = _above(0), _between(0, math.inf)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The options of `texforce train`. `auto` and None are replaced by a value before a run begins."""
+
+    reward: list[str] = option([], FIRST, "What to train for: NAME[:WEIGHT]; may be repeated.")
+    model: str = option(
+        "auto", FIRST, "tiny, sd14, sd15, sd21, sd21-base, a folder, FILE.safetensors, or OWNER/NAME[@REVISION]."
+    )
+    train: Literal["text-encoder", "unet", "both"] = option("text-encoder", FIRST, "Which part learns, through LoRA.")
+    prompts: str = option("animals", FIRST, "A prompt set by name, or FILE.txt, FILE.jsonl, FILE.csv.")
+    images: int | None = option(
+        None, FIRST, "Training budget in images, as the paper counts (sets the epochs).", _positive
+    )
+    preset: str = option("auto", FIRST, f"Settings that belong together: {', '.join(PRESETS)}.")
+    lr: float = option(3e-4, FIRST, "Learning rate of AdamW.", _positive)
+    kl: float = option(
+        0.0, FIRST, "Weight of the KL divergence to the base model: holds the pictures near it.", _not_negative
+    )
+    seed: int = option(0, FIRST, "Seed of everything random.", _not_negative)
+    out: str | None = option(None, FIRST, "Run folder, new. Default: runs/<reward>-<model>-<n>.")
+
+    device: str = option("auto", MODEL, "auto, cpu, cuda, cuda:1, mps.")
+    precision: Literal["fp32", "bf16", "fp16"] = option(
+        "fp32", MODEL, "Of the frozen weights; steps and LoRA stay fp32."
+    )
+    gradient_checkpointing: bool = option(False, MODEL, "Less memory, more time.")
+    compile: bool = option(False, MODEL, "torch.compile the U-Net.")
+
+    steps: int = option(50, SAMPLING, "Denoising steps.", _positive)
+    guidance: float = option(
+        5.0, SAMPLING, "Classifier-free guidance, in sampling and training; 1 = none.", _between(1, 100)
+    )
+    eta: float = option(1.0, SAMPLING, "Noise of the DDIM steps: 1 as in DDPM.", _above(0))
+    size: int | None = option(None, SAMPLING, "Width and height in pixels. Default: the model's own.", _positive)
+    negative_prompt: str = option("", SAMPLING, "What the unconditional branch is given.")
+    uncond_embedding: Literal["trained", "snapshot", "base"] = option(
+        "trained", SAMPLING, "Weights that embed the negative prompt: as trained, of the epoch's start, or of the base."
+    )
+
+    rank: int = option(16, ADAPTER, "Rank of the LoRA.", _positive)
+    alpha: float | None = option(None, ADAPTER, "Scale of the LoRA; default the rank.", _positive)
+    init_lora: str | None = option(None, ADAPTER, "Start from this LoRA: PATH[:WEIGHT].")
+    ema: float = option(
+        0.0, ADAPTER, "Decay of an average of the weights, which is what is kept; 0 = none.", _between(0, 0.99999)
+    )
+
+    epochs: int | None = option(None, LEARNING, "Epochs, instead of --images.", _positive)
+    samples_per_epoch: int = option(512, LEARNING, "Images drawn in an epoch.", _positive)
+    group_size: int = option(1, LEARNING, "Images of each prompt in an epoch.", _positive)
+    advantages: Literal["group", "prompt", "batch"] = option(
+        "prompt", LEARNING, "Compare an image with its prompt's in this epoch, its prompt's so far (paper), or all."
+    )
+    adv_clip: float = option(5.0, LEARNING, "Advantages are clipped to +- this.", _positive)
+    normalize_rewards: bool = option(False, LEARNING, "Standardise each reward over the epoch before weighting.")
+    micro_batch: int = option(8, LEARNING, "Images in one pass through the U-Net.", _positive)
+    grad_accum: int = option(32, LEARNING, "Micro-batches in one update.", _positive)
+    inner_epochs: int = option(1, LEARNING, "Passes over an epoch's images.", _positive)
+    clip_range: float = option(1e-4, LEARNING, "lambda of Eq. 5.", _positive)
+    clip_convention: Literal["mean", "joint"] = option(
+        "mean", LEARNING, "clip_range bounds the mean log-ratio over latent elements, or their joint one."
+    )
+    train_steps: str = option(
+        "random:0.5", LEARNING, "Denoising steps to train: first:N, random:F, window:K, all.", _train_steps
+    )
+    kl_target: float | None = option(
+        None, LEARNING, "Steer the learning rate so that approx_kl approaches this.", _positive
+    )
+    lr_schedule: Literal["constant", "cosine", "linear"] = option("cosine", LEARNING, "After the warm-up.")
+    warmup: float = option(0.03, LEARNING, "Share of the updates with a rising learning rate.", _between(0, 1))
+    weight_decay: float = option(1e-4, LEARNING, "Of AdamW.", _not_negative)
+    grad_norm: float = option(1.0, LEARNING, "Gradients are clipped to this norm.", _positive)
+    reward_option: list[str] = option([], LEARNING, "Option of a reward: NAME.key=value; may be repeated.")
+
+    eval_images: int = option(
+        16, EVALUATION, "Held-out pictures (half of unseen prompts) to measure on; 0 = none.", _not_negative
+    )
+    eval_every: int = option(5, EVALUATION, "Epochs between measurements; 0 = only before and after.", _not_negative)
+
+    save_every: int = option(10, OUTPUT, "Epochs between checkpoints that are kept for good; 0 = none.", _not_negative)
+    keep: int = option(2, OUTPUT, "How many of the last checkpoints to keep.", _positive)
+    log: Literal["none", "tensorboard", "wandb"] = option("none", OUTPUT, "Also log the metrics there.")
+
+    @property
+    def update_batch(self) -> int:
+        """Images in one optimiser step."""
+        return self.micro_batch * self.grad_accum
+
+    @property
+    def updates_per_epoch(self) -> int:
+        """Optimiser steps in one epoch."""
+        return self.inner_epochs * -(-self.samples_per_epoch // self.update_batch)
+
+    @property
+    def total_epochs(self) -> int:
+        """Epochs of the whole run: --epochs, or as many as --images pays for."""
+        return self.epochs if self.epochs else max(1, (self.images or 0) // self.samples_per_epoch)
+
+
+FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
+_TYPES = get_type_hints(TrainConfig)
+
+
+def field_type(name: str) -> tuple[Any, bool]:
+    """The type of an option and whether it may be None: `(int, True)` for `int | None`."""
+    kind = _TYPES[name]
+    if get_origin(kind) in (Union, types.UnionType):
+        return next(arg for arg in get_args(kind) if arg is not type(None)), True
+    return kind, False
+
+
+def choices(name: str) -> tuple[str, ...]:
+    """The values of an option that has a fixed list of them, else ()."""
+    kind, _ = field_type(name)
+    return get_args(kind) if get_origin(kind) is Literal else ()
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A complete configuration with the origin of each value: flag, environment, file, preset or default."""
+
+    config: TrainConfig
+    origins: Mapping[str, str]
+
+
+def resolve(flags: Mapping[str, Any], config_file: Path | None = None, *, family: str | None = None) -> Resolved:
+    """Flag > environment > file > preset > default.
+
+    `family` (tiny or sd) is that of the resolved model; it chooses the preset where none is given.
+
+    Raises:
+        UsageError: everything that is wrong, in one message.
+    """
+    mistakes: list[str] = []
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    layers = [
+        ("file", _from_file(config_file, mistakes)),
+        ("environment", _from_environment(mistakes)),
+        ("flag", {name: value for name, value in flags.items() if value is not None and value != []}),
+    ]
+    for origin, layer in layers:
+        for name, value in layer.items():
+            converted = _convert(name, value, origin, mistakes)
+            if converted is not None:
+                values[name], origins[name] = converted, origin
+    if "epochs" in values and "images" in values and origins["epochs"] != origins["images"]:
+        weaker = min(("epochs", "images"), key=lambda name: [o for o, _ in layers].index(origins[name]))
+        del values[weaker], origins[weaker]
+    preset = values.get("preset", "auto")
+    if preset == "auto" and family:
+        preset = automatic_preset(family, values.get("prompts", "animals"))
+        values["preset"], origins["preset"] = preset, "default"
+    if preset != "auto" and preset not in PRESETS:
+        mistakes.append(f"unknown preset '{preset}'{_did_you_mean(preset, PRESETS)} (presets: {', '.join(PRESETS)})")
+    elif preset != "auto":
+        for name, value in preset_values(preset, values.get("train", "text-encoder")).items():
+            if (name == "images" and "epochs" in values) or (name == "epochs" and "images" in values):
+                continue
+            if name not in values:
+                values[name], origins[name] = value, f"preset {preset}"
+    config = TrainConfig(**values)
+    mistakes += _contradictions(config)
+    if mistakes:
+        count = f"{len(mistakes)} mistakes in the configuration: " if len(mistakes) > 1 else ""
+        raise UsageError(count + "; ".join(mistakes), "see texforce train --help")
+    return Resolved(config, {name: origins.get(name, "default") for name in FIELDS})
+
+
+def _from_file(path: Path | None, mistakes: list[str]) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise UsageError(f"there is no file '{path}'", "check --config") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise UsageError(f"'{path}' is not a TOML file ({error})", "write lines such as: steps = 20") from error
+    return dict(_known(values, f"in '{path}'", mistakes))
+
+
+def _from_environment(mistakes: list[str]) -> dict[str, Any]:
+    found = {key[len(ENVIRONMENT) :].lower(): value for key, value in os.environ.items() if key.startswith(ENVIRONMENT)}
+    # other parts of texforce have variables of their own, so an unknown name here is no mistake
+    return {
+        name: [value] if field_type(name)[0] == list[str] else value for name, value in found.items() if name in FIELDS
+    }
+
+
+def _known(values: Mapping[str, Any], where: str, mistakes: list[str]) -> list[tuple[str, Any]]:
+    known = []
+    for key, value in values.items():
+        name = key.replace("-", "_")
+        if name in FIELDS:
+            known.append((name, value))
+        else:
+            mistakes.append(f"unknown key '{key}' {where}{_did_you_mean(name, FIELDS)}")
+    return known
+
+
+def _convert(name: str, value: Any, origin: str, mistakes: list[str]) -> Any:
+    """The value with its proper type, or None after noting the mistake."""
+    kind, _ = field_type(name)
+    flag = "--" + name.replace("_", "-")
+    if choices(name):
+        if value not in choices(name):
+            mistakes.append(f"{flag} '{value}' ({origin}) is none of {', '.join(choices(name))}")
+            return None
+        return value
+    try:
+        converted = _typed(kind, value)
+    except (TypeError, ValueError):
+        expected = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(
+            kind, "a list of text"
+        )
+        mistakes.append(f"{flag} '{value}' ({origin}) is not {expected}")
+        return None
+    check = FIELDS[name].metadata["check"]
+    problem = check(converted) if check else None
+    if problem:
+        mistakes.append(f"{flag} {converted} ({origin}) {problem}")
+        return None
+    return converted
+
+
+def _typed(kind: Any, value: Any) -> Any:
+    if kind == list[str]:
+        items = [value] if isinstance(value, str) else value
+        if not isinstance(items, (list, tuple)) or not all(isinstance(item, str) for item in items):
+            raise TypeError
+        return list(items)
+    if kind is bool:
+        if isinstance(value, str) and value.lower() in ("1", "true", "yes", "0", "false", "no"):
+            return value.lower() in ("1", "true", "yes")
+        if isinstance(value, bool):
+            return value
+        raise TypeError
+    if isinstance(value, bool) or (kind is str and not isinstance(value, str)):
+        raise TypeError
+    number = kind(value)
+    if (kind is float and not math.isfinite(number)) or (kind is int and number != float(value)):
+        raise ValueError
+    return number
+
+
+def _contradictions(config: TrainConfig) -> list[str]:
+    found = []
+    if config.images and config.epochs:
+        found.append("--images and --epochs say the same thing twice (give one)")
+    if config.samples_per_epoch % config.group_size:
+        found.append(
+            f"--samples-per-epoch {config.samples_per_epoch} is no multiple of --group-size {config.group_size}"
+        )
+    if config.images and config.images < config.samples_per_epoch:
+        found.append(
+            f"--images {config.images} is less than one epoch (--samples-per-epoch {config.samples_per_epoch})"
+        )
+    if config.advantages == "group" and config.group_size < 2:
+        found.append("--advantages group needs --group-size 2 or more")
+    if config.kl_target and config.updates_per_epoch < 2:
+        found.append("--kl-target needs two updates an epoch or more (lower --grad-accum)")
+    return found
+
+
+def _did_you_mean(name: str, known: typing.Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f", did you mean '{close[0]}'?" if close else ""
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], ignore: Sequence[str] = ()) -> list[str]:
+    """The names whose values differ between two configurations, as `name (old -> new)`."""
+    names = [name for name in FIELDS if name not in ignore and old.get(name) != new.get(name)]
+    return [f"{name} ({old.get(name)} -> {new.get(name)})" for name in names]

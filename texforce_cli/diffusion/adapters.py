@@ -1,0 +1,164 @@
+"""LoRA on a live pipeline: inserted with peft, its parameters gathered, exported and imported exactly.
+
+LoRA: W' = W + (alpha / r) B A (Hu et al. 2022; sec. 2.2 of the paper).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from texforce_cli.core.seeds import derive
+from texforce_cli.errors import TexforceError
+
+Trained = Literal["text-encoder", "unet", "both"]
+
+_NAME = "texforce"
+_TARGETS = {
+    "text_encoder": ["q_proj", "k_proj", "v_proj", "out_proj"],
+    "unet": ["to_q", "to_k", "to_v", "to_out.0"],
+}
+COMPONENTS: dict[Trained, tuple[str, ...]] = {
+    "text-encoder": ("text_encoder",),
+    "unet": ("unet",),
+    "both": ("text_encoder", "unet"),
+}
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA that is being trained inside `modules` (component name -> the module that holds it)."""
+
+    modules: dict[str, nn.Module]
+    rank: int
+    alpha: float
+
+    @classmethod
+    def insert(cls, pipeline: Any, trained: Trained, *, rank: int, alpha: float, seed: int) -> Adapter:
+        """Insert LoRA layers with Gaussian A and zero B, in fp32, the same for the same seed."""
+        modules = {name: getattr(pipeline, name) for name in COMPONENTS[trained]}
+        for name, module in modules.items():
+            config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=_TARGETS[name])
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(derive(seed, "lora", name))
+                inject_adapter_in_model(config, module, _NAME)
+            module.eval()  # no dropout: the ratio of Eq. (5) compares the same network twice
+        adapter = cls(modules, rank, alpha)
+        for parameter in adapter.parameters():
+            parameter.data = parameter.data.float()  # half precision would lose the small steps of Adam
+        return adapter
+
+    def layers(self) -> Iterator[tuple[str, LoraLayer]]:
+        """The LoRA layers by their name in a LoRA file, e.g. `unet.mid_block...attn2.to_k`, in order."""
+        for component, module in self.modules.items():
+            # transformers >= 5.6 dropped the level `text_model`; files keep it, for every loader there is
+            level = "text_model." if component == "text_encoder" and not hasattr(module, "text_model") else ""
+            for name, layer in module.named_modules():
+                if isinstance(layer, LoraLayer) and _NAME in layer.lora_A:
+                    yield f"{component}.{level}{name}", layer
+
+    def parameters(self) -> list[nn.Parameter]:
+        """A and B of every layer, in order."""
+        return [matrix[_NAME].weight for _, layer in self.layers() for matrix in (layer.lora_A, layer.lora_B)]
+
+    def trains(self, component: str) -> bool:
+        """Whether `text_encoder` or `unet` is trained."""
+        return component in self.modules
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within this block the pipeline is the reference: the base without the LoRA."""
+        layers = [layer for _, layer in self.layers()]
+        for layer in layers:
+            layer._disable_adapters = True
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer._disable_adapters = False
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The raw parameters by name: `<layer>.lora_A`, `<layer>.lora_B`."""
+        result = {}
+        for name, layer in self.layers():
+            result[f"{name}.lora_A"] = layer.lora_A[_NAME].weight.detach().cpu().clone()
+            result[f"{name}.lora_B"] = layer.lora_B[_NAME].weight.detach().cpu().clone()
+        return result
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take the parameters of a `state_dict`."""
+        for name, layer in self.layers():
+            layer.lora_A[_NAME].weight.data.copy_(state[f"{name}.lora_A"])
+            layer.lora_B[_NAME].weight.data.copy_(state[f"{name}.lora_B"])
+
+    def export(self) -> dict[str, Tensor]:
+        """The LoRA as a diffusers file has it, fp32, with alpha = rank (the scale is folded into B)."""
+        scale = self.alpha / self.rank
+        result = {}
+        for name, layer in self.layers():
+            result[f"{name}.lora_A.weight"] = layer.lora_A[_NAME].weight.detach().cpu().float().contiguous()
+            result[f"{name}.lora_B.weight"] = (layer.lora_B[_NAME].weight.detach().cpu().float() * scale).contiguous()
+        return result
+
+    def import_(self, weights: Mapping[str, Tensor], weight: float, source: str) -> None:
+        """Start from a LoRA with alpha = rank, times `weight`; a smaller rank than ours is completed.
+
+        Raises:
+            TexforceError: a larger rank, other shapes, or no layer in common.
+        """
+        scale = self.alpha / self.rank
+        used = 0
+        for name, layer in self.layers():
+            a, b = weights.get(f"{name}.lora_A.weight"), weights.get(f"{name}.lora_B.weight")
+            if a is None or b is None:
+                continue
+            ours_a, ours_b = layer.lora_A[_NAME].weight.data, layer.lora_B[_NAME].weight.data
+            rank = a.shape[0]
+            if rank > self.rank:
+                raise TexforceError(f"'{source}' has rank {rank}, this run has rank {self.rank}", f"use --rank {rank}")
+            if a.shape[1] != ours_a.shape[1] or b.shape[0] != ours_b.shape[0]:
+                raise TexforceError(
+                    f"'{source}' does not fit this model ({name})", "it was made for another base model"
+                )
+            ours_a[:rank].copy_(a)
+            ours_b[:, :rank].copy_(b * (weight / scale))
+            used += 1
+        if not used:
+            raise TexforceError(f"'{source}' holds no layer that is trained here", "check --train and the file")
+
+
+def stack(pipeline: Any, loras: Sequence[tuple[Mapping[str, Tensor], float]]) -> None:
+    """Put LoRAs (alpha = rank) on a pipeline, each with its weight, and check that every layer arrived.
+
+    Raises:
+        TexforceError: a layer of a LoRA does not exist in this pipeline, or has other shapes.
+    """
+    names = [f"lora{index}" for index in range(len(loras))]
+    for name, (weights, _) in zip(names, loras):
+        try:
+            pipeline.load_lora_weights(dict(weights), adapter_name=name)
+        except (RuntimeError, ValueError, KeyError) as error:
+            first = str(error).strip().splitlines()[0][:200]
+            raise TexforceError(
+                f"a LoRA does not fit this model ({first})", "it was made for another base model"
+            ) from error
+        expected = sum(key.endswith(".lora_A.weight") for key in weights)
+        found = sum(
+            isinstance(layer, LoraLayer) and name in layer.lora_A
+            for module in (pipeline.unet, pipeline.text_encoder)
+            for layer in module.modules()
+        )
+        if found != expected:
+            raise TexforceError(
+                f"{expected - found} of {expected} layers of a LoRA found no place in this model",
+                "it was made for another base model",
+            )
+    if names:
+        pipeline.set_adapters(names, [weight for _, weight in loras])

@@ -1,0 +1,74 @@
+"""Settings that belong together. Values that are not named keep the defaults of `config.TrainConfig`.
+
+`tiny` was found by experiment on the embedded model (docs/results.md). `phrase`, `many`, `face` and `hand` are the
+paper's settings for Stable Diffusion 1.4, 1.5 and 2.1 (sec. 3 and supplement; DDPO's where it is silent: two updates an
+epoch); nobody has measured them with texforce yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_TINY = {
+    "steps": 10,
+    "guidance": 1.0,
+    "samples_per_epoch": 256,
+    "group_size": 16,
+    "advantages": "group",
+    "micro_batch": 32,
+    "grad_accum": 2,
+    "clip_range": 8e-4,
+    # the last step's log-probability is sixty times as sensitive as the others' and decides nothing about the content
+    "train_steps": "first:4",
+    "lr": 1e-2,
+    "lr_schedule": "constant",
+    "warmup": 0.0,
+    "images": 6400,
+    "eval_images": 64,
+}
+_PAPER = {"epochs": 50, "samples_per_epoch": 512, "grad_accum": 32}
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "tiny": _TINY,
+    "phrase": _PAPER,
+    "many": {**_PAPER, "samples_per_epoch": 1024, "grad_accum": 64},
+    "face": _PAPER,
+    "hand": _PAPER,
+}
+
+_BY_COMPONENT: Mapping[tuple[str, str], Mapping[str, Any]] = {
+    ("tiny", "unet"): {"rank": 4, "lr": 3e-3},
+    ("tiny", "both"): {"lr": 3e-3},
+}
+
+TFLOP_PER_CALL = 0.80
+"""One U-Net call of SD 1.x for one 512-pixel image and branch, computed from its layers (0.40 T multiply-adds)."""
+
+
+def preset_values(preset: str, train: str) -> dict[str, Any]:
+    """The values of a preset for the component that is trained."""
+    return {**PRESETS[preset], **_BY_COMPONENT.get((preset, train), {})}
+
+
+def automatic_preset(family: str, prompts: str) -> str:
+    """The preset for a model family and a prompt set, where the user names none."""
+    if family == "tiny":
+        return "tiny"
+    if prompts in ("face", "hand"):
+        return prompts
+    return "phrase" if prompts in ("color", "count", "composition", "location") else "many"
+
+
+def computed_petaflop(sampling_calls: float, training_calls: float, size: int) -> float:
+    """Work of a run on SD 1.x, computed: a training call is a forward and a backward, each as long as one call."""
+    return (sampling_calls + 2 * training_calls) * TFLOP_PER_CALL * (size / 512) ** 2 / 1000
+
+
+def computed_memory_gb(precision: str, micro_batch: int, guided: bool) -> float:
+    """GPU memory on SD 1.x at 512 pixels, computed and not measured: weights, plus activations of one training call.
+
+    1.07 G parameters; 2.4 GB of fp16 activations a branch and image, without gradient checkpointing.
+    """
+    size = 4 if precision == "fp32" else 2
+    return 1.07 * size + 1.2 * size * micro_batch * (2 if guided else 1)

@@ -1,0 +1,1 @@
+"""Pictures of results: grids, before and after, curves."""

@@ -1,0 +1,115 @@
+"""Grids of pictures with captions, drawn with Pillow."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+
+from texforce_cli.files import atomic_path
+
+_GAP = 6
+_INK, _FAINT, _PAPER = (28, 28, 30), (110, 110, 116), (255, 255, 255)
+_SMALLEST = 128
+"""Pictures of fewer pixels are enlarged, pixel by pixel, to be seen."""
+_TEXT_CHUNK = 8_000
+
+
+def save_png(path: Path, picture: Image.Image, texts: Mapping[str, str]) -> None:
+    """Write a PNG with `texts` in its text chunks, as one atomic step."""
+    chunks = PngImagePlugin.PngInfo()
+    for key, value in texts.items():
+        chunks.add_itxt(key, value[:_TEXT_CHUNK])
+    with atomic_path(path) as temporary:
+        picture.save(temporary, "PNG", pnginfo=chunks)
+
+
+@dataclass(frozen=True)
+class _Line:
+    """One line of pictures: what stands left of it and below each of its pictures."""
+
+    pictures: Sequence[Image.Image]
+    label: str = ""
+    captions: Sequence[str] = ()
+
+
+def picture_grid(
+    rows: Sequence[Sequence[Image.Image]], *, captions: Sequence[str], headers: Sequence[str] = (), title: str = ""
+) -> Image.Image:
+    """Rows of pictures, the caption of each row left of it, the headers above the columns."""
+    lines = [_Line(pictures, label) for pictures, label in zip(rows, captions)]
+    return _compose(lines, title, headers)
+
+
+def before_after(
+    before: Sequence[Image.Image],
+    after: Sequence[Image.Image],
+    prompts: Sequence[str],
+    *,
+    before_label: str,
+    after_label: str,
+    title: str,
+    columns: int = 8,
+) -> Image.Image:
+    """Pairs of pictures, `columns` a line: the first of each pair above the second, the prompt below both."""
+    lines = []
+    for start in range(0, len(prompts), columns):
+        part = slice(start, start + columns)
+        lines.append(_Line(before[part], before_label))
+        lines.append(_Line(after[part], after_label, prompts[part]))
+    return _compose(lines, title, ())
+
+
+def _compose(lines: Sequence[_Line], title: str, headers: Sequence[str]) -> Image.Image:
+    scale = _scale(lines)
+    size = max((max(p.size) for line in lines for p in line.pictures), default=_SMALLEST) * scale
+    columns = max((len(line.pictures) for line in lines), default=1)
+    text = max(12, size // 10)
+    font, small = ImageFont.load_default(text), ImageFont.load_default(max(11, round(text * 0.9)))
+    left = _width([line.label for line in lines], font, size)
+    top = _GAP + (round(text * 1.9) if title else 0) + (round(text * 1.5) if headers else 0)
+    wrapped = [[_wrap(caption, small, size) for caption in line.captions] for line in lines]
+    heights = [
+        size + _GAP + max((t.count("\n") + 1 for t in texts), default=0) * round(text * 1.2) for texts in wrapped
+    ]
+    width = left + columns * (size + _GAP) + _GAP
+    canvas = Image.new("RGB", (width, top + sum(heights) + _GAP), _PAPER)
+    draw = ImageDraw.Draw(canvas)
+    if title:
+        draw.text((_GAP, _GAP), _drawable(title), _INK, ImageFont.load_default(round(text * 1.2)))
+    for column, header in enumerate(headers):
+        draw.text((left + column * (size + _GAP), top - round(text * 1.5)), _drawable(header), _FAINT, small)
+    y = top
+    for line, texts, height in zip(lines, wrapped, heights):
+        draw.multiline_text((_GAP, y + 2), _wrap(line.label, font, left - 2 * _GAP), _INK, font)
+        for column, picture in enumerate(line.pictures):
+            enlarged = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+            canvas.paste(enlarged, (left + column * (size + _GAP), y))
+        for column, caption in enumerate(texts):
+            draw.multiline_text((left + column * (size + _GAP), y + size + 2), caption, _FAINT, small)
+        y += height
+    return canvas
+
+
+def _scale(lines: Sequence[_Line]) -> int:
+    smallest = min((min(p.size) for line in lines for p in line.pictures), default=_SMALLEST)
+    return max(1, -(-_SMALLEST // smallest))
+
+
+def _width(labels: Sequence[str], font: ImageFont.FreeTypeFont | ImageFont.ImageFont, limit: int) -> int:
+    longest = max((font.getlength(_drawable(label)) for label in labels), default=0)
+    return round(min(longest, limit)) + 2 * _GAP if longest else _GAP
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    """At most four lines that fit into `width` pixels."""
+    letters = max(4, int(width / max(1.0, font.getlength("n"))))
+    return "\n".join(textwrap.wrap(_drawable(text), letters, max_lines=4, placeholder="…"))
+
+
+def _drawable(text: str) -> str:
+    """One line of printable characters: prompts may hold anything."""
+    return "".join(c if c.isprintable() else " " for c in text)[:400]

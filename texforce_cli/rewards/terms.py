@@ -1,0 +1,157 @@
+"""What a run is rewarded for: a weighted sum of terms. The grammar `NAME[:WEIGHT]` has its one home here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from texforce_cli.errors import TexforceError, UsageError
+from texforce_cli.rewards.registry import Registry, Reward, RewardInfo
+
+
+@dataclass(frozen=True)
+class TermSpec:
+    """One `--reward NAME[:WEIGHT]` with its `--reward-option NAME.key=value`."""
+
+    name: str
+    weight: float = 1.0
+    options: Mapping[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.name if self.weight == 1 else f"{self.name}:{self.weight:g}"
+
+
+def parse_terms(rewards: Sequence[str], options: Sequence[str] = ()) -> list[TermSpec]:
+    """The terms that the two options of the command line name.
+
+    Raises:
+        UsageError: a weight that is no finite number or zero, a name twice, an option of no term or without '='.
+    """
+    weights: dict[str, float] = {}
+    for text in rewards:
+        name, colon, tail = text.partition(":")
+        if name in weights:
+            raise UsageError(f"reward '{name}' is given twice", "give it once, with a weight: NAME:WEIGHT")
+        weights[name] = _weight(text, tail) if colon else 1.0
+    settings: dict[str, dict[str, str]] = {name: {} for name in weights}
+    for text in options:
+        target, equals, value = text.partition("=")
+        name, dot, key = target.rpartition(".")
+        if not (equals and dot and key):
+            raise UsageError(f"reward option '{text}' is not NAME.key=value", "for example brightness.key=value")
+        if name not in settings:
+            raise UsageError(f"reward option '{text}' belongs to no reward of this run", f"add --reward {name}")
+        settings[name][key] = value
+    return [TermSpec(name, weight, settings[name]) for name, weight in weights.items()]
+
+
+def _weight(text: str, tail: str) -> float:
+    try:
+        weight = float(tail)
+    except ValueError:
+        weight = math.nan
+    if not math.isfinite(weight) or weight == 0:
+        raise UsageError(
+            f"the weight '{tail}' of reward '{text}' is not a finite number other than 0", "write NAME:0.5"
+        )
+    return weight
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The rewards of N images: `total` [N] as trained on, `terms` the raw [N] of each term by name."""
+
+    total: NDArray[np.float64]
+    terms: dict[str, NDArray[np.float64]]
+
+
+@dataclass(frozen=True)
+class _Term:
+    spec: TermSpec
+    info: RewardInfo
+    reward: Reward
+
+
+class RewardSet:
+    """The rewards of a run, imported and made; callable on a batch of pictures."""
+
+    def __init__(self, specs: Sequence[TermSpec], registry: Registry, *, normalize: bool = False) -> None:
+        self.specs = tuple(specs)
+        self.normalize = normalize
+        infos = [registry.find(spec.name) for spec in specs]  # every name is checked before anything is imported
+        self._terms = [_Term(spec, info, info.create(spec.options)) for spec, info in zip(specs, infos)]
+
+    def __str__(self) -> str:
+        return " + ".join(map(str, self.specs))
+
+    @property
+    def unit(self) -> str:
+        """The unit of the total, when there is one term and it has one."""
+        return self._terms[0].info.unit if len(self._terms) == 1 and not self.normalize else ""
+
+    def score(
+        self, images: NDArray[np.uint8], prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    ) -> dict[str, NDArray[np.float64]]:
+        """The raw value of each term for uint8 `images` [N, height, width, 3]: name -> [N].
+
+        Raises:
+            TexforceError: a reward raised, returned another count, or a value that is not finite; it is named.
+        """
+        pictures: list[Image.Image] = []
+        result = {}
+        for term in self._terms:
+            if getattr(term.reward, "input", "pil") == "pil":
+                pictures = pictures or [Image.fromarray(image) for image in images]
+            given = images if getattr(term.reward, "input", "pil") == "uint8" else pictures
+            result[term.spec.name] = self._checked(term, given, prompts, metadata)
+        return result
+
+    def total(self, terms: Mapping[str, NDArray[np.float64]]) -> Scores:
+        """Sum the terms of a whole epoch, each standardised over it with `normalize`."""
+        if not self.normalize:
+            return Scores(self.weighted(terms), dict(terms))
+        standard = {name: (values - values.mean()) / (values.std() + 1e-6) for name, values in terms.items()}
+        return Scores(self.weighted(standard), dict(terms))
+
+    def weighted(self, terms: Mapping[str, NDArray[np.float64]]) -> NDArray[np.float64]:
+        """The sum of weight times value [N]; a term of which less is better counts negatively."""
+        signs = [1.0 if term.info.higher_is_better else -1.0 for term in self._terms]
+        weighted = [sign * t.spec.weight * terms[t.spec.name] for sign, t in zip(signs, self._terms)]
+        return np.asarray(np.sum(weighted, axis=0))
+
+    def close(self) -> None:
+        """End every reward that has something to end."""
+        for term in self._terms:
+            close = getattr(term.reward, "close", None)
+            if close is not None:
+                close()
+
+    @staticmethod
+    def _checked(
+        term: _Term, images: Any, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    ) -> NDArray[np.float64]:
+        name = term.spec.name
+        try:
+            values = np.asarray(list(term.reward.score(images, list(prompts), list(metadata))), dtype=np.float64)
+        except Exception as error:  # the plugin boundary
+            raise TexforceError(
+                f"reward '{name}' failed: {type(error).__name__}: {error}", "see it with --debug"
+            ) from error
+        if values.shape != (len(prompts),):
+            raise TexforceError(
+                f"reward '{name}' returned {values.size} values for {len(prompts)} images",
+                "it must return one an image",
+            )
+        bad = np.flatnonzero(~np.isfinite(values))
+        if bad.size:
+            raise TexforceError(
+                f"reward '{name}' returned {values[bad[0]]} for the prompt '{prompts[bad[0]][:80]}'",
+                "a reward must be finite; the epochs before this one are saved",
+            )
+        return values

@@ -1,0 +1,123 @@
+"""The held-out pairs: prompts and seeds that training never sees, drawn by the base once and by the tuned model again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from texforce_cli.core.seeds import derive
+from texforce_cli.core.statistics import Interval, paired_interval
+from texforce_cli.diffusion.policy import Policy
+from texforce_cli.diffusion.sampler import draw
+from texforce_cli.prompts import Prompt, PromptSet
+from texforce_cli.report.pictures import before_after, save_png
+from texforce_cli.rewards.terms import RewardSet
+from texforce_cli.workflows.events import Evaluation
+
+Floats = NDArray[np.float64]
+
+
+def heldout_pairs(prompts: PromptSet, count: int) -> tuple[list[Prompt], list[int]]:
+    """`count` (prompt, seed) pairs: the first half of seen prompts, the second half of unseen ones.
+
+    The seeds belong to no run: they are the same whatever --seed, and no training image has one of them.
+    """
+    half = count // 2 if prompts.unseen else 0
+    seen = [_spread(prompts.seen, count - half, index) for index in range(count - half)]
+    unseen = [_spread(prompts.unseen, half, index) for index in range(half)]
+    return [*seen, *unseen], [derive(0, "held-out", index) for index in range(count)]
+
+
+def _spread(prompts: tuple[Prompt, ...], count: int, index: int) -> Prompt:
+    return prompts[index * len(prompts) // count] if len(prompts) > count else prompts[index % len(prompts)]
+
+
+class HeldOut:
+    """The pairs of one run with what the base makes of them."""
+
+    def __init__(self, prompts: PromptSet, count: int, policy: Policy, rewards: RewardSet, *, batch: int) -> None:
+        self.prompts, self.seeds = heldout_pairs(prompts, count)
+        self.unseen = count // 2 if prompts.unseen else 0
+        self.policy, self.rewards, self.batch = policy, rewards, batch
+        self.history: list[Evaluation] = []
+        self._base_images: NDArray[np.uint8] | None = None
+        self._base_rewards: Floats = np.empty(0)
+        self._images: NDArray[np.uint8] | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.prompts)
+
+    def measure_base(self, progress: Callable[[int, int], None]) -> None:
+        """Draw and score the pairs with the base model."""
+        if not self or self.policy.adapter is None:
+            return
+        with self.policy.adapter.disabled():
+            self._base_images, self._base_rewards = self._draw(progress)
+
+    def measure(self, epoch: int, images: int, progress: Callable[[int, int], None]) -> Evaluation:
+        """Draw and score the pairs with the weights as they are, compared with the base."""
+        self._images, rewards = self._draw(progress)
+        base = self._base_rewards
+        split = len(rewards) - self.unseen
+        evaluation = Evaluation(
+            epoch=epoch,
+            images=images,
+            mean=float(rewards.mean()),
+            base_mean=float(base.mean()),
+            difference=_paired(rewards, base),
+            seen=_paired(rewards[:split], base[:split]) if split else None,
+            unseen=_paired(rewards[split:], base[split:]) if self.unseen else None,
+            rewards=tuple(rewards.tolist()),
+            base_rewards=tuple(base.tolist()),
+        )
+        self.history.append(evaluation)
+        return evaluation
+
+    def restore(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Take up the measurements of an earlier part of the run."""
+        for row in rows:
+            intervals = {
+                name: Interval(**row[name]) if row[name] else None for name in ("difference", "seen", "unseen")
+            }
+            lists = {name: tuple(row[name]) for name in ("rewards", "base_rewards")}
+            self.history.append(Evaluation(**{**row, **intervals, **lists}))
+
+    def save_pictures(
+        self, path: Path, count: int, title: str, *, before_label: str = "base", after_label: str = "tuned"
+    ) -> None:
+        """The first pairs of seen and of unseen prompts, the base above the tuned model."""
+        if self._images is None or self._base_images is None:
+            return
+        split = len(self.prompts) - self.unseen
+        shown = [*range(min(count, split)), *range(split, split + min(count, self.unseen))]
+        picture = before_after(
+            [Image.fromarray(self._base_images[i]) for i in shown],
+            [Image.fromarray(self._images[i]) for i in shown],
+            [self.prompts[i].text for i in shown],
+            before_label=before_label,
+            after_label=after_label,
+            title=title,
+            columns=count,
+        )
+        save_png(path, picture, {"title": title})
+
+    def _draw(self, progress: Callable[[int, int], None]) -> tuple[NDArray[np.uint8], Floats]:
+        self.policy.snapshot_unconditional()
+        texts = [prompt.text for prompt in self.prompts]
+        images = draw(self.policy, texts, self.seeds, batch=self.batch, progress=progress)
+        terms: dict[str, list[Floats]] = {}
+        for start in range(0, len(texts), self.batch):
+            part = slice(start, start + self.batch)
+            metadata = [prompt.metadata for prompt in self.prompts[part]]
+            for name, values in self.rewards.score(images[part], texts[part], metadata).items():
+                terms.setdefault(name, []).append(values)
+        return images, self.rewards.weighted({name: np.concatenate(values) for name, values in terms.items()})
+
+
+def _paired(after: Floats, before: Floats) -> Interval:
+    return paired_interval(after.tolist(), before.tolist())

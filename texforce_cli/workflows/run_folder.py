@@ -1,0 +1,152 @@
+"""A run's folder: everything that is needed to understand, continue and use it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from texforce_cli.errors import TexforceError, UsageError
+from texforce_cli.files import write_error, write_json, write_text
+
+PACKAGES = ("texforce", "torch", "diffusers", "transformers", "peft", "safetensors", "numpy", "pillow", "tokenizers")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths inside one run."""
+
+    path: Path
+
+    @property
+    def record(self) -> Path:
+        """run.json: configuration, origins, versions, hashes, seeds, state."""
+        return self.path / "run.json"
+
+    @property
+    def metrics(self) -> Path:
+        """metrics.jsonl: one line an epoch."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def evaluations(self) -> Path:
+        """evaluations.jsonl: one line for each measurement on the held-out pairs."""
+        return self.path / "evaluations.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        """Pictures of fixed prompts and seeds, the base beside the tuned model."""
+        return self.path / "samples"
+
+    @property
+    def before_after(self) -> Path:
+        """The held-out pairs of the base and of the finished run."""
+        return self.path / "before_after.png"
+
+    @property
+    def curve(self) -> Path:
+        """The reward over images."""
+        return self.path / "curve.png"
+
+    @property
+    def checkpoints(self) -> Path:
+        """What a run continues from."""
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        """The LoRA with its model card."""
+        return self.path / "adapter"
+
+    @classmethod
+    def create(cls, out: str | None, reward: str, model: str) -> RunFolder:
+        """A new folder: `out`, or the first free `runs/<reward>-<model>-<n>`.
+
+        Raises:
+            UsageError: `out` exists and is not empty.
+            TexforceError: it cannot be written.
+        """
+        try:
+            if out is not None:
+                path = Path(out).expanduser()
+                if path.exists() and (not path.is_dir() or any(path.iterdir())):
+                    raise UsageError(f"'{out}' exists already", f"choose another --out, or go on with --resume {out}")
+                path.mkdir(parents=True, exist_ok=True)
+                return cls(path)
+            stem = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{reward}-{model}").strip("-.")[:80]
+            number = 1
+            while True:
+                path = Path("runs") / f"{stem}-{number}"
+                try:
+                    path.mkdir(parents=True)
+                    return cls(path)
+                except FileExistsError:
+                    number += 1
+        except OSError as error:
+            raise write_error(path / "run.json", error) from error
+
+    @classmethod
+    def open(cls, path: str) -> RunFolder:
+        """An existing run.
+
+        Raises:
+            UsageError: there is no run in that folder.
+        """
+        folder = cls(Path(path).expanduser())
+        if not folder.record.is_file():
+            raise UsageError(
+                f"'{path}' is no run folder (there is no run.json)", "give the folder of a run, such as runs/a"
+            )
+        return folder
+
+    def write_record(self, record: Mapping[str, Any]) -> None:
+        """Write run.json, and config.toml that `--config` reads, each value with its origin."""
+        write_json(self.record, record)
+        lines = ["# The resolved configuration of this run; use it again with --config."]
+        for name, value in record["config"].items():
+            if value is not None:
+                lines.append(f"{tomli_w.dumps({name: value}).strip()}  # {record['origins'][name]}")
+        write_text(self.path / "config.toml", "\n".join(lines) + "\n")
+
+    def read_record(self) -> dict[str, Any]:
+        """Read run.json.
+
+        Raises:
+            TexforceError: it is damaged.
+        """
+        try:
+            record: dict[str, Any] = json.loads(self.record.read_text(encoding="utf-8"))
+            record["config"]
+        except (ValueError, UnicodeDecodeError, KeyError, TypeError) as error:
+            raise TexforceError(f"'{self.record}' is damaged", "start a new run with --config config.toml") from error
+        return record
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a .jsonl file as a whole: after a crash it ends with a complete line."""
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a .jsonl file, [] where there is none."""
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def versions() -> dict[str, str]:
+    """The versions that made a run."""
+    found = {"python": platform.python_version(), "platform": platform.platform(terse=True)}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
