@@ -214,7 +214,9 @@ class DDPO:
         return Rollouts(Trajectory.join(parts), scores)
 
     def _draw(self, epoch: int, indices: range, prompts: Sequence[str]) -> Trajectory:
-        return rollout(self.policy, prompts, [derive(self.seed, "image", epoch, index) for index in indices])
+        seeds = [derive(self.seed, "image", epoch, index) for index in indices]
+        drawn: Trajectory = rollout(self.policy, prompts, seeds)
+        return drawn
 
     def _score(self, drawn: Trajectory, batch: Sequence[Prompt]) -> dict[str, NDArray[np.float64]]:
         return self.rewards.score(drawn.images, drawn.prompts, [prompt.metadata for prompt in batch])

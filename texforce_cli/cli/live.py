@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,8 @@ from texforce_cli.workflows.events import (
 )
 
 if TYPE_CHECKING:
-    from texforce_cli.workflows.train import Plan, TrainResult
+    from texforce_cli.workflows.plan import Plan
+    from texforce_cli.workflows.train import TrainResult
 
 
 class TrainView:
@@ -101,8 +101,9 @@ class TrainView:
     def _bar(self, name: str, done: int, total: int, about: str = "") -> None:
         if name not in self._tasks:
             self._tasks[name] = self._progress.add_task(name, total=total, about=about)
-        fields = {"about": about} if about else {}
-        self._progress.update(self._tasks[name], completed=done, total=total, **fields)
+        self._progress.update(self._tasks[name], completed=done, total=total)
+        if about:
+            self._progress.update(self._tasks[name], about=about)
 
     def _epoch(self, event: EpochDone) -> None:
         report = event.report
@@ -146,9 +147,8 @@ def result_document(result: TrainResult) -> dict[str, Any]:
 def describe_plan(plan: Plan, *, as_json: bool) -> None:
     """The plan of a dry run: every option with its origin, and what it costs."""
     cost = plan.cost()
-    hours = _computed_hours(plan, cost)
     if as_json:
-        document = {"config": dataclasses.asdict(plan.config), "origins": dict(plan.origins), "cost": cost | hours}
+        document = {"config": dataclasses.asdict(plan.config), "origins": dict(plan.origins), "cost": cost}
         write_json({"plan": document})
         return
     note(f"model: {plan.source.name} ({plan.source.reason})")
@@ -157,17 +157,5 @@ def describe_plan(plan: Plan, *, as_json: bool) -> None:
     for name, value in dataclasses.asdict(plan.config).items():
         table.add_row(name.replace("_", "-"), escape(str(value)), plan.origins[name])
     stderr.print(table)
-    for name, number in (cost | hours).items():
+    for name, number in cost.items():
         note(f"{name.replace('_', ' ')}: {number:,.4g}" if number < 1e4 else f"{name.replace('_', ' ')}: {number:,.0f}")
-
-
-def _computed_hours(plan: Plan, cost: Mapping[str, float]) -> dict[str, float]:
-    if plan.source.family == "tiny":
-        return {}
-    from texforce_cli.presets import computed_memory_gb, computed_petaflop
-
-    c = plan.config
-    return {
-        "computed_petaflop": computed_petaflop(cost["unet_calls_sampling"], cost["unet_calls_training"], c.size or 512),
-        "computed_memory_gb": computed_memory_gb(c.precision, c.micro_batch, c.guidance != 1),
-    }

@@ -36,10 +36,10 @@ def _train(
     from texforce_cli.cli.console import write_json
     from texforce_cli.cli.live import TrainView, describe_plan, result_document, summarise
     from texforce_cli.workflows import train as workflow
+    from texforce_cli.workflows.plan import plan
 
     if dry_run:
-        made = workflow.plan(flags, config)
-        describe_plan(made, as_json=json)
+        describe_plan(plan(flags, config), as_json=json)
         return
     with TrainView() as view:
         if resume:

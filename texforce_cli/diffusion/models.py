@@ -55,6 +55,13 @@ class ModelSource:
         return "tiny" if self.kind == "tiny" else "sd"
 
     @property
+    def reference(self) -> str:
+        """What `--model` has to be given to get these weights again, from any folder."""
+        if self.kind == "hub":
+            return f"{self.location}@{self.revision}"
+        return self.location if self.kind in ("folder", "file") else self.name
+
+    @property
     def short_name(self) -> str:
         """A name fit for a folder."""
         return Path(self.location).stem if self.kind in ("folder", "file") else self.name.rpartition("/")[2]
@@ -89,7 +96,9 @@ def resolve_model(name: str) -> ModelSource:
     if "xl" in repository.lower().replace("-", "").split("/")[-1] and "diffusion" in repository.lower():
         raise UsageError(f"'{repository}' is SDXL, which cannot be trained yet", f"use one of {', '.join(NAMES)}")
     if repository.count("/") == 1 and all(repository.split("/")) and not name.startswith((".", "~", "/")):
-        return ModelSource(repository, "hub", repository, revision or "main")
+        pinned = (repository, revision or "main")
+        alias = next((alias for alias, known in _HUB.items() if known == pinned), repository)
+        return ModelSource(alias, "hub", *pinned)
     close = difflib.get_close_matches(name, NAMES, n=1)
     raise UsageError(
         f"unknown model '{name}'",

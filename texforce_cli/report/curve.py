@@ -19,7 +19,8 @@ def reward_curve(
 ) -> None:
     """Write a PNG.
 
-    `rows` have images, reward_mean, reward_std, approx_kl; `evaluations` images, mean, low, high.
+    `rows` have images, reward_mean, reward_std, approx_kl; `evaluations` images, mean, low, high and base, the reward
+    of the base model on the same pairs.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -38,6 +39,7 @@ def reward_curve(
         top.errorbar(
             at, mean, yerr=error, color="#c2410c", marker="o", markersize=4, capsize=3, label="held-out pairs, 95 %"
         )
+        top.axhline(evaluations[-1]["base"], color="#c2410c", linestyle=":", linewidth=1.2, label="the base on them")
     top.set_title(title, fontsize=11)
     top.set_ylabel(reward_label)
     top.legend(fontsize=8, frameon=False)

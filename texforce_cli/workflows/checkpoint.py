@@ -54,7 +54,7 @@ def save(folder: Path, checkpoint: Checkpoint, lora: bytes) -> None:
 
 def load_latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that is whole, and a sentence for each damaged one that was passed over."""
-    damaged = []
+    damaged: list[str] = []
     for epoch in sorted(epochs(folder), reverse=True):
         path = _path(folder, epoch)
         try:

@@ -16,7 +16,7 @@ from texforce_cli.workflows.events import Evaluation
 from texforce_cli.workflows.run_folder import versions
 
 if TYPE_CHECKING:
-    from texforce_cli.workflows.train import Plan
+    from texforce_cli.workflows.plan import Plan
 
 _ARCHITECTURE = {
     "sd14": ("stable-diffusion-v1/lora", "sd_1.4"),

@@ -31,6 +31,11 @@ class RunFolder:
         return self.path / "run.json"
 
     @property
+    def prompts(self) -> Path:
+        """prompts.jsonl: the prompts of the run, seen and unseen, whatever becomes of their source."""
+        return self.path / "prompts.jsonl"
+
+    @property
     def metrics(self) -> Path:
         """metrics.jsonl: one line an epoch."""
         return self.path / "metrics.jsonl"

@@ -9,26 +9,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from texforce_cli.algorithms.base import Algorithm, EpochReport, Phase
-from texforce_cli.algorithms.ddpo import DDPO, DDPOSettings, TrainSteps
-from texforce_cli.algorithms.optimisation import Optimisation, OptimiserSettings
+from texforce_cli.algorithms.base import EpochReport, Phase
 from texforce_cli.config import TrainConfig, differences, resolve
-from texforce_cli.core.ppo import mean_clip_range
-from texforce_cli.diffusion.adapters import Adapter
-from texforce_cli.diffusion.models import ModelSource, fingerprint, load_pipeline, resolve_device, resolve_model
-from texforce_cli.diffusion.policy import Denoising, Policy
+from texforce_cli.diffusion.models import fingerprint, load_pipeline, resolve_model
 from texforce_cli.errors import Interrupted, TexforceError, UsageError
-from texforce_cli.lora.files import read_lora
-from texforce_cli.lora.spec import parse_lora
-from texforce_cli.prompts import PromptSet, load_prompts
+from texforce_cli.files import write_text
+from texforce_cli.prompts import read_prompts
 from texforce_cli.report.curve import reward_curve
-from texforce_cli.rewards.registry import load_registry
-from texforce_cli.rewards.terms import RewardSet, parse_terms
+from texforce_cli.rewards.terms import RewardSet
 from texforce_cli.workflows import checkpoint as checkpoints
 from texforce_cli.workflows import model_card
+from texforce_cli.workflows.assembly import make_adapter, make_algorithm, make_optimisation, make_policy, make_rewards
 from texforce_cli.workflows.checkpoint import Checkpoint
 from texforce_cli.workflows.events import (
     Checked,
@@ -44,6 +37,7 @@ from texforce_cli.workflows.events import (
 )
 from texforce_cli.workflows.heldout import HeldOut
 from texforce_cli.workflows.loggers import open_logger
+from texforce_cli.workflows.plan import Plan, plan
 from texforce_cli.workflows.run_folder import RunFolder, read_rows, versions, write_rows
 from texforce_cli.workflows.stopping import StopRequest
 
@@ -51,31 +45,6 @@ FLAT_EPOCHS = 3
 """So many epochs in a row whose rewards do not vary end a run."""
 PICTURES = 8
 """Pairs shown in samples/epoch_NNNN.png."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A run that is resolved but has loaded no weights."""
-
-    config: TrainConfig
-    origins: Mapping[str, str]
-    source: ModelSource
-    prompts: PromptSet
-
-    def cost(self) -> dict[str, float]:
-        """Images and U-Net calls (one image, one branch, one step) of the whole run."""
-        c = self.config
-        images = c.total_epochs * c.samples_per_epoch
-        branches = 1 if c.guidance == 1 else 2
-        steps = TrainSteps.parse(c.train_steps)
-        share = {"all": c.steps, "random": steps.amount * c.steps}.get(steps.kind, min(steps.amount, c.steps))
-        return {
-            "epochs": c.total_epochs,
-            "images": images,
-            "updates": c.total_epochs * c.updates_per_epoch,
-            "unet_calls_sampling": images * c.steps * branches,
-            "unet_calls_training": round(images * share * branches * c.inner_epochs),
-        }
 
 
 @dataclass(frozen=True)
@@ -90,33 +59,6 @@ class TrainResult:
     evaluation: Evaluation | None
 
 
-def plan(flags: Mapping[str, Any], config_file: Path | None = None) -> Plan:
-    """Resolve every option, the model's name and the prompts; load no weights.
-
-    Raises:
-        UsageError: everything that is wrong with the options, in one message.
-    """
-    first = resolve(flags, config_file)  # all mistakes before anything is looked up
-    source = resolve_model(first.config.model)
-    resolved = resolve(flags, config_file, family=source.family)
-    config, origins = resolved.config, dict(resolved.origins)
-    if not config.reward:
-        raise UsageError("no reward was given", "add --reward jpeg-incompressibility, or another of: texforce rewards")
-    registry = load_registry()
-    for spec in parse_terms(config.reward, config.reward_option):
-        registry.find(spec.name)
-    prompts = load_prompts(config.prompts, source.family)
-    for name, value in {
-        "model": source.name if source.revision in (None, "main") else f"{source.location}@{source.revision}",
-        "device": str(resolve_device(config.device)),
-        "alpha": config.alpha or float(config.rank),
-    }.items():
-        if getattr(config, name) != value:
-            origins[name] = f"{origins[name]}, resolved"
-            config = replace(config, **{name: value})
-    return Plan(config, origins, source, prompts)
-
-
 def train(flags: Mapping[str, Any], *, config_file: Path | None = None, listener: Listener = silent) -> TrainResult:
     """Begin a run and see it through.
 
@@ -126,10 +68,11 @@ def train(flags: Mapping[str, Any], *, config_file: Path | None = None, listener
     """
     made = plan(flags, config_file)
     listener(Note(f"model: {made.source.name} ({made.source.reason}), on {made.config.device}"))
-    rewards = _rewards(made.config)
+    rewards = make_rewards(made.config)
     folder = RunFolder.create(made.config.out, str(made.config.reward[0]).partition(":")[0], made.source.short_name)
     config = replace(made.config, out=str(folder.path))
     run = TrainingRun(folder, replace(made, config=config), rewards, listener)
+    write_text(folder.prompts, made.prompts.to_jsonl())
     run.write_record(status="running")
     return run.run()
 
@@ -156,18 +99,11 @@ def resume(
                 "resume without them, or begin a new run with --config " + str(folder.path / "config.toml"),
             )
     config = TrainConfig(**recorded)
-    source = resolve_model(config.model)
-    prompts = load_prompts(config.prompts, source.family)
-    if prompts.sha256 != record["prompts"]["sha256"]:
-        raise UsageError(f"the prompts '{config.prompts}' have changed since '{path}' was begun", "restore them")
-    run = TrainingRun(folder, Plan(config, record["origins"], source, prompts), _rewards(config), listener)
+    source = replace(resolve_model(config.model), reason=record["model"]["reason"])
+    prompts = replace(read_prompts(folder.prompts), **{key: record["prompts"][key] for key in ("name", "source")})
+    run = TrainingRun(folder, Plan(config, record["origins"], source, prompts), make_rewards(config), listener)
     run.restore()
     return run.run()
-
-
-def _rewards(config: TrainConfig) -> RewardSet:
-    terms = parse_terms(config.reward, config.reward_option)
-    return RewardSet(terms, load_registry(), normalize=config.normalize_rewards)
 
 
 class TrainingRun:
@@ -181,81 +117,23 @@ class TrainingRun:
         pipeline = load_pipeline(made.source, device=torch.device(config.device), precision=config.precision)
         if made.source.family == "sd":
             listener(Note("the safety checker is off while training"))
-        self.adapter = Adapter.insert(
-            pipeline, config.train, rank=config.rank, alpha=config.alpha or config.rank, seed=config.seed
+        self.adapter = make_adapter(pipeline, config)
+        self.policy = make_policy(pipeline, config, self.adapter)
+        self.optimisation = make_optimisation(config, self.adapter)
+        self.algorithm = make_algorithm(
+            config, self.policy, rewards, self.optimisation, made.prompts.seen, self._progress
         )
-        if config.init_lora:
-            self._start_from(config.init_lora)
-        self.policy = self._policy(pipeline)
-        self.optimisation = Optimisation(self.adapter.parameters(), self._optimiser_settings())
-        self.algorithm: Algorithm = self._algorithm()
         self.heldout = HeldOut(made.prompts, config.eval_images, self.policy, self.rewards, batch=config.micro_batch)
         self.rows: list[dict[str, Any]] = []
         self.evaluations: list[Evaluation] = []
         self.epoch, self.flat_epochs = 0, 0
         self.best: tuple[float, int] | None = None
 
-    # making the parts
-
-    def _start_from(self, spec: str) -> None:
-        lora = parse_lora(spec)
-        self.adapter.import_(read_lora(lora.source).weights, lora.weight, lora.source)
-
-    def _policy(self, pipeline: Any) -> Policy:
-        c = self.config
-        if c.gradient_checkpointing:
-            pipeline.unet.enable_gradient_checkpointing()
-        denoising = Denoising(c.steps, c.guidance, c.eta, c.size, c.negative_prompt)
-        policy = Policy(pipeline, denoising, adapter=self.adapter, unconditional=c.uncond_embedding)
-        if c.compile:
-            policy.unet = torch.compile(pipeline.unet)
-        for prompt in (*self.plan.prompts.seen, *self.plan.prompts.unseen):
-            cut = policy.too_long(prompt.text)
-            if cut:
-                self.listener(
-                    Warned(f"{cut} tokens of the prompt '{prompt.text[:60]}' are beyond the limit and are not seen")
-                )
-        return policy
-
-    def _optimiser_settings(self) -> OptimiserSettings:
-        c = self.config
-        return OptimiserSettings(
-            learning_rate=c.lr,
-            updates=c.total_epochs * c.updates_per_epoch,
-            schedule=c.lr_schedule,
-            warmup=c.warmup,
-            weight_decay=c.weight_decay,
-            max_grad_norm=c.grad_norm,
-            ema=c.ema,
-            loss_scale=2.0**12 if c.precision == "fp16" else 1.0,
-        )
-
-    def _algorithm(self) -> Algorithm:
-        c = self.config
-        settings = DDPOSettings(
-            samples=c.samples_per_epoch,
-            group_size=c.group_size,
-            micro_batch=c.micro_batch,
-            update_batch=c.update_batch,
-            clip_range=mean_clip_range(c.clip_range, c.clip_convention, int(np.prod(self.policy.latent_shape))),
-            train_steps=TrainSteps.parse(c.train_steps),
-            advantages=c.advantages,
-            advantage_clip=c.adv_clip,
-            inner_epochs=c.inner_epochs,
-            kl_weight=c.kl,
-            kl_target=c.kl_target,
-        )
-        prompts = self.plan.prompts.seen
-        return DDPO(
-            self.policy, self.rewards, self.optimisation, prompts, settings, seed=c.seed, progress=self._progress
-        )
-
-    # the run
-
     def run(self) -> TrainResult:
         """Epochs until the budget is spent, the user stops it, or it cannot learn."""
         begun = time.perf_counter()
         total = self.config.total_epochs
+        self._warn_of_long_prompts()
         self.listener(
             Started(
                 self.folder.path,
@@ -345,6 +223,13 @@ class TrainingRun:
                 "versions": versions(),
             }
         )
+
+    def _warn_of_long_prompts(self) -> None:
+        for prompt in (*self.plan.prompts.seen, *self.plan.prompts.unseen):
+            cut = self.policy.too_long(prompt.text)
+            if cut:
+                text = f"{cut} tokens of the prompt '{prompt.text[:60]}' are beyond the limit and are not seen"
+                self.listener(Warned(text))
 
     def _check_preflight(self) -> None:
         result = self.algorithm.preflight()
@@ -485,6 +370,7 @@ def _curve_point(evaluation: Evaluation) -> dict[str, float]:
     return {
         "images": evaluation.images,
         "mean": evaluation.mean,
+        "base": evaluation.base_mean,
         "low": evaluation.mean - half,
         "high": evaluation.mean + half,
     }

@@ -1,0 +1,89 @@
+"""From a resolved configuration to the parts that learn: policy, optimiser, algorithm."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from texforce_cli.algorithms.base import Algorithm, Progress
+from texforce_cli.algorithms.ddpo import DDPO, DDPOSettings, TrainSteps
+from texforce_cli.algorithms.optimisation import Optimisation, OptimiserSettings
+from texforce_cli.config import TrainConfig
+from texforce_cli.core.ppo import mean_clip_range
+from texforce_cli.diffusion.adapters import Adapter
+from texforce_cli.diffusion.policy import Denoising, Policy
+from texforce_cli.lora.files import read_lora
+from texforce_cli.lora.spec import parse_lora
+from texforce_cli.prompts import Prompt
+from texforce_cli.rewards.registry import load_registry
+from texforce_cli.rewards.terms import RewardSet, parse_terms
+
+
+def make_rewards(config: TrainConfig) -> RewardSet:
+    """The rewards of the run, imported and made."""
+    terms = parse_terms(config.reward, config.reward_option)
+    return RewardSet(terms, load_registry(), normalize=config.normalize_rewards)
+
+
+def make_adapter(pipeline: Any, config: TrainConfig) -> Adapter:
+    """A LoRA on the trained component, begun from `--init-lora` where one is given."""
+    rank = config.rank
+    adapter = Adapter.insert(pipeline, config.train, rank=rank, alpha=config.alpha or rank, seed=config.seed)
+    if config.init_lora:
+        lora = parse_lora(config.init_lora)
+        adapter.import_(read_lora(lora.source).weights, lora.weight, lora.source)
+    return adapter
+
+
+def make_policy(pipeline: Any, config: TrainConfig, adapter: Adapter) -> Policy:
+    """The pipeline as the policy of Eq. (1), drawing as the configuration says."""
+    if config.gradient_checkpointing:
+        pipeline.unet.enable_gradient_checkpointing()
+    denoising = Denoising(config.steps, config.guidance, config.eta, config.size, config.negative_prompt)
+    policy = Policy(pipeline, denoising, adapter=adapter, unconditional=config.uncond_embedding)
+    if config.compile:
+        policy.unet = torch.compile(pipeline.unet)
+    return policy
+
+
+def make_optimisation(config: TrainConfig, adapter: Adapter) -> Optimisation:
+    """AdamW over the LoRA with the schedule of the whole run."""
+    settings = OptimiserSettings(
+        learning_rate=config.lr,
+        updates=config.total_epochs * config.updates_per_epoch,
+        schedule=config.lr_schedule,
+        warmup=config.warmup,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.grad_norm,
+        ema=config.ema,
+        loss_scale=2.0**12 if config.precision == "fp16" else 1.0,
+    )
+    return Optimisation(adapter.parameters(), settings)
+
+
+def make_algorithm(
+    config: TrainConfig,
+    policy: Policy,
+    rewards: RewardSet,
+    optimisation: Optimisation,
+    prompts: Sequence[Prompt],
+    progress: Progress,
+) -> Algorithm:
+    """What learns. DDPO is the one there is; others that follow `algorithms.base.Algorithm` are chosen here."""
+    settings = DDPOSettings(
+        samples=config.samples_per_epoch,
+        group_size=config.group_size,
+        micro_batch=config.micro_batch,
+        update_batch=config.update_batch,
+        clip_range=mean_clip_range(config.clip_range, config.clip_convention, int(np.prod(policy.latent_shape))),
+        train_steps=TrainSteps.parse(config.train_steps),
+        advantages=config.advantages,
+        advantage_clip=config.adv_clip,
+        inner_epochs=config.inner_epochs,
+        kl_weight=config.kl,
+        kl_target=config.kl_target,
+    )
+    return DDPO(policy, rewards, optimisation, prompts, settings, seed=config.seed, progress=progress)

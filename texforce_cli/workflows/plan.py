@@ -1,0 +1,78 @@
+"""A training run on paper: every option resolved, nothing loaded, and what it will cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from texforce_cli.algorithms.ddpo import TrainSteps
+from texforce_cli.config import TrainConfig, resolve
+from texforce_cli.diffusion.models import ModelSource, resolve_device, resolve_model
+from texforce_cli.errors import UsageError
+from texforce_cli.presets import computed_memory_gb, computed_petaflop
+from texforce_cli.prompts import PromptSet, load_prompts
+from texforce_cli.rewards.registry import load_registry
+from texforce_cli.rewards.terms import parse_terms
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that is resolved but has loaded no weights."""
+
+    config: TrainConfig
+    origins: Mapping[str, str]
+    source: ModelSource
+    prompts: PromptSet
+
+    def cost(self) -> dict[str, float]:
+        """Images and U-Net calls (one image, one branch, one step) of the whole run.
+
+        For Stable Diffusion also what is computed from its layers, and not measured: see `presets`.
+        """
+        c = self.config
+        images = c.total_epochs * c.samples_per_epoch
+        branches = 1 if c.guidance == 1 else 2
+        steps = TrainSteps.parse(c.train_steps)
+        share = {"all": c.steps, "random": steps.amount * c.steps}.get(steps.kind, min(steps.amount, c.steps))
+        sampling, training = images * c.steps * branches, round(images * share * branches * c.inner_epochs)
+        cost: dict[str, float] = {
+            "epochs": c.total_epochs,
+            "images": images,
+            "updates": c.total_epochs * c.updates_per_epoch,
+            "unet_calls_sampling": sampling,
+            "unet_calls_training": training,
+        }
+        if self.source.family == "sd":
+            cost["computed_petaflop"] = computed_petaflop(sampling, training, c.size or 512)
+            cost["computed_memory_gb"] = computed_memory_gb(c.precision, c.micro_batch, branches == 2)
+        return cost
+
+
+def plan(flags: Mapping[str, Any], config_file: Path | None = None) -> Plan:
+    """Resolve every option, the model's name, the rewards' names and the prompts; load no weights.
+
+    Raises:
+        UsageError: everything that is wrong with the options, in one message.
+    """
+    first = resolve(flags, config_file)  # all mistakes before anything is looked up
+    source = resolve_model(first.config.model)
+    resolved = resolve(flags, config_file, family=source.family)
+    config, origins = resolved.config, dict(resolved.origins)
+    if not config.reward:
+        raise UsageError("no reward was given", "add --reward jpeg-incompressibility, or another of: texforce rewards")
+    registry = load_registry()
+    for spec in parse_terms(config.reward, config.reward_option):
+        registry.find(spec.name)
+    prompts = load_prompts(config.prompts, source.family)
+    chosen: dict[str, Any] = {
+        "model": source.reference,
+        "device": str(resolve_device(config.device)),
+        "alpha": config.alpha or float(config.rank),
+    }
+    for name, value in chosen.items():
+        if getattr(config, name) != value:
+            origins[name] = f"{origins[name]}, resolved"
+            config = replace(config, **{name: value})
+    return Plan(config, origins, source, prompts)
