@@ -236,3 +236,25 @@ def test_which_steps_are_trained() -> None:
         window = TrainSteps.parse("window:3").choose(stochastic, 2, rng)[:, 0].tolist()
         assert window == list(range(window[0], window[0] + 3)) and window[0] <= 4
     assert TrainSteps.parse("window:99").choose(stochastic, 1, rng).flatten().tolist() == stochastic
+
+
+@pytest.mark.parametrize("unconditional", ["trained", "snapshot", "base"])
+def test_the_kl_term_compares_with_the_base_whatever_embeds_the_empty_prompt(pipeline: Any, unconditional: str) -> None:
+    algorithm = make(pipeline, guidance=3.0, unconditional=unconditional, kl_weight=1.0)
+    texts = ["a cat"] * 4
+    plain = Policy(pipeline, Denoising(6, 3.0))
+    assert algorithm.policy.adapter is not None
+    with algorithm.policy.adapter.disabled():
+        expected_embeddings = plain.embed(texts)
+    for parameter in algorithm.policy.adapter.parameters():
+        parameter.data += 0.05
+    algorithm.policy.snapshot_unconditional()
+    drawn = algorithm._draw(0, range(4), texts)
+    images, step = torch.arange(4), torch.zeros(4, dtype=torch.long)
+    reference = algorithm._reference(texts)
+    assert reference is not None
+    with torch.no_grad(), algorithm.policy.adapter.disabled():
+        found = algorithm._reference_mean(drawn, images, step, reference)
+        output, _ = plain.output(drawn.latents[0], 0, expected_embeddings)
+        expected = plain.schedule.mean(drawn.latents[0], output, 0)
+    assert torch.allclose(found, expected, atol=1e-6)

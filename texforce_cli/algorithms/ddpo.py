@@ -298,7 +298,7 @@ class DDPO:
         penalty = 0.0
         if reference is not None and self.policy.adapter is not None:
             with torch.no_grad(), self.policy.adapter.disabled():
-                _, reference_mean = self._log_prob(drawn, images, step, reference)
+                reference_mean = self._reference_mean(drawn, images, step, reference)
             sigma = torch.tensor(self.policy.schedule.sigma, device=mean.device)[step].reshape(-1, 1, 1, 1)
             divergence = reference_kl(mean, reference_mean, sigma)
             loss = loss + self.settings.kl_weight * divergence.sum()
@@ -319,7 +319,13 @@ class DDPO:
         if not self.settings.kl_weight or self.policy.adapter is None:
             return None
         with torch.no_grad(), self.policy.adapter.disabled():
-            return self.policy.embed(prompts)
+            return self.policy.embed_now(prompts)
+
+    def _reference_mean(self, drawn: Trajectory, images: Tensor, step: Tensor, reference: Embeddings) -> Tensor:
+        """The mean of the base model's step from the stored states, both branches by the base."""
+        sample = drawn.latents[step, images]
+        output, _ = self.policy.output(sample, step, reference)
+        return self.policy.schedule.mean(sample, output, step)
 
     # bookkeeping
 

@@ -6,6 +6,7 @@ LoRA: W' = W + (alpha / r) B A (Hu et al. 2022; sec. 2.2 of the paper).
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -143,7 +144,8 @@ def stack(pipeline: Any, loras: Sequence[tuple[Mapping[str, Tensor], float]]) ->
     names = [f"lora{index}" for index in range(len(loras))]
     for name, (weights, _) in zip(names, loras):
         try:
-            pipeline.load_lora_weights(dict(weights), adapter_name=name)
+            with warnings.catch_warnings(action="ignore"):  # peft's remarks; what matters is checked below
+                pipeline.load_lora_weights(dict(weights), adapter_name=name)
         except (RuntimeError, ValueError, KeyError) as error:
             first = str(error).strip().splitlines()[0][:200]
             raise TexforceError(

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from safetensors import SafetensorError, safe_open
+
 from texforce_cli import tiny
+from texforce_cli.diffusion import single_file
 from texforce_cli.errors import TexforceError, UsageError
 from texforce_cli.files import sha256
 
@@ -33,7 +38,12 @@ _MOVED = {
     "runwayml/stable-diffusion-v1-5": "sd15",
     "stabilityai/stable-diffusion-2-1": "sd21",
     "stabilityai/stable-diffusion-2-1-base": "sd21-base",
+    "stabilityai/stable-diffusion-2": "sd21",
+    "stabilityai/stable-diffusion-2-base": "sd21-base",
 }
+_ALIASES = {repository: alias for alias, (repository, _) in _HUB.items()}
+_SDXL = re.compile(r"sd-?xl|diffusion-?xl")
+_PARTS = ("unet", "text_encoder", "vae")
 NAMES = ("tiny", *_HUB)
 MEMORY_FOR_SD15_GB = 10.0
 """Below this much GPU memory the default model is the embedded one."""
@@ -41,7 +51,11 @@ MEMORY_FOR_SD15_GB = 10.0
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where the weights come from. `location` is a folder, a file or a Hub id; `revision` only for the Hub."""
+    """Where the weights come from.
+
+    `name` is an alias, a Hub id, or the bare name of a folder or file, fit for files that are shared; `location` is the
+    absolute path or the Hub id; `revision` only for the Hub.
+    """
 
     name: str
     kind: Literal["tiny", "folder", "file", "hub"]
@@ -64,7 +78,7 @@ class ModelSource:
     @property
     def short_name(self) -> str:
         """A name fit for a folder."""
-        return Path(self.location).stem if self.kind in ("folder", "file") else self.name.rpartition("/")[2]
+        return self.name.rpartition("/")[2]
 
 
 def resolve_model(name: str) -> ModelSource:
@@ -74,6 +88,7 @@ def resolve_model(name: str) -> ModelSource:
 
     Raises:
         UsageError: a name that is no model, no path and no Hub id; SDXL.
+        TexforceError: a folder or file that holds something else than a whole SD 1.x or 2.x model.
     """
     if name == "auto":
         return _automatic()
@@ -83,22 +98,22 @@ def resolve_model(name: str) -> ModelSource:
         return ModelSource(name, "hub", *_HUB[name])
     path = Path(name).expanduser()
     if path.is_dir():
-        return ModelSource(name, "folder", str(path.resolve()))
-    if path.suffix in (".safetensors", ".ckpt", ".bin", ".pt"):
-        return _single_file(name, path)
+        return _folder(path.resolve())
+    if path.is_file() or path.suffix in (".safetensors", ".ckpt", ".bin", ".pt", ".pth"):
+        return _file(path.absolute())  # unresolved: the Hub's cache links names to files without an ending
     repository, _, revision = name.partition("@")
     if repository in _MOVED:
         alias = _MOVED[repository]
         raise UsageError(
-            f"the repository '{repository}' was taken down",
-            f"use --model {alias} ({_HUB[alias][0]}, the same weights) or a local folder",
+            f"the repository '{repository}' was taken down", f"use --model {alias} ({_HUB[alias][0]}) or a local folder"
         )
-    if "xl" in repository.lower().replace("-", "").split("/")[-1] and "diffusion" in repository.lower():
+    if _SDXL.search(repository.lower()):
         raise UsageError(f"'{repository}' is SDXL, which cannot be trained yet", f"use one of {', '.join(NAMES)}")
     if repository.count("/") == 1 and all(repository.split("/")) and not name.startswith((".", "~", "/")):
-        pinned = (repository, revision or "main")
-        alias = next((alias for alias, known in _HUB.items() if known == pinned), repository)
-        return ModelSource(alias, "hub", *pinned)
+        alias = _ALIASES.get(repository, "")
+        pinned = _HUB[alias][1] if alias else "main"
+        same = alias and revision in ("", pinned)
+        return ModelSource(alias if same else repository, "hub", repository, revision or pinned)
     close = difflib.get_close_matches(name, NAMES, n=1)
     raise UsageError(
         f"unknown model '{name}'",
@@ -107,12 +122,32 @@ def resolve_model(name: str) -> ModelSource:
     )
 
 
-def _single_file(name: str, path: Path) -> ModelSource:
-    if path.suffix != ".safetensors":
-        raise UsageError(f"'{name}' is a pickle, which can run code", "convert it to .safetensors first")
+def _folder(path: Path) -> ModelSource:
+    _refuse_other_pipelines(path / "model_index.json", path.name)
+    for part in _PARTS:
+        if any((path / part).glob("*.safetensors")):
+            continue
+        if any((path / part).glob("*.bin")):
+            raise TexforceError(
+                f"the {part} of '{path.name}' is saved as a pickle (.bin), which can run code",
+                "save the pipeline again with diffusers' save_pretrained, which writes .safetensors",
+            )
+        raise TexforceError(
+            f"'{path.name}' has no weights for its {part} (no {part}/*.safetensors)", "download the model again"
+        )
+    return ModelSource(path.name, "folder", str(path))
+
+
+def _file(path: Path) -> ModelSource:
     if not path.is_file():
-        raise UsageError(f"there is no file '{name}'", "check the path")
-    return ModelSource(name, "file", str(path.resolve()))
+        raise UsageError(f"there is no file '{path}'", "check the path")
+    if path.suffix != ".safetensors":
+        raise UsageError(
+            f"'{path.name}' is not a .safetensors file", "convert it; the other formats are pickles, which can run code"
+        )
+    found = single_file.inspect(path)
+    _refuse_other_pipelines(found.config / "model_index.json", found.config.name)
+    return ModelSource(path.stem, "file", str(path), reason=f"asked for; {found.note}")
 
 
 def _automatic() -> ModelSource:
@@ -162,23 +197,29 @@ def load_pipeline(
     Raises:
         TexforceError: missing, gated, offline or damaged weights; a pipeline of another kind.
     """
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
-
     arguments: dict[str, Any] = {"dtype": torch_dtype(precision)}
     if not safety_checker:
-        arguments |= {"safety_checker": None, "requires_safety_checker": False}
+        arguments |= {"safety_checker": None, "requires_safety_checker": False, "feature_extractor": None}
     with _quiet():
+        from diffusers import DDIMScheduler, StableDiffusionPipeline
+
         try:
             if source.kind == "file":
-                pipeline = StableDiffusionPipeline.from_single_file(source.location, **arguments)
+                pipeline = single_file.load(single_file.inspect(Path(source.location)), **arguments)
             else:
-                _refuse_other_pipelines(source)
-                arguments |= {"use_safetensors": True, "revision": source.revision}
-                pipeline = StableDiffusionPipeline.from_pretrained(source.location, **arguments)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+                if source.kind == "hub":
+                    _refuse_other_pipelines(_hub_index(source), source.name)
+                    arguments["revision"] = source.revision
+                elif all(".fp16" in file.name for file in Path(source.location).glob("unet/*.safetensors")):
+                    arguments["variant"] = "fp16"
+                pipeline = StableDiffusionPipeline.from_pretrained(source.location, use_safetensors=True, **arguments)
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise _loading_error(source, error) from error
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False, thresholding=False)
+        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False, thresholding=False)
+    _refuse_incomplete(source, pipeline)
     _refuse_impossible(source, pipeline)
+    if safety_checker and pipeline.safety_checker is None:
+        raise TexforceError(f"'{source.name}' comes without a safety checker", "leave out --safety-checker")
     pipeline.set_progress_bar_config(disable=True)
     for module in (pipeline.unet, pipeline.text_encoder, pipeline.vae):
         module.requires_grad_(False).eval()
@@ -186,38 +227,76 @@ def load_pipeline(
 
 
 def fingerprint(source: ModelSource) -> dict[str, str]:
-    """What a run folder records of the weights: a version or revision, and a SHA-256 where there is a file."""
+    """What a run folder records of the weights: a version or revision, and a SHA-256 where there is a file.
+
+    A branch of the Hub becomes the commit that is in the cache.
+    """
     if source.kind == "tiny":
         manifest = tiny.manifest()
         return {"version": manifest["version"], "sha256": manifest["sha256"]}
     if source.kind == "hub":
-        return {"revision": source.revision or "main"}
-    path = Path(source.location)
-    files = (
-        [path]
-        if path.is_file()
-        else sorted(path.glob("unet/*.safetensors")) + sorted(path.glob("text_encoder/*.safetensors"))
-    )
-    return {str(file.relative_to(path.parent if path.is_file() else path)): sha256(file) for file in files}
+        from huggingface_hub import try_to_load_from_cache
+
+        index = try_to_load_from_cache(source.location, "model_index.json", revision=source.revision)
+        return {"revision": Path(index).parent.name if isinstance(index, str) else source.revision or "main"}
+    return dict(_hashes(source.location))
 
 
-def _refuse_other_pipelines(source: ModelSource) -> None:
-    if source.kind == "hub":
-        return
-    index = Path(source.location) / "model_index.json"
+@functools.cache
+def _hashes(location: str) -> tuple[tuple[str, str], ...]:
+    """Gigabytes, and every checkpoint's header asks for them: once a process."""
+    path = Path(location)
+    if path.is_file():
+        return ((path.name, sha256(path)),)
+    files = sorted(path.glob("unet/*.safetensors")) + sorted(path.glob("text_encoder/*.safetensors"))
+    return tuple((file.relative_to(path).as_posix(), sha256(file)) for file in files)
+
+
+def _hub_index(source: ModelSource) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(source.location, "model_index.json", revision=source.revision))
+
+
+def _refuse_other_pipelines(index: Path, name: str) -> None:
     if not index.is_file():
         raise TexforceError(
-            f"'{source.location}' holds no pipeline (there is no model_index.json)",
+            f"'{name}' holds no pipeline (there is no model_index.json)",
             "give a folder that diffusers' save_pretrained wrote",
         )
     try:
         kind = json.loads(index.read_text(encoding="utf-8")).get("_class_name", "?")
     except (ValueError, UnicodeDecodeError, AttributeError) as error:
-        raise TexforceError(f"'{index}' is damaged", "download the model again") from error
+        raise TexforceError(f"model_index.json of '{name}' is damaged", "download the model again") from error
+    if str(kind).startswith("StableDiffusionXL"):
+        raise TexforceError(f"'{name}' is SDXL, which cannot be trained yet", f"use one of {', '.join(NAMES)}")
     if kind != "StableDiffusionPipeline":
+        raise TexforceError(f"'{name}' is a {kind}", "only StableDiffusionPipeline (SD 1.x, 2.x) is supported")
+
+
+def _refuse_incomplete(source: ModelSource, pipeline: Any) -> None:
+    """Where weights are missing diffusers leaves them out and transformers draws random ones; neither fails."""
+    for part in _PARTS:
+        module = getattr(pipeline, part)
+        absent = [key for key, value in module.state_dict().items() if value.is_meta]
+        if part == "text_encoder" and source.kind != "file":
+            absent += _never_read(module)
+        if absent:
+            others = f" and {len(absent) - 1} more weights" if len(absent) > 1 else ""
+            raise TexforceError(f"'{source.name}' lacks '{part}.{absent[0]}'{others}", "download the model again")
+    if len(pipeline.tokenizer) <= len(pipeline.tokenizer.all_special_ids):
         raise TexforceError(
-            f"'{source.location}' is a {kind}", "only StableDiffusionPipeline (SD 1.x, 2.x) is supported"
+            f"the tokenizer of '{source.name}' knows no words", "its tokenizer folder is incomplete: download it again"
         )
+
+
+def _never_read(encoder: Any) -> list[str]:
+    """Names of weights that the files of a text encoder do not hold."""
+    held: set[str] = set()
+    for path in Path(encoder.name_or_path).glob("*.safetensors"):
+        with safe_open(path, framework="np") as file:
+            held |= {key.removeprefix("text_model.") for key in file.keys()}  # noqa: SIM118 - not a mapping
+    return [key for key in encoder.state_dict() if held and key.removeprefix("text_model.") not in held]
 
 
 def _refuse_impossible(source: ModelSource, pipeline: Any) -> None:
@@ -237,46 +316,72 @@ def _refuse_impossible(source: ModelSource, pipeline: Any) -> None:
 
 
 def _loading_error(source: ModelSource, error: Exception) -> TexforceError:
+    """One sentence for what a library said, with what to download."""
+    from huggingface_hub import constants, errors
+
     first = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    for place, shown in ((source.location, source.name), (constants.HF_HUB_CACHE, "the cache")):
+        first = first.replace(f"{place}{os.sep}", "").replace(place, shown)  # no path of this machine in a run's record
     if source.kind != "hub":
         return TexforceError(
             f"the model '{source.name}' could not be loaded ({first})", "check that its files are complete"
         )
-    text = f"{type(error).__name__} {error}".lower()
     where = f"{source.location}@{source.revision}"
-    fetch = f"hf download {source.location} --revision {source.revision}"
-    if "gated" in text or "401" in text or "403" in text:
+    fetch = (
+        f"`hf download {source.location} --revision {source.revision}"
+        """ --include "*.json" --include "*.txt" --include "*/*model.safetensors"`"""
+    )
+    if isinstance(error, errors.GatedRepoError) or isinstance(error.__cause__, errors.GatedRepoError):
         return TexforceError(
             f"the model '{where}' is gated",
-            f"accept its licence on the Hub, then `hf auth login` and `{fetch}`; or --model tiny",
+            f"accept its licence on the Hub, then `hf auth login` and {fetch}; or --model tiny",
         )
-    if os.environ.get("HF_HUB_OFFLINE") == "1" or "offline" in text or "connect" in text or "resolve" in text:
+    if isinstance(error, errors.RevisionNotFoundError):
+        return TexforceError(f"'{source.location}' has no revision '{source.revision}'", "look it up on the Hub")
+    if isinstance(error, errors.RemoteEntryNotFoundError):
+        return TexforceError(
+            f"'{where}' holds no pipeline (there is no model_index.json)", "give a diffusers repository"
+        )
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return TexforceError(
+            f"there is no folder and no repository '{source.location}' that you may see",
+            f"check the name, log in with `hf auth login`, or use one of {', '.join(NAMES)}",
+        )
+    if constants.is_offline_mode():
+        return TexforceError(
+            f"the model '{where}' is not on this machine and HF_HUB_OFFLINE is set",
+            f"run {fetch} without it, or use --model tiny",
+        )
+    if isinstance(error, errors.LocalEntryNotFoundError):
         return TexforceError(
             f"the model '{where}' is not on this machine and the Hub is not reachable",
-            f"run `{fetch}` with a network, or use --model tiny",
+            f"run {fetch} with a network, or use --model tiny",
         )
-    return TexforceError(f"the model '{where}' could not be loaded ({first})", f"try `{fetch}`, or use --model tiny")
+    return TexforceError(f"the model '{where}' could not be loaded ({first})", f"try {fetch}, or use --model tiny")
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the libraries' remarks on loading (an AutoencoderTiny in a Stable Diffusion pipeline, progress bars)."""
+    """Without the libraries' remarks on importing and loading: what matters of them is said in one sentence.
+
+    Bars are for downloads only.
+    """
     import diffusers.utils.logging as diffusers_logging
     import transformers.utils.logging as transformers_logging
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars  # type: ignore[attr-defined]
 
-    names = ("diffusers", "transformers")
-    levels = [logging.getLogger(name).level for name in names]
-    bars = (
-        diffusers_logging.is_progress_bar_enabled() if hasattr(diffusers_logging, "is_progress_bar_enabled") else True
-    )
-    for name in names:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
+    libraries = (diffusers_logging, transformers_logging)
+    before = [(library, library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+    downloads = not are_progress_bars_disabled()
+    for library in libraries:
+        library.set_verbosity(logging.CRITICAL)
+        library.disable_progress_bar()
+    if downloads:
+        enable_progress_bars()
     try:
         yield
     finally:
-        for name, level in zip(names, levels):
-            logging.getLogger(name).setLevel(level)
-        if bars:
-            diffusers_logging.enable_progress_bar()
+        for library, level, bars in before:
+            library.set_verbosity(level)
+            if bars:
+                library.enable_progress_bar()

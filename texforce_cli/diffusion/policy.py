@@ -101,14 +101,18 @@ class Policy:
 
     def embed(self, prompts: Sequence[str]) -> Embeddings:
         """Encode each distinct prompt once. Gradients flow to the text encoder's LoRA where they are enabled."""
-        distinct = list(dict.fromkeys(prompts))
-        row = {prompt: index for index, prompt in enumerate(distinct)}
-        rows = torch.tensor([row[prompt] for prompt in prompts], device=self.device)
-        together = self.guided and self.unconditional == "trained"
-        table = self._encode([*distinct, self.denoising.negative_prompt] if together else distinct)
-        if together:
-            return Embeddings(table[:-1], rows, table[-1:])
-        return Embeddings(table, rows, self._frozen_unconditional() if self.guided else None)
+        distinct, rows = self._distinct(prompts)
+        if self.guided and self.unconditional == "trained":
+            return self.embed_now(prompts)
+        return Embeddings(self._encode(distinct), rows, self._frozen_unconditional() if self.guided else None)
+
+    def embed_now(self, prompts: Sequence[str]) -> Embeddings:
+        """As `embed`, the negative prompt too by the weights as they are, never from a snapshot."""
+        distinct, rows = self._distinct(prompts)
+        if not self.guided:
+            return Embeddings(self._encode(distinct), rows, None)
+        table = self._encode([*distinct, self.denoising.negative_prompt])
+        return Embeddings(table[:-1], rows, table[-1:])
 
     def embed_each(self, prompts: Sequence[str]) -> Embeddings:
         """The plain way: a row for every image, equal prompts encoded again; the negative prompt too."""
@@ -136,6 +140,7 @@ class Policy:
             assert embeddings.unconditional is not None
             nothing = embeddings.unconditional.to(self.dtype).expand(len(sample), -1, -1)
             if self.reuses_unconditional:
+                # one branch a pass, as training will do it: another batch shape would change the last bits of the ratio
                 with torch.no_grad():
                     unconditional_output = self._unet(sample, timestep, nothing)
                 conditional_output = self._unet(sample, timestep, conditional)
@@ -172,6 +177,11 @@ class Policy:
         """How many tokens of a prompt the text encoder does not see."""
         tokenizer: Any = self.pipeline.tokenizer
         return max(0, len(tokenizer(prompt).input_ids) - int(tokenizer.model_max_length))
+
+    def _distinct(self, prompts: Sequence[str]) -> tuple[list[str], Tensor]:
+        distinct = list(dict.fromkeys(prompts))
+        row = {prompt: index for index, prompt in enumerate(distinct)}
+        return distinct, torch.tensor([row[prompt] for prompt in prompts], device=self.device)
 
     def _frozen_unconditional(self) -> Tensor:
         if self._base_unconditional is None:

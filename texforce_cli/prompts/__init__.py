@@ -90,7 +90,7 @@ def read_prompts(path: Path) -> PromptSet:
     elif path.suffix.lower() == ".csv":
         rows = _csv(path, text)
     else:
-        rows = [{"prompt": line} for line in text.splitlines() if line.strip()]
+        rows = [{"prompt": line} for line in _lines(text) if line.strip()]
     splits: dict[str, list[Prompt]] = {"seen": [], "unseen": []}
     for number, row in enumerate(rows, 1):
         values = dict(row)
@@ -125,8 +125,13 @@ def _text(path: Path) -> str:
     return text
 
 
+def _lines(text: str) -> list[str]:
+    # not splitlines(): it also splits at characters that a prompt may hold
+    return text.replace("\r\n", "\n").split("\n")
+
+
 def _jsonl(path: Path, text: str) -> Iterable[Mapping[str, Any]]:
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(_lines(text), 1):
         if not line.strip():
             continue
         try:

@@ -94,7 +94,7 @@ def _face(family: Family) -> Split:
     texts = [
         f"{start}a {who}{place}" for place in _scenes() for start in ("", "a photo of ") for who in ("man", "woman")
     ]
-    return _every_fifth(texts)
+    return _every_fourth(texts)
 
 
 def _hand(family: Family) -> Split:
@@ -102,15 +102,15 @@ def _hand(family: Family) -> Split:
         return ["A photo of a hand"], ["A photo of two hands"]
     texts = [f"{start}a hand{place}" for place in _scenes() for start in ("", "a photo of ")]
     texts += [f"{start}{article(colour)} hand" for colour in _COLOURS for start in ("", "a photo of ")]
-    return _every_fifth(texts[1:])
+    return _every_fourth(texts)
 
 
 def _scenes() -> list[str]:
     return ["", *(f" {place}" for place in _PLACES)]
 
 
-def _every_fifth(texts: list[str]) -> Split:
-    return [t for i, t in enumerate(texts) if i % 5 != 4], [t for i, t in enumerate(texts) if i % 5 == 4]
+def _every_fourth(texts: list[str]) -> Split:
+    return [t for i, t in enumerate(texts) if i % 4 != 3], [t for i, t in enumerate(texts) if i % 4 == 3]
 
 
 def _plural(noun: str) -> str:

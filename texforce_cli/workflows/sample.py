@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -133,18 +133,26 @@ def _defaults(request: SampleRequest, files: Sequence[LoraFile]) -> tuple[ModelS
             trained = trained or json.loads(file.metadata.get("texforce", "{}"))
         except ValueError:
             continue
-    model = request.model
-    if model == "auto" and trained.get("base"):
-        base = trained["base"]
-        model = f"{base}@{trained['base_hash']['revision']}" if "revision" in trained.get("base_hash", {}) else base
-        source = resolve_model(model)
-        source = ModelSource(source.name, source.kind, source.location, source.revision, "the base of the LoRA")
-    else:
-        source = resolve_model(model)
+    source = _source(request.model, trained)
     usual = {"steps": 20 if source.family == "tiny" else 50, "guidance": 3.0 if source.family == "tiny" else 7.5}
     steps = request.steps or int(trained.get("steps") or usual["steps"])
     guidance = request.guidance if request.guidance is not None else float(trained.get("guidance") or usual["guidance"])
     return source, Denoising(steps, guidance, request.eta, request.size, request.negative_prompt)
+
+
+def _source(model: str, trained: Mapping[str, Any]) -> ModelSource:
+    """The model asked for; `auto` is the one that the LoRA was trained on."""
+    base = str(trained.get("base", ""))
+    if model != "auto" or not base:
+        return resolve_model(model)
+    revision = trained.get("base_hash", {}).get("revision")
+    try:
+        source = resolve_model(f"{base}@{revision}" if revision else base)
+    except UsageError as error:
+        raise UsageError(
+            f"the LoRA was trained on '{base}', which is not found here", "give it with --model"
+        ) from error
+    return replace(source, reason="the base of the LoRA")
 
 
 def _draw(

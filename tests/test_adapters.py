@@ -1,0 +1,114 @@
+"""LoRA on a live pipeline: what is exported draws what was trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from texforce_cli.diffusion.adapters import Adapter, stack
+from texforce_cli.diffusion.models import load_pipeline, resolve_model
+from texforce_cli.diffusion.policy import Denoising, Policy
+from texforce_cli.diffusion.sampler import draw
+from texforce_cli.errors import TexforceError
+from texforce_cli.lora.files import lora_bytes, read_lora
+from texforce_cli.tiny import WEIGHTS
+
+PROMPTS, SEEDS = ["a cat", "two red dogs"], [3, 4]
+
+
+def tuned(pipeline: Any, train: str = "both", rank: int = 3, alpha: float = 6.0) -> Adapter:
+    """A LoRA that changes the pictures, with alpha unequal to the rank."""
+    adapter = Adapter.insert(pipeline, train, rank=rank, alpha=alpha, seed=0)  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(1)
+    for parameter in adapter.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return adapter
+
+
+def pictures(pipeline: Any, adapter: Adapter | None = None) -> np.ndarray:  # type: ignore[type-arg]
+    return draw(Policy(pipeline, Denoising(4, 2.0), adapter=adapter), PROMPTS, SEEDS, batch=2).astype(int)
+
+
+def fresh() -> Any:
+    return load_pipeline(resolve_model("tiny"), device=torch.device("cpu"), precision="fp32")
+
+
+@pytest.mark.parametrize("train", ["text-encoder", "unet", "both"])
+def test_diffusers_loads_the_file_with_exactly_the_trained_effect(pipeline: Any, tmp_path: Path, train: str) -> None:
+    base = pictures(pipeline)
+    adapter = tuned(pipeline, train)
+    live = pictures(pipeline, adapter)
+    assert np.abs(live - base).max() > 20
+    (tmp_path / "pytorch_lora_weights.safetensors").write_bytes(lora_bytes(adapter.export(), {"texforce": "{}"}))
+    plain = StableDiffusionPipeline.from_pretrained(WEIGHTS, safety_checker=None, dtype=torch.float32)
+    plain.load_lora_weights(tmp_path)
+    assert np.abs(pictures(plain) - live).max() <= 1
+    ours = fresh()
+    stack(ours, [(read_lora(str(tmp_path)).weights, 1.0)])
+    assert np.abs(pictures(ours) - live).max() <= 1
+
+
+def test_disabled_is_the_base(pipeline: Any) -> None:
+    base = pictures(pipeline)
+    adapter = tuned(pipeline)
+    with adapter.disabled():
+        assert np.array_equal(pictures(pipeline, adapter), base)
+    assert not np.array_equal(pictures(pipeline, adapter), base)
+
+
+def test_a_new_adapter_changes_nothing_and_depends_on_the_seed_alone(pipeline: Any) -> None:
+    base = pictures(pipeline)
+    torch.manual_seed(123)
+    adapter = Adapter.insert(pipeline, "both", rank=4, alpha=4, seed=7)
+    assert np.array_equal(pictures(pipeline, adapter), base)
+    torch.manual_seed(321)
+    again = Adapter.insert(fresh(), "both", rank=4, alpha=4, seed=7)
+    assert all(torch.equal(a, b) for a, b in zip(adapter.parameters(), again.parameters()))
+    other = Adapter.insert(fresh(), "both", rank=4, alpha=4, seed=8)
+    assert not torch.equal(adapter.parameters()[0], other.parameters()[0])
+
+
+def test_starting_from_a_lora_of_smaller_rank_is_exact(pipeline: Any) -> None:
+    adapter = tuned(pipeline)
+    live = pictures(pipeline, adapter)
+    second = fresh()
+    started = Adapter.insert(second, "both", rank=5, alpha=10, seed=1)
+    started.import_(adapter.export(), 1.0, "x")
+    assert np.abs(pictures(second, started) - live).max() <= 1
+    small = Adapter.insert(fresh(), "both", rank=2, alpha=2, seed=1)
+    with pytest.raises(TexforceError, match="has rank 3, this run has rank 2; use --rank 3"):
+        small.import_(adapter.export(), 1.0, "x")
+    with pytest.raises(TexforceError, match="holds no layer"):
+        small.import_({}, 1.0, "x")
+
+
+def test_loras_stack_with_weights_that_add_up(pipeline: Any) -> None:
+    adapter = tuned(pipeline)
+    live = pictures(pipeline, adapter)
+    weights = adapter.export()
+    halves = fresh()
+    stack(halves, [(weights, 0.25), (weights, 0.75)])
+    assert np.abs(pictures(halves) - live).max() <= 2
+    cancelled = fresh()
+    base = pictures(cancelled)
+    stack(cancelled, [(weights, 1.0), (weights, -1.0)])
+    assert np.abs(pictures(cancelled) - base).max() <= 2
+
+
+@pytest.mark.parametrize(
+    "key", ["unet.mid_block.attentions.9.transformer_blocks.0.attn1.to_q", "text_encoder.text_model.nowhere.q_proj"]
+)
+def test_a_lora_of_another_model_is_refused(key: str) -> None:
+    pipeline = fresh()
+    good = tuned(fresh()).export()
+    stray = {f"{key}.lora_A.weight": torch.ones(2, 128), f"{key}.lora_B.weight": torch.ones(128, 2)}
+    with pytest.raises(TexforceError, match="another base model"):
+        stack(pipeline, [(good | stray, 1.0)])
+    wrong = {name: torch.ones(3, 77) if "lora_A" in name else value for name, value in good.items()}
+    with pytest.raises(TexforceError, match="another base model"):
+        stack(fresh(), [(wrong, 1.0)])

@@ -1,0 +1,130 @@
+"""One configuration: where values come from, and every mistake at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from texforce_cli.config import FIELDS, TrainConfig, differences, resolve
+from texforce_cli.errors import UsageError
+from texforce_cli.presets import PRESETS, automatic_preset, computed_petaflop
+
+
+def test_flag_over_environment_over_file_over_preset_over_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.toml"
+    path.write_text('steps = 11\nguidance = 2\nlr = 0.5\nreward = ["a"]\n')
+    monkeypatch.setenv("TEXFORCE_GUIDANCE", "3")
+    monkeypatch.setenv("TEXFORCE_LR", "0.25")
+    monkeypatch.setenv("TEXFORCE_HOME", "somewhere else")
+    found = resolve({"lr": "0.125", "preset": "tiny"}, path)
+    assert (found.config.lr, found.origins["lr"]) == (0.125, "flag")
+    assert (found.config.guidance, found.origins["guidance"]) == (3.0, "environment")
+    assert (found.config.steps, found.origins["steps"]) == (11, "file")
+    assert (found.config.group_size, found.origins["group_size"]) == (16, "preset tiny")
+    assert (found.config.eta, found.origins["eta"]) == (1.0, "default")
+
+
+def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "a.toml"
+    path.write_text("stepz = 5\nrank = 0\nmicro-batch = 4\n")
+    with pytest.raises(UsageError) as caught:
+        resolve({"lr": "fast", "train": "vae", "epochs": "-1", "train_steps": "first:0"}, path)
+    text = str(caught.value)
+    assert text.startswith("6 mistakes in the configuration: ")
+    for part in (
+        "unknown key 'stepz'",
+        "did you mean 'steps'?",
+        "--rank 0 (file) must be above 0",
+        "--lr 'fast' (flag) is not a number",
+        "--train 'vae' (flag) is none of text-encoder, unet, both",
+        "--epochs -1 (flag) must be above 0",
+        "--train-steps first:0 (flag) is not first:N",
+    ):
+        assert part in text
+    assert "micro" not in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ({"images": 500, "epochs": 3}, "say the same thing twice"),
+        ({"samples_per_epoch": 10, "group_size": 4}, "no multiple of --group-size 4"),
+        ({"images": 100, "samples_per_epoch": 200}, "less than one epoch"),
+        ({"advantages": "group"}, "needs --group-size 2"),
+        ({"kl_target": 1e-7, "samples_per_epoch": 8, "grad_accum": 1}, "needs two updates an epoch"),
+        ({"preset": "tinny"}, "did you mean 'tiny'"),
+        ({"images": "nan"}, "is not a whole number"),
+        ({"lr": "inf"}, "is not a number"),
+        ({"steps": "3.5"}, "is not a whole number"),
+    ],
+)
+def test_a_contradiction_is_named(flags: dict[str, object], sentence: str) -> None:
+    with pytest.raises(UsageError, match=sentence):
+        resolve(flags)
+
+
+def test_a_file_that_is_no_toml_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_bytes(b"\xff\x00")
+    for path in (tmp_path / "a.toml", tmp_path / "none.toml"):
+        with pytest.raises(UsageError, match=path.name):
+            resolve({}, path)
+
+
+def test_images_of_a_flag_replace_epochs_of_a_preset_and_the_other_way_round() -> None:
+    assert resolve({"preset": "phrase", "images": 1024}).config.total_epochs == 2
+    assert resolve({"preset": "tiny", "epochs": 3}).config.total_epochs == 3
+
+
+def test_images_of_a_flag_replace_epochs_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text("epochs = 7\n")
+    assert resolve({"images": 1024}, tmp_path / "a.toml").config.total_epochs == 2
+
+
+def test_the_presets_of_stable_diffusion_are_the_papers() -> None:
+    for name, samples in (("phrase", 512), ("many", 1024), ("face", 512), ("hand", 512)):
+        config = resolve({"preset": name}).config
+        assert (config.samples_per_epoch, config.steps, config.lr, config.rank) == (samples, 50, 3e-4, 16)
+        assert (config.guidance, config.train_steps, config.clip_range, config.advantages) == (
+            5.0,
+            "random:0.5",
+            1e-4,
+            "prompt",
+        )
+        assert 40 <= config.total_epochs <= 50
+        assert config.updates_per_epoch == 2
+    assert automatic_preset("sd", "color") == "phrase"
+    assert automatic_preset("sd", "animals") == "many"
+    assert automatic_preset("sd", "hand") == "hand"
+    assert automatic_preset("tiny", "hand") == "tiny"
+
+
+def test_every_preset_is_a_valid_configuration() -> None:
+    for name in PRESETS:
+        for train in ("text-encoder", "unet", "both"):
+            assert resolve({"preset": name, "train": train}).config.total_epochs > 0
+
+
+def test_the_computed_work_by_hand() -> None:
+    # 1000 calls of 0.8 TFLOP to sample, 500 forwards and 500 backwards to train: 2000 * 0.8 = 1.6 PFLOP
+    assert computed_petaflop(1000, 500, 512) == pytest.approx(1.6)
+    assert computed_petaflop(1000, 500, 256) == pytest.approx(0.4)
+
+
+def test_differences_name_old_and_new() -> None:
+    assert differences({"lr": 1.0, "out": "a"}, {"lr": 2.0, "out": "b"}, ignore=("out",)) == ["lr (1.0 -> 2.0)"]
+
+
+@given(st.dictionaries(st.sampled_from(sorted(FIELDS)), st.one_of(st.text(), st.integers(), st.floats(), st.none())))
+def test_whatever_is_given_the_answer_is_a_configuration_or_one_sentence(flags: dict[str, object]) -> None:
+    try:
+        config = resolve(flags).config
+    except UsageError as error:
+        assert "\n" not in str(error) or any(isinstance(v, str) and "\n" in v for v in flags.values())
+    else:
+        assert isinstance(config, TrainConfig)
+        assert config.rank > 0 and config.steps > 0 and config.total_epochs > 0

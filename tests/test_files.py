@@ -1,0 +1,62 @@
+"""Files are whole or absent."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from texforce_cli import files
+from texforce_cli.errors import TexforceError
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    files.write_json(path, {"a": 1})
+    with pytest.raises(ZeroDivisionError), files.atomic_path(path) as temporary:
+        temporary.write_text("half")
+        raise ZeroDivisionError
+    assert path.read_text() == '{\n  "a": 1\n}\n'
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize(
+    ("number", "sentence"),
+    [(errno.ENOSPC, "no space left"), (errno.EACCES, "cannot be written"), (errno.EIO, "could not be written")],
+)
+def test_the_sentence_of_a_failed_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, sentence: str
+) -> None:
+    def fail(self: Path, data: bytes) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    with pytest.raises(TexforceError, match=sentence) as caught:
+        files.write_bytes(tmp_path / "a", b"x")
+    assert str(tmp_path) in str(caught.value) and caught.value.hint
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_a_file_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("")
+    with pytest.raises(TexforceError, match="could not be written"):
+        files.write_text(tmp_path / "a" / "b", "x")
+
+
+def test_sha256(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").write_bytes(b"abc" * 1_000_000)
+    expected = hashlib.sha256(b"abc" * 1_000_000).hexdigest()
+    assert files.sha256(tmp_path / "a") == expected
+    monkeypatch.delattr(hashlib, "file_digest", raising=False)
+    assert files.sha256(tmp_path / "a") == expected
+
+
+def test_where_things_are_kept(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("TEXFORCE_HOME", str(tmp_path))
+    assert files.user_folder("cache") == tmp_path / "cache"
+    monkeypatch.delenv("TEXFORCE_HOME")
+    assert "texforce" in str(files.user_folder("data"))

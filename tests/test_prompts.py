@@ -1,0 +1,154 @@
+"""Prompt sets and files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from texforce_cli.errors import TexforceError, UsageError
+from texforce_cli.prompts import Prompt, PromptSet, fetched, load_prompts, read_prompts
+from texforce_cli.prompts.sets import SETS
+
+PHRASES = {
+    "color": ("A green colored rabbit", "A green colored cat"),
+    "count": ("Four wolves in the forest", "Four birds in the forest"),
+    "composition": ("A cat and a dog", "A cat and a cup"),
+    "location": ("A dog on the moon", "A lion on the moon"),
+}
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_every_set_of_the_embedded_model_has_24_seen_and_8_unseen_prompts(name: str) -> None:
+    found = load_prompts(name, "tiny")
+    seen, unseen = {p.text for p in found.seen}, {p.text for p in found.unseen}
+    assert len(seen) == len(found.seen) >= 24
+    assert len(unseen) == len(found.unseen) >= 8
+    assert not seen & unseen
+
+
+@pytest.mark.parametrize("name", set(SETS) - {"animals"})
+def test_unseen_prompts_combine_words_that_are_seen(name: str) -> None:
+    found = load_prompts(name, "tiny")
+    words = {word for p in found.seen for word in p.text.split()}
+    assert {word for p in found.unseen for word in p.text.split()} <= words | {"an"}
+
+
+def test_the_animals_held_back_are_not_in_the_training_prompts() -> None:
+    for family in ("tiny", "sd"):
+        found = load_prompts("animals", family)  # type: ignore[arg-type]
+        seen = {p.text.split()[-1] for p in found.seen}
+        assert not seen & {p.text.split()[-1] for p in found.unseen}
+    assert len(load_prompts("animals", "sd").seen) == 45
+
+
+@pytest.mark.parametrize("name", PHRASES)
+def test_on_stable_diffusion_the_sets_are_the_papers_phrases(name: str) -> None:
+    found = load_prompts(name, "sd")
+    assert (found.seen[0].text, found.unseen[0].text) == PHRASES[name]
+
+
+def test_the_embedded_model_reads_its_prompts_within_its_limit_and_knows_each_word() -> None:
+    from transformers import CLIPTokenizer
+
+    from texforce_cli.tiny import WEIGHTS
+
+    tokenizer = CLIPTokenizer.from_pretrained(WEIGHTS / "tokenizer")
+    for name in SETS:
+        found = load_prompts(name, "tiny")
+        for prompt in (*found.seen, *found.unseen):
+            tokens = tokenizer.convert_ids_to_tokens(tokenizer(prompt.text).input_ids)[1:-1]
+            assert [t.removesuffix("</w>") for t in tokens] == prompt.text.split()
+
+
+def test_txt_jsonl_and_csv_say_the_same(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a cat\n\n  a dog \n", encoding="utf-8")
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a cat"}\n\n{"prompt": "a dog", "id": 3, "split": "unseen"}\n')
+    (tmp_path / "a.csv").write_text("id,prompt,split\n1,a cat,\n2,a dog,unseen\n")
+    assert [p.text for p in read_prompts(tmp_path / "a.txt").seen] == ["a cat", "a dog"]
+    lines = read_prompts(tmp_path / "a.jsonl")
+    assert [p.text for p in lines.seen] == ["a cat"]
+    assert lines.unseen == (Prompt("a dog", {"id": 3}),)
+    table = read_prompts(tmp_path / "a.csv")
+    assert table.seen[0] == Prompt("a cat", {"id": "1"})
+    assert table.unseen[0].metadata == {"id": "2"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("a.txt", b"", "is empty"),
+        ("a.txt", b" \n\n", "is empty"),
+        ("a.txt", b"a cat\x00\x01", "is binary"),
+        ("a.txt", b"\xff\xfe\x00a", "is not UTF-8 text"),
+        ("a.jsonl", b'{"prompt": "a"}\n{"prompt":', "line 2 of"),
+        ("a.jsonl", b"[1]", "is no JSON object"),
+        ("a.jsonl", b'{"text": "a"}', "is no text"),
+        ("a.jsonl", b'{"prompt": 3}', "is no text"),
+        ("a.jsonl", b'{"prompt": "a", "split": "test"}', "has the split 'test'"),
+        ("a.jsonl", b'{"prompt": "a", "split": "unseen"}', "no prompt to train on"),
+        ("a.csv", b"text\na cat\n", "has no column 'prompt'"),
+    ],
+)
+def test_a_bad_file_is_named_with_what_is_wrong(tmp_path: Path, name: str, content: bytes, sentence: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UsageError, match=sentence):
+        load_prompts(str(tmp_path / name), "tiny")
+
+
+def test_unknown_sets_and_missing_files_are_named() -> None:
+    with pytest.raises(UsageError, match="did you mean 'animals'"):
+        load_prompts("animal", "tiny")
+    with pytest.raises(UsageError, match="there is no file"):
+        load_prompts("nowhere/a.txt", "tiny")
+
+
+@given(
+    st.lists(st.text(min_size=1).map(str.strip).filter(bool), min_size=1, max_size=5),
+    st.lists(st.text(min_size=1).map(str.strip).filter(bool), max_size=5),
+)
+def test_a_set_written_as_jsonl_is_read_again(
+    tmp_path_factory: pytest.TempPathFactory, a: list[str], b: list[str]
+) -> None:
+    original = PromptSet("x", "y", tuple(Prompt(t, {"k": i}) for i, t in enumerate(a)), tuple(map(Prompt, b)))
+    path = tmp_path_factory.mktemp("prompts") / "a.jsonl"
+    path.write_text(original.to_jsonl(), encoding="utf-8", newline="")
+    again = read_prompts(path)
+    assert (again.seen, again.unseen) == (original.seen, original.unseen)
+    assert again.sha256 == original.sha256
+
+
+def test_fetched_prompts_are_cached_and_come_from_a_pinned_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote = tmp_path / "remote"
+    for name, source in fetched.FETCHED.items():
+        folder = remote / source.repository / source.commit
+        (folder / source.seen).parent.mkdir(parents=True)
+        content = json.dumps([{"text": " a b "}]) if name == "imagereward-train" else "a b\nc\n"
+        (folder / source.seen).write_text(content)
+        if source.unseen:
+            (folder / source.unseen).write_text("d\n")
+    monkeypatch.setenv("TEXFORCE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(fetched, "_RAW", remote.as_uri())
+    assert [p.text for p in load_prompts("imagereward-train", "sd").seen] == ["a b"]
+    found = load_prompts("hpsv2-train-750", "sd")
+    assert ([p.text for p in found.seen], [p.text for p in found.unseen]) == (["a b", "c"], ["d"])
+    monkeypatch.setattr(fetched, "_RAW", (tmp_path / "gone").as_uri())
+    assert load_prompts("hpsv2-train-750", "sd") == found  # from the cache
+
+
+def test_without_a_network_the_sentence_says_what_to_fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEXFORCE_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(TexforceError, match=r"not on this machine.*refl_data.json"):
+        load_prompts("imagereward-train", "sd")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(fetched, "_RAW", (tmp_path / "gone").as_uri())
+    with pytest.raises(TexforceError, match="could not be fetched"):
+        load_prompts("imagereward-train", "sd")
+    assert not list(tmp_path.rglob("*.json"))

@@ -1,0 +1,233 @@
+"""Rewards: the grammar, the door for plugins, and what happens to one that misbehaves."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import io
+import math
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from texforce_cli.errors import TexforceError, UsageError
+from texforce_cli.rewards.hookspecs import hookimpl
+from texforce_cli.rewards.registry import Registry, RewardInfo, load_registry
+from texforce_cli.rewards.terms import RewardSet, TermSpec, parse_terms
+
+
+def pictures(*levels: int) -> np.ndarray:  # type: ignore[type-arg]
+    return np.stack([np.full((8, 8, 3), level, np.uint8) for level in levels])
+
+
+def test_the_grammar() -> None:
+    terms = parse_terms(["brightness", "jpeg-compressibility:-0.5"], ["jpeg-compressibility.quality=80"])
+    assert terms == [TermSpec("brightness", 1.0, {}), TermSpec("jpeg-compressibility", -0.5, {"quality": "80"})]
+    assert [str(term) for term in terms] == ["brightness", "jpeg-compressibility:-0.5"]
+
+
+@pytest.mark.parametrize(
+    ("rewards", "options", "sentence"),
+    [
+        (["a", "a:2"], [], "given twice"),
+        (["a:x"], [], "is not a finite number"),
+        (["a:nan"], [], "is not a finite number"),
+        (["a:"], [], "is not a finite number"),
+        (["a:0"], [], "other than 0"),
+        (["a"], ["b.x=1"], "belongs to no reward"),
+        (["a"], ["x=1"], "is not NAME.key=value"),
+        (["a"], ["a.x"], "is not NAME.key=value"),
+    ],
+)
+def test_bad_grammar_is_named(rewards: list[str], options: list[str], sentence: str) -> None:
+    with pytest.raises(UsageError, match=sentence):
+        parse_terms(rewards, options)
+
+
+@given(st.text(st.characters(exclude_characters=":", exclude_categories=["Cs"]), min_size=1), st.floats(0.001, 1e6))
+def test_a_name_with_a_weight_is_read_back(name: str, weight: float) -> None:
+    assert parse_terms([f"{name}:{weight!r}"]) == [TermSpec(name, weight)]
+
+
+def test_the_built_in_rewards_by_hand() -> None:
+    rewards = RewardSet(parse_terms(["brightness", "jpeg-incompressibility", "jpeg-compressibility"]), load_registry())
+    red = np.zeros((1, 8, 8, 3), np.uint8)
+    red[..., 0] = 255
+    found = rewards.score(np.concatenate([pictures(0, 255), red]), ["a", "b", "c"], [{}, {}, {}])
+    assert found["brightness"] == pytest.approx([0.0, 1.0, 0.299])
+    buffer = io.BytesIO()
+    Image.fromarray(red[0]).save(buffer, "JPEG", quality=95)
+    assert found["jpeg-incompressibility"][2] == len(buffer.getvalue()) / 1000
+    assert found["jpeg-compressibility"] == pytest.approx(-found["jpeg-incompressibility"])
+
+
+def test_weights_signs_and_normalisation() -> None:
+    def info(name: str, higher: bool) -> RewardInfo:
+        return RewardInfo(name, "texforce_cli.rewards.builtin.pictures:Brightness", "x", "1", higher_is_better=higher)
+
+    registry = Registry({"up": info("up", True), "down": info("down", False)})
+    terms = {"up": np.array([1.0, 3.0]), "down": np.array([10.0, 30.0])}
+    plain = RewardSet([TermSpec("up", 2.0), TermSpec("down", 1.0)], registry)
+    assert plain.total(terms).total.tolist() == [2 - 10, 6 - 30]
+    standard = RewardSet([TermSpec("up", 2.0), TermSpec("down", 1.0)], registry, normalize=True)
+    # both become -1 and 1; 2 * (-1) - (-1) = -1
+    assert standard.total(terms).total == pytest.approx([-1.0, 1.0], abs=1e-5)
+
+
+def test_options_are_typed_and_checked() -> None:
+    registry = load_registry()
+
+    def make(text: str) -> RewardSet:
+        return RewardSet(parse_terms(["jpeg-compressibility"], [f"jpeg-compressibility.{text}"]), registry)
+
+    assert make("quality=30")
+    with pytest.raises(UsageError, match="has no option 'qualty'; its options: quality"):
+        make("qualty=30")
+    with pytest.raises(UsageError, match="'high' is no value"):
+        make("quality=high")
+    with pytest.raises(TexforceError, match="quality 0 is not between 1 and 100"):
+        make("quality=0")
+
+
+def test_an_unknown_reward_is_answered_with_the_nearest() -> None:
+    with pytest.raises(UsageError, match="unknown reward .brightnes.; did you mean .brightness."):
+        RewardSet(parse_terms(["brightnes"]), load_registry())
+
+
+# plugins
+
+
+@pytest.fixture
+def plugins(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Install distributions for the length of a test: `plugins(name, register-function or exception)`."""
+    entries: list[Any] = []
+
+    class Entry:
+        def __init__(self, name: str, load: Callable[[], Any]) -> None:
+            self.name, self.load = name, load
+            self.dist = types.SimpleNamespace(name=name, version="1.0")
+
+    def install(name: str, hook: Callable[..., None] | Exception, attribute: str = "texforce_register_rewards") -> None:
+        def load() -> Any:
+            if isinstance(hook, Exception):
+                raise hook
+            module = types.ModuleType(name.replace("-", "_"))
+            setattr(module, attribute, hookimpl(hook))
+            return module
+
+        entries.append(Entry(name, load))
+
+    real = importlib.metadata.entry_points
+    monkeypatch.setattr(
+        importlib.metadata, "entry_points", lambda **kw: entries if kw.get("group") == "texforce" else real(**kw)
+    )
+    yield install
+
+
+def registers(name: str, factory: str = "nowhere:X", **about: Any) -> Callable[..., None]:
+    def hook(register: Callable[..., None]) -> None:
+        register(name, factory, **{"summary": "", "api_version": 1} | about)
+
+    return hook
+
+
+def test_a_plugin_is_found_and_stays_lazy(plugins: Callable[..., None]) -> None:
+    plugins("third-party", registers("sharpness", "not_there:Sharpness", unit="x"))
+    found = load_registry().find("sharpness")
+    assert (found.origin, found.version, found.unit) == ("third-party", "1.0", "x")
+    with pytest.raises(TexforceError, match=r"reward 'sharpness'.*could not be imported: ModuleNotFoundError"):
+        found.create({})
+
+
+def test_broken_plugins_break_only_themselves(plugins: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    plugins("broken-import", ImportError("no module named moon"))
+    plugins("too-new", registers("future", api_version=2))
+    plugins("no-version", lambda register: register("x", "y:Z"))
+    plugins("taken", registers("brightness"))
+    plugins("misspelt", registers("y"), attribute="texforce_register_reward")
+    plugins("good", registers("fine"))
+    registry = load_registry()
+    assert registry.find("fine").origin == "good"
+    assert registry.find("brightness").origin == "texforce"
+    assert set(registry.broken) == {"broken-import", "too-new", "no-version", "taken", "misspelt"}
+    assert "both 'texforce' and 'taken'" in registry.broken["taken"]
+    assert "API version 2" in registry.broken["too-new"]
+    with pytest.raises(UsageError, match="no module named moon"):
+        registry.find("moon")
+    monkeypatch.setenv("TEXFORCE_BLOCK_PLUGINS", "broken-import, taken")
+    assert "taken" not in load_registry().broken
+    monkeypatch.setenv("TEXFORCE_STRICT_PLUGINS", "1")
+    with pytest.raises(TexforceError, match="plugin 'too-new' is broken"):
+        load_registry()
+
+
+class Fake:
+    """A reward whose behaviour a test sets."""
+
+    answer: Any = None
+    closed = False
+
+    def score(self, images: Any, prompts: Any, metadata: Any) -> Any:
+        answer = type(self).answer
+        return answer(images, prompts, metadata) if callable(answer) else answer
+
+    def close(self) -> None:
+        type(self).closed = True
+
+
+@pytest.fixture
+def fake(plugins: Callable[..., None]) -> Iterator[type[Fake]]:
+    """A registered reward `fake`."""
+    module = types.ModuleType("fake_reward")
+    module.Fake = Fake  # type: ignore[attr-defined]
+    sys.modules["fake_reward"] = module
+    plugins("fakes", registers("fake", "fake_reward:Fake"))
+    yield Fake
+    del sys.modules["fake_reward"]
+
+
+def raises(images: Any, prompts: Any, metadata: Any) -> Any:
+    raise RuntimeError("out of luck")
+
+
+@pytest.mark.parametrize(
+    ("answer", "sentence"),
+    [
+        ([1.0], "returned 1 values for 2 images"),
+        ([1.0, math.nan], "returned nan for the prompt 'b'"),
+        ([math.inf, 1.0], "returned inf for the prompt 'a'"),
+        ([[1.0, 2.0]], "returned 2 values for 2 images"),
+        (["x", "y"], "failed: ValueError"),
+        (None, "failed: TypeError"),
+        (raises, "failed: RuntimeError: out of luck"),
+    ],
+)
+def test_a_reward_that_misbehaves_is_named(fake: type[Fake], answer: Any, sentence: str) -> None:
+    fake.answer = staticmethod(answer) if callable(answer) else answer
+    rewards = RewardSet(parse_terms(["fake"]), load_registry())
+    with pytest.raises(TexforceError, match=f"reward 'fake' {sentence}"):
+        rewards.score(pictures(0, 1), ["a", "b"], [{}, {}])
+
+
+def test_what_a_reward_is_given(fake: type[Fake]) -> None:
+    seen: list[Any] = []
+
+    def remember(images: Any, prompts: Any, metadata: Any) -> list[float]:
+        seen.append((images, prompts, metadata))
+        return [float(np.asarray(image).mean()) for image in images]
+
+    fake.answer = staticmethod(remember)
+    rewards = RewardSet(parse_terms(["fake"]), load_registry())
+    found = rewards.score(pictures(9, 7), ["a", "b"], [{"k": 1}, {}])
+    assert found["fake"].tolist() == [9.0, 7.0]
+    images, prompts, metadata = seen[0]
+    assert [image.mode for image in images] == ["RGB", "RGB"]
+    assert (prompts, metadata) == (["a", "b"], [{"k": 1}, {}])
+    rewards.close()
+    assert fake.closed

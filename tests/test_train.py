@@ -1,0 +1,280 @@
+"""`texforce train` through the real command, on the embedded model at its smallest settings."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+
+from texforce_cli.cli.app import run
+from texforce_cli.lora.files import FILE_NAME
+
+SMALL = (
+    "--samples-per-epoch 8 --group-size 4 --micro-batch 4 --grad-accum 1 --steps 3 --train-steps first:2 "
+    "--eval-images 4 --eval-every 2"
+).split()
+
+
+def train(*arguments: str, code: int = 0, reward: str = "brightness", epochs: int = 2) -> None:
+    command = ["train", "--reward", reward, "--model", "tiny", *SMALL, "--epochs", str(epochs), *arguments]
+    assert run(command) == code
+
+
+def adapter(run_folder: str | Path) -> bytes:
+    return (Path(run_folder) / "adapter" / FILE_NAME).read_bytes()
+
+
+def rows(run_folder: str | Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (Path(run_folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_seconds(run_folder: str | Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if "second" not in k} for row in rows(run_folder)]
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_run_leaves_a_folder_that_explains_itself() -> None:
+    train("--seed", "3", "--prompts", "color", epochs=3)
+    folder = Path("runs/brightness-tiny-1")
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert {
+        "run.json", "config.toml", "prompts.jsonl", "metrics.jsonl", "evaluations.jsonl", "curve.png", "before_after.png",
+        "samples/epoch_0002.png", "samples/epoch_0003.png", f"adapter/{FILE_NAME}", "adapter/README.md",
+        "checkpoints/epoch_0003/state.safetensors",
+    } <= names  # fmt: skip
+    assert not any(".tmp" in name for name in names)
+    record = json.loads((folder / "run.json").read_text())
+    assert record["status"] == "finished" and record["epochs_done"] == 3
+    assert record["config"]["seed"] == 3 and record["origins"]["seed"] == "flag"
+    assert record["origins"]["guidance"] == "preset tiny" and record["origins"]["eta"] == "default"
+    assert record["model"]["sha256"] and record["versions"]["torch"]
+    assert len(record["prompts"]["seen"]) == 24
+    found = rows(folder)
+    assert [row["epoch"] for row in found] == [1, 2, 3]
+    expected = {
+        "reward_mean", "reward_std", "terms", "approx_kl", "clip_fraction", "ratio_error", "grad_norm", "learning_rate",
+        "seconds_sampling", "seconds_rewards", "seconds_training", "images_per_second",
+    }  # fmt: skip
+    assert all(expected <= set(row) for row in found)
+    assert all(row["ratio_error"] < 2e-5 and row["grad_norm"] > 0 for row in found)
+    header = safetensors.safe_open(folder / "adapter" / FILE_NAME, "pt").metadata()
+    about = json.loads(header["texforce"])
+    assert about["base"] == "tiny" and about["rewards"] == ["brightness"] and about["images"] == 24
+    assert header["ss_network_dim"] == "16" and header["modelspec.architecture"]
+    assert "brightness" in (folder / "adapter" / "README.md").read_text()
+    again = ["train", "--config", str(folder / "config.toml"), "--out", "again"]
+    assert run(again) == 0
+    assert adapter("again") == adapter(folder)
+
+
+def test_the_same_command_gives_the_same_bits_and_another_seed_others() -> None:
+    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        train("--seed", seed, "--out", name)
+    assert adapter("a") == adapter("b")
+    assert without_seconds("a") == without_seconds("b")
+    assert adapter("a") != adapter("c")
+
+
+def test_batch_size_does_not_change_which_noise_an_image_gets(monkeypatch: pytest.MonkeyPatch) -> None:
+    from texforce_cli.diffusion.sampler import Trajectory
+
+    drawn: list[Trajectory] = []
+    join = Trajectory.join.__func__  # type: ignore[attr-defined]
+    monkeypatch.setattr(Trajectory, "join", classmethod(lambda cls, parts: drawn.append(join(cls, parts)) or drawn[-1]))
+    train("--out", "a", "--micro-batch", "4", "--grad-accum", "2", "--eval-images", "0", epochs=1)
+    train("--out", "b", "--micro-batch", "2", "--grad-accum", "4", "--eval-images", "0", epochs=1)
+    assert drawn[0].seeds == drawn[1].seeds
+    assert torch.equal(drawn[0].latents[0], drawn[1].latents[0])
+    assert rows("a")[0]["reward_mean"] == pytest.approx(rows("b")[0]["reward_mean"], abs=1e-3)
+
+
+RESUMED = {
+    "plain": [],
+    "everything": "--ema 0.9 --lr-schedule cosine --warmup 0.3 --advantages prompt --kl 0.1 --kl-target 1e-7 --guidance 2 "
+    "--uncond-embedding snapshot --train-steps random:0.5 --train both --init-lora first".split(),
+}
+
+
+@pytest.mark.parametrize("kind", RESUMED)
+def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from texforce_cli.workflows.train import TrainingRun
+
+    if kind == "everything":
+        train("--train", "both", "--out", "first", "--rank", "2", epochs=1)
+    train("--out", "whole", *RESUMED[kind], epochs=4)
+    progress, calls = TrainingRun._progress, []
+
+    def interrupted(self: TrainingRun, phase: str, done: int, total: int) -> None:
+        calls.append(phase)
+        if self.epoch == 2 and phase == "training":
+            os.kill(os.getpid(), signal.SIGTERM)  # in the middle of the third epoch
+        progress(self, phase, done, total)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingRun, "_progress", interrupted)
+        train("--out", "parts", *RESUMED[kind], epochs=4, code=143)
+    assert json.loads(Path("parts/run.json").read_text())["status"] == "interrupted"
+    assert len(rows("parts")) == 2
+    assert run(["train", "--resume", "parts"]) == 0
+    assert adapter("parts") == adapter("whole")
+    assert without_seconds("parts") == without_seconds("whole")
+    assert Path("parts/evaluations.jsonl").read_bytes() == Path("whole/evaluations.jsonl").read_bytes()
+    assert run(["train", "--resume", "parts"]) == 0  # finished already: nothing to do, nothing lost
+    assert adapter("parts") == adapter("whole")
+
+
+def test_checkpoints_keep_the_last_two_the_best_and_every_kth(capsys: pytest.CaptureFixture[str]) -> None:
+    train("--save-every", "3", "--eval-images", "0", "--out", "a", epochs=7)
+    kept = {int(path.name[6:]) for path in Path("a/checkpoints").iterdir()}
+    best = 1 + int(np.argmax([row["reward_mean"] for row in rows("a")]))
+    assert kept == {3, 6, 7, best}
+    assert run(["sample", "a cat", "--lora", "a/checkpoints/epoch_0003:0.5", "--out", "p", "--steps", "2"]) == 0
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_named(capsys: pytest.CaptureFixture[str]) -> None:
+    train("--out", "whole", epochs=3)
+    train("--out", "hurt", epochs=3)
+    for path in Path("hurt/checkpoints").glob("epoch_0003/state.safetensors"):
+        path.write_bytes(path.read_bytes()[:-100])
+    capsys.readouterr()
+    assert run(["train", "--resume", "hurt"]) == 0
+    assert "'hurt/checkpoints/epoch_0003' is damaged" in capsys.readouterr().err.replace("\\", "/")
+    assert adapter("hurt") == adapter("whole")
+    for path in Path("hurt/checkpoints").glob("*/state.json"):
+        path.write_text("{")
+    assert run(["train", "--resume", "hurt"]) == 0
+    assert "no whole checkpoint: beginning again" in capsys.readouterr().err
+    assert adapter("hurt") == adapter("whole")
+
+
+def test_a_run_is_not_resumed_with_other_options(capsys: pytest.CaptureFixture[str]) -> None:
+    train("--out", "a", epochs=1)
+    assert run(["train", "--resume", "a", "--lr", "0.5", "--rank", "16"]) == 2
+    error = capsys.readouterr().err
+    assert "lr (0.01 -> 0.5)" in error and "rank" not in error
+    Path("b.toml").write_text("steps = 4\n")
+    assert run(["train", "--resume", "a", "--config", "b.toml"]) == 2
+    assert "steps (3 -> 4)" in capsys.readouterr().err
+    assert run(["train", "--resume", "nowhere"]) == 2
+    assert "is no run folder" in capsys.readouterr().err
+    Path("a/run.json").write_text("{")
+    assert run(["train", "--resume", "a"]) == 1
+    assert "is damaged" in capsys.readouterr().err
+
+
+def test_rewards_that_never_vary_stop_the_run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from texforce_cli.rewards.builtin.pictures import Brightness
+
+    monkeypatch.setattr(Brightness, "score", lambda self, images, prompts, metadata: [0.5] * len(images))
+    train("--out", "a", epochs=9, code=1)
+    error = capsys.readouterr().err
+    assert "epoch 1: the rewards of this epoch did not vary" in error
+    assert "did not vary in 3 epochs in a row" in error
+    assert len(rows("a")) == 3
+
+
+def test_a_reward_of_nan_stops_the_run_and_keeps_what_is_finished(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from texforce_cli.rewards.builtin.pictures import Brightness
+
+    real, calls = Brightness.score, []
+
+    def sometimes(self: Brightness, images: Any, prompts: Any, metadata: Any) -> list[float]:
+        calls.append(1)
+        values = real(self, images, prompts, metadata)
+        return values if len(calls) < 6 else [float("nan")] * len(values)
+
+    monkeypatch.setattr(Brightness, "score", sometimes)
+    train("--out", "a", "--eval-images", "0", epochs=9, code=1)
+    assert "reward 'brightness' returned nan" in capsys.readouterr().err
+    assert len(rows("a")) == 2
+    assert json.loads(Path("a/run.json").read_text())["status"] == "failed"
+
+
+def test_several_rewards_are_logged_each(capsys: pytest.CaptureFixture[str]) -> None:
+    train("--reward", "jpeg-compressibility:0.5", "--normalize-rewards", "--out", "a", epochs=1)
+    row = rows("a")[0]
+    assert set(row["terms"]) == {"brightness", "jpeg-compressibility"}
+    assert row["terms"]["jpeg-compressibility"]["mean"] < 0 < row["terms"]["brightness"]["mean"]
+    assert abs(row["reward_mean"]) < 1e-6  # standardised terms have mean zero
+
+
+def test_training_starts_from_a_lora() -> None:
+    train("--out", "a", epochs=1)
+    train("--out", "b", "--init-lora", "a:0.5", "--lr", "1e-12", "--weight-decay", "0", epochs=1)
+    first, second = (safetensors.torch.load(adapter(name)) for name in "ab")
+    assert set(first) == set(second)
+    for key in (key for key in first if "lora_B" in key):
+        a = key.replace("lora_B", "lora_A")
+        assert torch.allclose(second[key] @ second[a], 0.5 * first[key] @ first[a], atol=1e-7)
+
+
+def test_a_prompt_that_is_too_long_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("p.txt").write_text("a cat\n" + "a red dog and " * 12 + "a fox\n")
+    train("--prompts", "p.txt", epochs=1)
+    assert "tokens of the prompt 'a red dog and a red dog" in capsys.readouterr().err
+
+
+def test_the_pictures_of_a_run_show_the_base_beside_the_current_model() -> None:
+    train("--out", "a", "--lr", "0.05", epochs=2)
+    shown = np.asarray(Image.open("a/before_after.png").convert("RGB")).astype(int)
+    assert shown.shape[0] > 2 * 128 and shown.std() > 20
+
+
+def test_json_is_one_document_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:
+    train("--out", "a", "--json", epochs=2)
+    document = json.loads(capsys.readouterr().out)
+    assert document["texforce"] == 1
+    assert document["run"]["epochs"] == 2 and document["run"]["adapter"] == str(Path("a/adapter"))
+    assert document["run"]["evaluation"]["difference"]["n"] == 4
+
+
+def test_a_dry_run_loads_nothing_and_writes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    command = "train --reward brightness --model sd15 --prompts color --dry-run --json --device cpu".split()
+    assert run(command) == 0
+    plan = json.loads(capsys.readouterr().out)["plan"]
+    assert plan["config"]["preset"] == "phrase"
+    assert plan["cost"]["images"] == 50 * 512
+    assert plan["cost"]["unet_calls_sampling"] == 50 * 512 * 50 * 2
+    assert plan["cost"]["unet_calls_training"] == 50 * 512 * 25 * 2
+    assert plan["cost"]["computed_memory_gb"] > 4
+    assert not list(Path().iterdir())
+
+
+def test_a_log_for_tensorboard(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tensorboard")
+    train("--out", "a", "--log", "tensorboard", epochs=1)
+    assert list(Path("a/tensorboard").glob("events.*"))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_stops_at_a_safe_point_and_says_how_to_go_on(number: signal.Signals, code: int) -> None:
+    command = [sys.executable, "-m", "texforce_cli", "train", "--reward", "brightness", "--model", "tiny", *SMALL]
+    process = subprocess.Popen([*command, "--epochs", "500", "--out", "a"], stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("epoch 2/"):
+            break
+    process.send_signal(number)
+    error = process.stderr.read()
+    assert process.wait(60) == code
+    assert "texforce train --resume a" in error and "Traceback" not in error
+    done = json.loads(Path("a/run.json").read_text())["epochs_done"]
+    assert len(rows("a")) == done >= 2
