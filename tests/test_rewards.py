@@ -87,7 +87,7 @@ def test_options_are_typed_and_checked() -> None:
         return RewardSet(parse_terms(["jpeg-compressibility"], [f"jpeg-compressibility.{text}"]), registry)
 
     assert make("quality=30")
-    with pytest.raises(UsageError, match="has no option 'qualty'; its options: quality"):
+    with pytest.raises(UsageError, match=r"has no option 'qualty'; its options: quality"):
         make("qualty=30")
     with pytest.raises(UsageError, match="'high' is no value"):
         make("quality=high")
@@ -96,7 +96,7 @@ def test_options_are_typed_and_checked() -> None:
 
 
 def test_an_unknown_reward_is_answered_with_the_nearest() -> None:
-    with pytest.raises(UsageError, match="unknown reward .brightnes.; did you mean .brightness."):
+    with pytest.raises(UsageError, match=r"unknown reward .brightnes.; did you mean .brightness."):
         RewardSet(parse_terms(["brightnes"]), load_registry())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import platform
@@ -110,6 +111,13 @@ class RunFolder:
                 f"'{path}' is no run folder (there is no run.json)", "give the folder of a run, such as runs/a"
             )
         return folder
+
+    def remove_if_empty(self) -> None:
+        """Remove the folder, and `runs/` with it, where nothing has been written into them."""
+        with contextlib.suppress(OSError):
+            self.path.rmdir()
+            if self.path.parent == Path("runs"):
+                self.path.parent.rmdir()
 
     def write_record(self, record: Mapping[str, Any]) -> None:
         """Write run.json, and config.toml that `--config` reads, each value with its origin."""

@@ -71,7 +71,11 @@ def train(flags: Mapping[str, Any], *, config_file: Path | None = None, listener
     rewards = make_rewards(made.config)
     folder = RunFolder.create(made.config.out, str(made.config.reward[0]).partition(":")[0], made.source.short_name)
     config = replace(made.config, out=str(folder.path))
-    run = TrainingRun(folder, replace(made, config=config), rewards, listener)
+    try:
+        run = TrainingRun(folder, replace(made, config=config), rewards, listener)
+    except BaseException:
+        folder.remove_if_empty()  # nothing has begun: a second try finds the same name free
+        raise
     write_text(folder.prompts, made.prompts.to_jsonl())
     run.write_record(status="running")
     return run.run()

@@ -1,0 +1,156 @@
+"""The manners of the command line: quick, one sentence for a mistake, exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import texforce_cli
+from texforce_cli.cli.app import run
+
+HEAVY = ("torch", "diffusers", "transformers", "peft", "matplotlib", "numpy")
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--version"], ["--help"], ["train", "--help"], ["sample", "--help"], ["rewards"], ["--show-completion"], []],
+)
+def test_quick_answers_import_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        "import sys, atexit\n"
+        f"sys.argv = ['texforce', *{arguments!r}]\n"
+        f"atexit.register(lambda: print('HEAVY', [m for m in {HEAVY!r} if m in sys.modules]))\n"
+        "from texforce_cli.__main__ import main\n"
+        "main()\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "HEAVY []" in result.stdout, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_help_shows_the_ten_that_matter_first_and_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["train", "--help"]) == 0
+    text = capsys.readouterr().out
+    first = text.index("The ones that matter first")
+    assert first < min(text.index(panel) for panel in (" Model ", " Sampling ", " Optimisation ", " Output "))
+    assert "texforce train --reward jpeg-incompressibility" in text
+
+
+def test_no_arguments_prints_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in ("train", "sample", "demo", "rewards"))
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == f"texforce {texforce_cli.__version__}"
+
+
+def test_rewards_as_a_table_and_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["rewards"]) == 0
+    assert "jpeg-incompressibility" in capsys.readouterr().out
+    assert run(["rewards", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert {"brightness", "jpeg-compressibility"} <= {reward["name"] for reward in document["rewards"]}
+
+
+TRAIN = ["train", "--reward", "brightness", "--model", "tiny"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentences"),
+    [
+        (["train"], ["no reward was given"]),
+        (["train", "--reward", "brightnes"], ["unknown reward 'brightnes'", "did you mean 'brightness'"]),
+        (["train", "--reward", "brightness:x"], ["the weight 'x'"]),
+        ([*TRAIN, "--model", "sd-15"], ["unknown model 'sd-15'", "did you mean 'sd15'"]),
+        ([*TRAIN, "--model", "stabilityai/stable-diffusion-xl-base-1.0"], ["is SDXL"]),
+        ([*TRAIN, "--model", "runwayml/stable-diffusion-v1-5"], ["was taken down", "--model sd15"]),
+        ([*TRAIN, "--model", "a.ckpt"], ["is a pickle"]),
+        ([*TRAIN, "--model", "a.safetensors"], ["there is no file 'a.safetensors'"]),
+        ([*TRAIN, "--prompts", "animal"], ["unknown prompts 'animal'", "did you mean 'animals'"]),
+        ([*TRAIN, "--prompts", "empty.txt"], ["'empty.txt' is empty"]),
+        ([*TRAIN, "--prompts", "binary.txt"], ["'binary.txt' is binary"]),
+        ([*TRAIN, "--out", "full"], ["'full' exists already", "--resume full"]),
+        ([*TRAIN, "--out", "empty.txt"], ["'empty.txt' exists already"]),
+        ([*TRAIN, "--rank", "0"], ["--rank 0 (flag) must be above 0"]),
+        ([*TRAIN, "--epochs", "-3"], ["--epochs -3 (flag) must be above 0"]),
+        ([*TRAIN, "--lr", "nan"], ["--lr 'nan' (flag) is not a number"]),
+        ([*TRAIN, "--preset", "tinny"], ["did you mean 'tiny'"]),
+        ([*TRAIN, "--device", "cuda:7"], ["the device 'cuda:7' is not available here"]),
+        ([*TRAIN, "--size", "66"], ["is not a positive multiple of 4"]),
+        ([*TRAIN, "--init-lora", "nowhere"], ["there is no LoRA 'nowhere'"]),
+        ([*TRAIN, "--config", "bad.toml"], ["2 mistakes", "unknown key 'stepz'", "did you mean 'steps'", "--rank 0"]),
+        ([*TRAIN, "--config", "none.toml"], ["there is no file 'none.toml'"]),
+        ([*TRAIN, "--reward-option", "brightness.x=1"], ["has no option 'x'"]),
+        ([*TRAIN, "--nonsense"], ["No such option"]),
+        (["trian"], ["No such command"]),
+        (["demo", "--images", "1"], ["256"]),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(
+    arguments: list[str], sentences: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("empty.txt").write_text("")
+    Path("binary.txt").write_bytes(b"a\x00b")
+    Path("bad.toml").write_text("stepz = 5\nrank = 0\n")
+    Path("full").mkdir()
+    Path("full/a").write_text("")
+    before = sorted(str(path) for path in Path().rglob("*"))
+    assert run(arguments) == 2
+    error = capsys.readouterr().err
+    assert all(sentence in error for sentence in sentences), error
+    assert "Traceback" not in error
+    assert sorted(str(path) for path in Path().rglob("*")) == before  # nothing is left behind
+
+
+def test_an_unwritable_folder_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("file").write_text("")
+    assert run([*TRAIN, "--out", "file/run"]) == 1
+    error = capsys.readouterr().err
+    assert "file/run" in error.replace("\\", "/") and "choose another folder with --out" in error
+
+
+def test_an_error_with_json_is_a_document(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["train", "--reward", "nothing", "--json"]) == 2
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["error"]["message"].startswith("unknown reward")
+
+
+def test_debug_shows_the_traceback() -> None:
+    from texforce_cli.errors import UsageError
+
+    with pytest.raises(UsageError):
+        run(["train", "--reward", "nothing", "--debug"])
+
+
+def test_a_closed_pipe_is_no_error() -> None:
+    command = f'"{sys.executable}" -m texforce_cli rewards --json | head -c 1 > /dev/null'
+    if sys.platform == "win32":
+        pytest.skip("no pipes of this kind")
+    result = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
+    assert "Traceback" not in result.stderr and "BrokenPipe" not in result.stderr
+
+
+def test_the_python_interface() -> None:
+    from texforce_cli import TexforceError, resume, sample, train
+
+    result = train(
+        "brightness", model="tiny", epochs=1, samples_per_epoch=8, group_size=4, micro_batch=4, grad_accum=1, steps=2,
+        train_steps="first:1", eval_images=2, out="a",
+    )  # fmt: skip
+    drawn = sample(["a cat"], loras=[result.adapter], seeds=range(2), out="p")
+    assert len(drawn.files) == 2
+    assert resume("a").epochs == 1
+    with pytest.raises(TexforceError, match="unknown option 'step'"):
+        train("brightness", step=3)

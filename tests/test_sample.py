@@ -1,0 +1,154 @@
+"""`texforce sample` through the real command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from texforce_cli.cli.app import run
+from texforce_cli.diffusion.adapters import Adapter
+from texforce_cli.diffusion.models import load_pipeline, resolve_model
+from texforce_cli.errors import UsageError
+from texforce_cli.lora.files import lora_bytes
+from texforce_cli.workflows.sample import SCHEDULERS, parse_seeds
+
+FAST = ["--model", "tiny", "--steps", "3"]
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def lora() -> str:
+    """A LoRA that changes the pictures, in a folder as a run leaves it."""
+    pipeline = load_pipeline(resolve_model("tiny"), device=torch.device("cpu"), precision="fp32")
+    adapter = Adapter.insert(pipeline, "text-encoder", rank=2, alpha=2, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in adapter.parameters():
+        parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
+    Path("a/adapter").mkdir(parents=True)
+    about = {"base": "tiny", "steps": 4, "guidance": 1.0}
+    data = lora_bytes(adapter.export(), {"texforce": json.dumps(about)})
+    Path("a/adapter/pytorch_lora_weights.safetensors").write_bytes(data)
+    return "a"
+
+
+def pixels(path: str | Path) -> np.ndarray:  # type: ignore[type-arg]
+    return np.asarray(Image.open(path).convert("RGB")).astype(int)
+
+
+def test_pictures_say_how_they_were_made() -> None:
+    assert run(["sample", "a green rabbit", "a cat", "--seeds", "0:2", "--out", "p", "--grid", *FAST]) == 0
+    names = sorted(path.name for path in Path("p").iterdir())
+    assert names == [
+        "000-a-green-rabbit-seed0.png",
+        "000-a-green-rabbit-seed1.png",
+        "001-a-cat-seed0.png",
+        "001-a-cat-seed1.png",
+        "grid.png",
+    ]
+    text = Image.open("p/001-a-cat-seed1.png").text  # type: ignore[attr-defined]
+    assert (text["prompt"], text["seed"], text["model"], text["steps"]) == ("a cat", "1", "tiny", "3")
+    assert "Seed: 1" in text["parameters"] and json.loads(text["model_hash"])["sha256"]
+    assert not np.array_equal(pixels("p/001-a-cat-seed0.png"), pixels("p/001-a-cat-seed1.png"))
+
+
+def test_a_seed_means_the_same_noise_whatever_the_batch() -> None:
+    assert run(["sample", "a cat", "a dog", "--seeds", "0:3", "--out", "p", "--batch", "4", *FAST]) == 0
+    assert run(["sample", "a dog", "--seeds", "2", "--out", "q", "--batch", "1", *FAST]) == 0
+    assert np.abs(pixels("p/001-a-dog-seed2.png") - pixels("q/000-a-dog-seed2.png")).max() <= 2
+
+
+def test_files_are_never_overwritten_unless_forced(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["sample", "a cat", "--out", "p", *FAST]
+    assert run(command) == 0
+    Path("p/000-a-cat-seed0.png").write_bytes(b"mine")
+    assert run(command) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert Path("p/000-a-cat-seed0.png").read_bytes() == b"mine"
+    assert run([*command, "--force"]) == 0
+    assert pixels("p/000-a-cat-seed0.png").shape == (64, 64, 3)
+
+
+def test_a_lora_brings_its_model_and_settings_and_compare_puts_the_base_beside_it(
+    lora: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["sample", "a cat", "--lora", f"{lora}:0.8", "--compare", "--grid", "--out", "p", "--json"]
+    assert run(command) == 0
+    captured = capsys.readouterr()
+    assert "model: tiny (the base of the LoRA)" in captured.err
+    document = json.loads(captured.out)
+    assert len(document["files"]) == 2 and document["grid"]
+    tuned = Image.open("p/000-a-cat-seed0-tuned.png")
+    about = tuned.text  # type: ignore[attr-defined]
+    assert (about["steps"], about["guidance"]) == ("4", "1")
+    assert json.loads(about["loras"])[0]["weight"] == 0.8
+    base = Image.open("p/000-a-cat-seed0-base.png")
+    assert base.text["loras"] == "[]"  # type: ignore[attr-defined]
+    assert np.abs(np.asarray(tuned).astype(int) - np.asarray(base)).max() > 10
+    assert run(["sample", "a cat", "--model", "tiny", "--steps", "4", "--guidance", "1", "--out", "q"]) == 0
+    assert np.array_equal(pixels("q/000-a-cat-seed0.png"), pixels("p/000-a-cat-seed0-base.png"))
+
+
+def test_a_lora_of_weight_zero_is_the_base(lora: str) -> None:
+    assert run(["sample", "a cat", "--lora", f"{lora}:0", "--out", "p"]) == 0
+    assert run(["sample", "a cat", "--model", "tiny", "--steps", "4", "--guidance", "1", "--out", "q"]) == 0
+    assert np.abs(pixels("p/000-a-cat-seed0.png") - pixels("q/000-a-cat-seed0.png")).max() <= 1
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_every_scheduler_draws_the_same_picture_alone_or_in_a_batch(scheduler: str) -> None:
+    fast = ["--model", "tiny", "--steps", "6", "--scheduler", scheduler, "--guidance", "2"]
+    assert run(["sample", "a cat", "--seeds", "0:2", "--out", "p", *fast]) == 0
+    assert run(["sample", "a cat", "--seeds", "1", "--out", "q", *fast]) == 0
+    difference = np.abs(pixels("p/000-a-cat-seed1.png") - pixels("q/000-a-cat-seed1.png"))
+    assert difference.max() <= 3
+
+
+def test_prompts_from_a_file_and_hostile_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    hostile = ["../../etc/passwd", "<script>alert(1)</script>", "a\u202ecat", "[bold]red[/bold]", "x" * 3000]
+    Path("p.txt").write_text("\n".join(hostile), encoding="utf-8")
+    assert run(["sample", "--prompts", "p.txt", "--out", "p", "--grid", *FAST]) == 0
+    assert len(list(Path("p").iterdir())) == 6
+    assert {path.resolve().parent for path in Path().rglob("*.png")} == {Path("p").resolve()}
+    assert "are beyond the limit" in capsys.readouterr().err
+    found = [Image.open(path) for path in sorted(Path("p").glob("0*.png"))]
+    assert [picture.text["prompt"] for picture in found] == hostile  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence", "code"),
+    [
+        ([], "there is no prompt to draw", 2),
+        (["a cat", "--seeds", "4:2"], "LAST above FIRST", 2),
+        (["a cat", "--seeds", "x"], "cannot be read", 2),
+        (["a cat", "--lora", "nowhere"], "there is no LoRA 'nowhere'", 2),
+        (["a cat", "--lora", "x:nan"], "is no LoRA with a weight", 2),
+        (["a cat", "--size", "63"], "is not a positive multiple of 4", 2),
+        (["a cat", "--safety-checker"], "without a safety checker", 1),
+        (["a cat", "--prompts", "nowhere.txt"], "there is no file", 2),
+        (["a cat", "--steps", "0"], "greater than or equal to 1", 2),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    arguments: list[str], sentence: str, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["sample", *arguments, "--model", "tiny", "--out", "p"]) == code
+    error = capsys.readouterr().err
+    assert sentence in error and "Traceback" not in error
+    assert not Path("p").exists() or not list(Path("p").iterdir())
+
+
+def test_seeds() -> None:
+    assert parse_seeds("7") == [7]
+    assert parse_seeds("0:3,9, 11") == [0, 1, 2, 9, 11]
+    for text in ("", "-1", "1:", "0:200000", "1..3"):
+        with pytest.raises(UsageError):
+            parse_seeds(text)
