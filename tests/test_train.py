@@ -278,3 +278,41 @@ def test_a_signal_stops_at_a_safe_point_and_says_how_to_go_on(number: signal.Sig
     assert "texforce train --resume a" in error and "Traceback" not in error
     done = json.loads(Path("a/run.json").read_text())["epochs_done"]
     assert len(rows("a")) == done >= 2
+
+
+OPTIONS = [
+    "--precision bf16 --clip-range 0.01",
+    "--gradient-checkpointing --guidance 2",
+    "--train unet --guidance 2 --uncond-embedding base",
+    "--guidance 3 --uncond-embedding snapshot --negative-prompt night",
+    "--advantages batch --adv-clip 1 --inner-epochs 2",
+    "--advantages prompt --group-size 1",
+    "--train-steps window:2 --eta 0.5",
+    "--train-steps all --clip-convention joint --clip-range 1.64",
+    "--lr-schedule linear --warmup 0.5 --weight-decay 0 --grad-norm 0.1",
+    "--size 96 --rank 2 --alpha 8",
+    "--prompts face --kl 0.1 --ema 0.5",
+]
+
+
+@pytest.mark.parametrize("options", [*OPTIONS, pytest.param("--compile", marks=pytest.mark.slow)])
+def test_every_option_learns_something_finite(options: str) -> None:
+    train("--out", "a", *options.split(), epochs=1)
+    row = rows("a")[0]
+    assert row["grad_norm"] > 0 and all(np.isfinite(row[key]) for key in ("approx_kl", "reward_mean", "grad_norm"))
+    weights = safetensors.torch.load(adapter("a"))
+    assert any(value.abs().max() > 0 for key, value in weights.items() if "lora_B" in key)
+
+
+def test_a_second_ctrl_c_quits_at_once() -> None:
+    command = [sys.executable, "-m", "texforce_cli", "train", "--reward", "brightness", "--model", "tiny", "--out", "a"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("preflight"):
+            break
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    error = process.stderr.read()
+    assert process.wait(60) == 130
+    assert "Traceback" not in error
