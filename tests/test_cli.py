@@ -135,11 +135,14 @@ def test_debug_shows_the_traceback() -> None:
 
 
 def test_a_closed_pipe_is_no_error() -> None:
-    command = f'"{sys.executable}" -m texforce_cli rewards --json | head -c 1 > /dev/null'
-    if sys.platform == "win32":
-        pytest.skip("no pipes of this kind")
-    result = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
-    assert "Traceback" not in result.stderr and "BrokenPipe" not in result.stderr
+    process = subprocess.Popen(
+        [sys.executable, "-m", "texforce_cli", "rewards", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    error = process.stderr.read().decode()
+    assert process.wait(60) == 0, error
+    assert "Traceback" not in error and "BrokenPipe" not in error
 
 
 def test_the_python_interface() -> None:

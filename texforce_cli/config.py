@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import math
 import os
-import sys
+import tomllib
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -20,11 +20,6 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from texforce_cli.errors import UsageError
 from texforce_cli.presets import PRESETS, automatic_preset, preset_values
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 ENVIRONMENT = "TEXFORCE_"
 FIRST, MODEL, SAMPLING, ADAPTER, LEARNING, EVALUATION, OUTPUT = (

@@ -59,14 +59,7 @@ def write_json(path: Path, value: Any) -> None:
 def sha256(path: Path) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(handle)
-
-
-def _sha256(handle: Any) -> str:
-    digest = hashlib.sha256()  # Python 3.10 has no file_digest
-    while block := handle.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def write_error(path: Path, error: OSError) -> TexforceError:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -36,5 +38,8 @@ def show_error(error: TexforceError, *, as_json: bool) -> None:
 
 def write_json(document: dict[str, Any]) -> None:
     """The one JSON document of a command with --json."""
-    sys.stdout.write(json.dumps({"texforce": 1, **document}, indent=2, default=str) + "\n")
-    sys.stdout.flush()
+    try:
+        sys.stdout.write(json.dumps({"texforce": 1, **document}, indent=2, default=str) + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read it has read enough
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - until the process ends
