@@ -287,22 +287,32 @@ def test_a_folder_saved_as_fp16_variant(folder: Path, reference: Any) -> None:
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_every_prediction_and_spacing_draws_what_diffusers_draws(folder: Path, prediction: str, spacing: str) -> None:
+def test_every_prediction_and_spacing_draws_and_as_diffusers_does(folder: Path, prediction: str, spacing: str) -> None:
     _prediction(prediction, timestep_spacing=spacing)(folder)
     pipeline = load(folder)
-    policy = Policy(pipeline, Denoising(steps=3, guidance=2.0, eta=0.0))
+    policy = Policy(pipeline, Denoising(steps=4, guidance=2.0, eta=0.0))
     trajectory = rollout(policy, ["a red cat"], [5])
     assert trajectory.latents.isfinite().all()
+    assert trajectory.images.shape == (1, 64, 64, 3)
+    if spacing == "linspace":
+        return  # its grid is not regular: diffusers steps by 1000 // T all the same, we step to the next of the list
     theirs = pipeline(
-        "a red cat", num_inference_steps=3, guidance_scale=2.0, eta=0.0, latents=trajectory.latents[0], output_type="np"
+        "a red cat", num_inference_steps=4, guidance_scale=2.0, eta=0.0, latents=trajectory.latents[0], output_type="np"
     ).images
-    assert np.abs(theirs * 255 - draw(policy, ["a red cat"], [5], batch=1)).max() <= 1.01
+    assert np.abs(theirs * 255 - trajectory.images).max() <= 1.01
 
 
 def test_trailing_with_zero_terminal_snr_draws_finite_pictures(folder: Path) -> None:
     _prediction("v_prediction", timestep_spacing="trailing", rescale_betas_zero_snr=True)(folder)
     policy = Policy(load(folder), Denoising(steps=3, guidance=2.0))
     assert rollout(policy, ["a red cat"], [5]).latents.isfinite().all()
+
+
+def test_schedulers_that_clip_do_not_clip_here(folder: Path) -> None:
+    """Clipping has no place in the density of Eq. (1)."""
+    _prediction("epsilon", clip_sample=True, thresholding=True)(folder)
+    config = load(folder).scheduler.config
+    assert (config.clip_sample, config.thresholding, config.prediction_type) == (False, False, "epsilon")
 
 
 def test_a_safety_checker_that_is_not_there_is_said_before_drawing(folder: Path) -> None:
@@ -348,17 +358,21 @@ def cached(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 @pytest.mark.parametrize("revision", ["", "@main", f"@{COMMIT}"])
 def test_a_cached_repository_loads_offline_and_is_recorded_by_commit(
-    cached: Path, revision: str, reference: Any
+    cached: Path, revision: str, reference: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     source = resolve_model(f"someone/a-model{revision}")
     assert np.array_equal(picture(load(source)), reference)
     assert fingerprint(source) == {"revision": COMMIT}
+    assert not caplog.records
 
 
 def test_offline_names_the_repository_the_command_and_the_embedded_model() -> None:
     source = resolve_model("sd15")
     message = refused(source)
-    assert f"'{source.location}@{source.revision}' is not on this machine and HF_HUB_OFFLINE is set" in message
+    assert (
+        f"'{source.location}@{source.revision}' is not on this machine, or not whole, and HF_HUB_OFFLINE is set"
+        in message
+    )
     assert f"`hf download {source.location} --revision {source.revision} " in message and "--model tiny" in message
 
 
@@ -374,7 +388,10 @@ def test_the_command_fetches_what_loading_needs_and_not_the_rest() -> None:
 def test_an_incomplete_download_is_refused_without_the_path_of_the_cache(cached: Path) -> None:
     (cached / UNET).unlink()
     message = refused(resolve_model("someone/a-model"))
-    assert "'someone/a-model@main' is not complete" in message and "hf download someone/a-model" in message
+    assert (
+        "'someone/a-model@main' is not on this machine, or not whole" in message
+        and "hf download someone/a-model" in message
+    )
     assert str(cached) not in message
 
 
@@ -604,48 +621,64 @@ def test_a_checkpoint_with_a_config_folder_beside_it_is_the_pipeline_it_was_made
     assert_same_weights(ours, theirs)
     assert ours.scheduler.config.prediction_type == theirs.scheduler.config.prediction_type
     theirs.scheduler = diffusers.DDIMScheduler.from_config(theirs.scheduler.config, clip_sample=False)
-    assert np.array_equal(picture(ours), picture(theirs))
+    assert np.abs(picture(ours).astype(int) - picture(theirs)).max() <= 1  # other addresses, other roundings
     assert picture(ours).shape == (2, 64, 64, 3)
 
 
-@pytest.mark.parametrize(("generation", "width", "side"), [(1, 768, 8), (2, 1024, 96)])
+@pytest.mark.parametrize(
+    ("generation", "width", "prediction", "side"),
+    [(1, 768, "v_prediction", 8), (2, 1024, "v_prediction", 96), (2, 1024, "epsilon", 64)],
+)
 def test_a_checkpoint_alone_takes_the_configs_and_the_tokenizer_of_the_package(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, generation: int, width: int, side: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, generation: int, width: int, prediction: str, side: int
 ) -> None:
     theirs = small_pipeline(width, 49408, 77).to(dtype=torch.float16)
+    theirs.scheduler.register_to_config(prediction_type="sample")  # the file has the last word
     save_configs(theirs, tmp_path / "configs" / f"sd{generation}")
     shutil.copy(single_file.CONFIGS / "bpe_simple_vocab_16e6.txt.gz", tmp_path / "configs")
     monkeypatch.setattr(single_file, "CONFIGS", tmp_path / "configs")
     path = tmp_path / "alone.safetensors"
-    weights = original_layout(theirs, open_clip=generation == 2)
-    save_file(weights | {"v_pred": torch.zeros(0)}, path)  # the configs say epsilon: the file has the last word
+    save_file(original_layout(theirs, open_clip=generation == 2), path, {"modelspec.prediction_type": prediction})
 
     ours = load(path, precision="fp16")
     assert_same_weights(ours, theirs)
-    assert ours.scheduler.config.prediction_type == "v_prediction"
-    assert ours.unet.config.sample_size == side
+    assert (ours.scheduler.config.prediction_type, ours.unet.config.sample_size) == (prediction, side)
     assert ours.tokenizer("a photo of a cat").input_ids == FULL_PROMPT
 
 
-@pytest.mark.parametrize(
-    ("generation", "parameters"),
-    [
-        (1, {"unet": 859_520_964, "text_encoder": 123_060_480, "vae": 83_653_863}),
-        (2, {"unet": 865_910_724, "text_encoder": 340_387_840, "vae": 83_653_863}),
-    ],
-)
-def test_the_configs_of_the_package_build_the_published_models(generation: int, parameters: dict[str, int]) -> None:
+def meta_modules(generation: int) -> dict[str, Any]:
+    """U-Net, text encoder and VAE of the package's configs, in full size and without memory."""
     folder = single_file.CONFIGS / f"sd{generation}"
     with torch.device("meta"):
-        modules = {
+        return {
             "unet": diffusers.UNet2DConditionModel.from_config(json.loads((folder / "unet/config.json").read_text())),
             "vae": diffusers.AutoencoderKL.from_config(json.loads((folder / "vae/config.json").read_text())),
             "text_encoder": CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder")),
         }
-    assert {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()} == parameters
-    scheduler = diffusers.DDIMScheduler.from_pretrained(folder / "scheduler")
+
+
+@pytest.mark.parametrize(
+    ("generation", "parameters", "heads", "text", "side", "prediction"),
+    [
+        (1, (859_520_964, 123_060_480, 83_653_863), 8, ("quick_gelu", 12, 12), 64, "epsilon"),
+        (2, (865_910_724, 340_387_840, 83_653_863), [5, 10, 20, 20], ("gelu", 23, 16), 96, "v_prediction"),
+    ],
+)
+def test_the_configs_of_the_package_build_the_published_models(
+    generation: int, parameters: tuple[int, ...], heads: Any, text: tuple[Any, ...], side: int, prediction: str
+) -> None:
+    modules = meta_modules(generation)
+    counts = [sum(p.numel() for p in modules[name].parameters()) for name in ("unet", "text_encoder", "vae")]
+    assert counts == list(parameters)
+    # what the counts do not show
+    unet, vae, encoder = modules["unet"].config, modules["vae"].config, modules["text_encoder"].config
+    assert (unet.attention_head_dim, unet.sample_size) == (heads, side)
+    assert (encoder.hidden_act, encoder.num_hidden_layers, encoder.num_attention_heads) == text
+    assert (vae.scaling_factor, vae.sample_size) == (0.18215, 8 * side)
+    scheduler = diffusers.DDIMScheduler.from_pretrained(single_file.CONFIGS / f"sd{generation}" / "scheduler")
     assert float(scheduler.alphas_cumprod[-1]) == pytest.approx(0.0046598, rel=1e-4)  # 1.4 to 2.1 share one schedule
     assert (scheduler.config.steps_offset, scheduler.config.set_alpha_to_one) == (1, False)
+    assert scheduler.config.prediction_type == prediction
 
 
 @pytest.mark.parametrize(("generation", "padding"), [(1, 49407), (2, 0)])
@@ -737,7 +770,7 @@ def _inpainting(path: Path) -> None:
         (_keys(), "no Stable Diffusion checkpoint"),
         (_keys(**{"down_blocks.0.resnets.0.conv1.weight": (1,)}), "no Stable Diffusion checkpoint"),
         (_keys(**{"text_encoder.layers.0.q_proj.lora_A.weight": (1,)}), "is a LoRA, not a model"),
-        (_keys(lora_unet_mid_block_attn={}), "is a LoRA, not a model"),
+        (_keys(lora_unet_mid_block_attn=(1,)), "is a LoRA, not a model"),
         (_keys(**{"model.diffusion_model.joint_blocks.0.x.weight": (1,)}), "is of another family"),
         (_sdxl, "is SDXL"),
         (_second_encoder, "is SDXL"),
@@ -763,8 +796,14 @@ def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path: Path) -> None:
     del weights["model.diffusion_model.time_embed.0.bias"]
     save_file(weights, tmp_path / "a.safetensors")
     theirs.tokenizer.save_pretrained(save_configs(theirs, tmp_path / "a") / "tokenizer")
-    message = refused(tmp_path / "a.safetensors")
-    assert "'a' lacks 'unet.time_embedding.linear_1." in message and "1 more" in message
+    assert "'a' could not be loaded (it lacks weights)" in refused(tmp_path / "a.safetensors")
+
+
+def test_a_config_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    theirs = small_pipeline()
+    save_file(original_layout(theirs), tmp_path / "a.safetensors")
+    save_configs(theirs, tmp_path / "a")
+    assert "the tokenizer of 'a' knows no words" in refused(tmp_path / "a.safetensors")
 
 
 def test_a_config_folder_of_another_pipeline_beside_the_file(tmp_path: Path) -> None:
@@ -796,13 +835,7 @@ def test_a_link_of_the_hubs_cache_keeps_its_name(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("generation", [1, 2])
 def test_a_checkpoint_of_full_size_loads_with_the_configs_of_the_package(tmp_path: Path, generation: int) -> None:
-    folder = single_file.CONFIGS / f"sd{generation}"
-    with torch.device("meta"):
-        pipeline = SimpleNamespace(
-            unet=diffusers.UNet2DConditionModel.from_config(json.loads((folder / "unet/config.json").read_text())),
-            vae=diffusers.AutoencoderKL.from_config(json.loads((folder / "vae/config.json").read_text())),
-            text_encoder=CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder")),
-        )
+    pipeline = SimpleNamespace(**meta_modules(generation))
     for module in vars(pipeline).values():
         module.to(torch.float16).to_empty(device="cpu")
         for number, value in enumerate(module.state_dict().values()):

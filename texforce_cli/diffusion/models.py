@@ -320,6 +320,8 @@ def _loading_error(source: ModelSource, error: Exception) -> TexforceError:
     from huggingface_hub import constants, errors
 
     first = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    if isinstance(error, NotImplementedError):  # torch: "Cannot copy out of meta tensor"
+        first = "it lacks weights"
     for place, shown in ((source.location, source.name), (constants.HF_HUB_CACHE, "the cache")):
         first = first.replace(f"{place}{os.sep}", "").replace(place, shown)  # no path of this machine in a run's record
     if source.kind != "hub":
@@ -349,12 +351,12 @@ def _loading_error(source: ModelSource, error: Exception) -> TexforceError:
         )
     if constants.is_offline_mode():
         return TexforceError(
-            f"the model '{where}' is not on this machine and HF_HUB_OFFLINE is set",
+            f"the model '{where}' is not on this machine, or not whole, and HF_HUB_OFFLINE is set",
             f"run {fetch} without it, or use --model tiny",
         )
     if isinstance(error, errors.LocalEntryNotFoundError):
         return TexforceError(
-            f"the model '{where}' is not on this machine and the Hub is not reachable",
+            f"the model '{where}' is not on this machine, or not whole, and the Hub is not reachable",
             f"run {fetch} with a network, or use --model tiny",
         )
     return TexforceError(f"the model '{where}' could not be loaded ({first})", f"try {fetch}, or use --model tiny")
@@ -367,21 +369,23 @@ def _quiet() -> Iterator[None]:
     Bars are for downloads only.
     """
     import diffusers.utils.logging as diffusers_logging
+    import huggingface_hub.utils.logging as hub_logging
     import transformers.utils.logging as transformers_logging
     from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars  # type: ignore[attr-defined]
 
-    libraries = (diffusers_logging, transformers_logging)
-    before = [(library, library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+    talkers = [(library, library.get_verbosity()) for library in (diffusers_logging, transformers_logging, hub_logging)]
+    drawers = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
     downloads = not are_progress_bars_disabled()
-    for library in libraries:
+    for library, _ in talkers:
         library.set_verbosity(logging.CRITICAL)
+    for library in drawers:
         library.disable_progress_bar()
     if downloads:
-        enable_progress_bars()
+        enable_progress_bars()  # transformers turns them off with its own
     try:
         yield
     finally:
-        for library, level, bars in before:
+        for library, level in talkers:
             library.set_verbosity(level)
-            if bars:
-                library.enable_progress_bar()
+        for library in drawers:
+            library.enable_progress_bar()
