@@ -16,7 +16,8 @@ LAYERS = [
     {"workflows"},
     {"algorithms"},
     {"diffusion", "lora", "rewards", "prompts", "report"},
-    {"core", "tiny", "presets", "config", "files"},
+    {"tiny", "presets", "config", "files"},
+    {"core"},
     {"errors"},
 ]
 NEIGHBOURS = {("config", "presets")}  # the configuration is built from the presets

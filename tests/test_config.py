@@ -5,12 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given as any_of
 from hypothesis import strategies as st
 
-from texforce_cli.config import FIELDS, TrainConfig, differences, resolve
+from texforce_cli.config import FIELDS, TrainConfig, differences, given, resolve
 from texforce_cli.errors import UsageError
-from texforce_cli.presets import PRESETS, automatic_preset, computed_petaflop
+from texforce_cli.presets import (
+    PRESETS,
+    automatic_preset,
+    computed_memory_gb,
+    computed_micro_batch,
+    computed_petaflop,
+)
 
 
 def test_flag_over_environment_over_file_over_preset_over_default(
@@ -56,7 +62,11 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
         ({"samples_per_epoch": 10, "group_size": 4}, "no multiple of --group-size 4"),
         ({"images": 100, "samples_per_epoch": 200}, "less than one epoch"),
         ({"advantages": "group"}, "needs --group-size 2"),
-        ({"kl_target": 1e-7, "samples_per_epoch": 8, "grad_accum": 1}, "needs two updates an epoch"),
+        ({"kl_target": 1e-7, "samples_per_epoch": 8, "lr_schedule": "constant"}, "needs two updates an epoch"),
+        ({"kl_target": 1e-7}, "use --lr-schedule constant"),
+        ({"eval_images": 1}, "must be 0, or 2 and more"),
+        ({"eta": 1.5}, "must be between"),
+        ({"rank": 10**400}, "is not a whole number"),
         ({"preset": "tinny"}, "did you mean 'tiny'"),
         ({"images": "nan"}, "is not a whole number"),
         ({"lr": "inf"}, "is not a number"),
@@ -65,7 +75,7 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
 )
 def test_a_contradiction_is_named(flags: dict[str, object], sentence: str) -> None:
     with pytest.raises(UsageError, match=sentence):
-        resolve(flags)
+        resolve(flags, family="sd")
 
 
 def test_a_file_that_is_no_toml_is_named(tmp_path: Path) -> None:
@@ -109,6 +119,26 @@ def test_every_preset_is_a_valid_configuration() -> None:
             assert resolve({"preset": name, "train": train}).config.total_epochs > 0
 
 
+def test_contradictions_of_bare_defaults_are_left_to_the_preset() -> None:
+    assert resolve({"images": 256, "advantages": "group"}).config.images == 256
+    assert resolve({"images": 256, "advantages": "group"}, family="tiny").config.total_epochs == 1
+
+
+def test_only_what_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.toml").write_text("steps = 4\n")
+    monkeypatch.setenv("TEXFORCE_LR", "0.5")
+    assert given({"rank": "8", "lr": None, "reward": []}, tmp_path / "a.toml") == {"rank": 8, "steps": 4}
+
+
+def test_the_computed_memory_by_hand() -> None:
+    # fp16: 2.14 GB of weights, 2 images * 2 branches * 2.4 GB, 2 * 10 images * 51 latents * 64 kB
+    expected = 2.14 + 9.6 + 2 * 10 * 51 * 16384 * 4 / 1e9
+    assert computed_memory_gb("fp16", 2, True, 10, 50, 512) == pytest.approx(expected)
+    assert computed_micro_batch(80, "bf16", True, 512, 50, 512) == 8
+    assert computed_micro_batch(24, "bf16", True, 512, 50, 512) == 2
+    assert computed_micro_batch(8, "bf16", True, 512, 50, 512) == 1
+
+
 def test_the_computed_work_by_hand() -> None:
     # 1000 calls of 0.8 TFLOP to sample, 500 forwards and 500 backwards to train: 2000 * 0.8 = 1.6 PFLOP
     assert computed_petaflop(1000, 500, 512) == pytest.approx(1.6)
@@ -119,7 +149,7 @@ def test_differences_name_old_and_new() -> None:
     assert differences({"lr": 1.0, "out": "a"}, {"lr": 2.0, "out": "b"}, ignore=("out",)) == ["lr (1.0 -> 2.0)"]
 
 
-@given(st.dictionaries(st.sampled_from(sorted(FIELDS)), st.one_of(st.text(), st.integers(), st.floats(), st.none())))
+@any_of(st.dictionaries(st.sampled_from(sorted(FIELDS)), st.one_of(st.text(), st.integers(), st.floats(), st.none())))
 def test_whatever_is_given_the_answer_is_a_configuration_or_one_sentence(flags: dict[str, object]) -> None:
     try:
         config = resolve(flags).config

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from texforce_cli.algorithms.ddpo import DDPO, DDPOSettings, TrainSteps
+from texforce_cli.algorithms.ddpo import DDPO, DDPOSettings
 from texforce_cli.algorithms.optimisation import Optimisation, OptimiserSettings, learning_rate_factor
 from texforce_cli.algorithms.reference import PlainDDPO
+from texforce_cli.core.statistics import paired_interval
+from texforce_cli.core.train_steps import TrainSteps
 from texforce_cli.diffusion.adapters import Adapter
 from texforce_cli.diffusion.policy import Denoising, Policy
-from texforce_cli.diffusion.sampler import rollout
+from texforce_cli.diffusion.sampler import draw, rollout
 from texforce_cli.errors import TexforceError
 from texforce_cli.prompts import Prompt
 from texforce_cli.rewards.registry import load_registry
@@ -61,15 +63,17 @@ def gradients(algorithm: DDPO) -> list[torch.Tensor]:
     for parameter in algorithm.policy.adapter.parameters():  # so that the ratio is not 1 and some are clipped
         parameter.data += 1e-3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
     images = torch.tensor([3, 0, 5, 1, 2, 4])
-    chosen = algorithm.settings.train_steps.choose(algorithm.policy.schedule.stochastic, 6, np.random.default_rng(0))
+    stochastic = algorithm.policy.schedule.stochastic
+    chosen = torch.from_numpy(algorithm.settings.train_steps.choose(stochastic, 6, np.random.default_rng(0)))
     advantages = torch.linspace(-1, 1, 6, dtype=torch.float64)
     list(algorithm._accumulate(drawn, images, chosen, advantages, 1.0))
     return [parameter.grad.clone() for parameter in algorithm.policy.adapter.parameters() if parameter.grad is not None]
 
 
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
-@pytest.mark.parametrize("train", ["text-encoder", "both"])
-@pytest.mark.parametrize("steps", ["first:3", "random:0.5"])
+@pytest.mark.parametrize(
+    ("guidance", "train", "steps"),
+    [(1.0, "text-encoder", "first:3"), (3.0, "text-encoder", "random:0.5"), (3.0, "both", "first:2")],
+)
 def test_one_encoder_backward_gives_the_gradient_of_the_plain_way(
     pipeline: Any, guidance: float, train: str, steps: str
 ) -> None:
@@ -96,10 +100,38 @@ def test_with_unchanged_weights_the_ratio_is_one(pipeline: Any, guidance: float,
 
 def test_a_wrong_guidance_at_training_is_caught_by_the_preflight(pipeline: Any) -> None:
     algorithm = make(pipeline, guidance=3.0)
-    drawn = algorithm._draw(0, range(4), ["a cat"] * 4)
-    algorithm.policy.denoising = Denoising(6, 3.5)
-    algorithm._draw = lambda *arguments, **named: drawn  # type: ignore[method-assign]
+    draw = algorithm._draw
+
+    def draw_with_more(epoch: int, indices: range, prompts: Any) -> Any:
+        algorithm.policy.denoising = Denoising(6, 3.5)
+        drawn = draw(epoch, indices, prompts)
+        algorithm.policy.denoising = Denoising(6, 3.0)
+        return drawn
+
+    algorithm._draw = draw_with_more  # type: ignore[method-assign]
     assert not algorithm.preflight().ok
+
+
+def test_a_network_that_overflows_is_refused_by_name(pipeline: Any) -> None:
+    algorithm = make(pipeline, steps="all")
+    real = algorithm.policy.unet
+    algorithm.policy.unet = lambda sample, *a, **k: tuple(o * float("nan") for o in real(sample, *a, **k))
+    with pytest.raises(TexforceError, match="not finite"):
+        algorithm.preflight()
+
+
+def test_a_ratio_of_nan_at_any_step_fails_the_preflight(pipeline: Any) -> None:
+    algorithm = make(pipeline, steps="all")
+    drawn = algorithm._draw(-1, range(4), ["a cat"] * 4)
+    drawn.log_probs[3, 2] = float("nan")
+    algorithm._draw = lambda *arguments: drawn  # type: ignore[method-assign]
+    result = algorithm.preflight()
+    assert not result.ok and result.ratio_error == float("inf")
+
+
+def test_every_step_that_may_be_trained_is_judged(pipeline: Any) -> None:
+    steps = make(pipeline, steps="window:2").preflight().steps
+    assert [step["trained"] for step in steps] == [0.25, 0.5, 0.5, 0.5, 0.25, 0.0]
 
 
 def test_half_precision_latents_are_scored_as_they_are_stored(pipeline: Any) -> None:
@@ -160,10 +192,21 @@ def test_only_the_chosen_component_is_trained(pipeline: Any, train: str) -> None
     assert all(torch.equal(before[k], v) for k, v in pipeline.unet.state_dict().items() if "lora" not in k)
 
 
-def test_brightness_rises(pipeline: Any) -> None:
-    algorithm = make(pipeline, samples=48, micro_batch=16, group_size=16, update_batch=16, steps="first:4")
-    rewards = [algorithm.run_epoch(epoch).reward_mean for epoch in range(6)]
-    assert np.mean(rewards[-2:]) > np.mean(rewards[:2]) + 0.01
+@pytest.mark.parametrize(("train", "rate"), [("text-encoder", 2e-2), ("unet", 5e-3)])
+def test_brightness_rises_on_pictures_that_training_never_saw(pipeline: Any, train: str, rate: float) -> None:
+    algorithm = make(
+        pipeline, train=train, rate=rate, samples=64, micro_batch=16, group_size=16, update_batch=16, steps="first:4"
+    )
+    texts, seeds = ["a cat", "two foxes", "a cow", "a red car"] * 4, range(1000, 1016)
+
+    def brightness() -> list[float]:
+        images = draw(algorithm.policy, texts, seeds, batch=16)
+        return algorithm.rewards.score(images, texts, [{}] * len(texts))["brightness"].tolist()
+
+    before = brightness()
+    for epoch in range(8):
+        algorithm.run_epoch(epoch)
+    assert paired_interval(brightness(), before).low > 0
 
 
 def test_rewards_that_do_not_vary_change_nothing_and_say_so(pipeline: Any) -> None:
@@ -173,6 +216,39 @@ def test_rewards_that_do_not_vary_change_nothing_and_say_so(pipeline: Any) -> No
     report = algorithm.run_epoch(0)
     assert report.flat and "did not vary" in report.warnings[0]
     assert all(torch.equal(before[k], v) for k, v in algorithm.policy.adapter.export().items())  # type: ignore[union-attr]
+
+
+def test_rewards_that_vary_between_prompts_only_teach_a_group_nothing(pipeline: Any) -> None:
+    algorithm = make(pipeline)
+    level = {prompt.text: float(i) for i, prompt in enumerate(PROMPTS)}
+    algorithm._score = lambda drawn, batch: {"brightness": np.array([level[p.text] for p in batch])}  # type: ignore[method-assign]
+    before = {k: v.clone() for k, v in algorithm.policy.adapter.export().items()}  # type: ignore[union-attr]
+    report = algorithm.run_epoch(0)
+    assert report.flat and "among the images of a prompt" in report.warnings[0]
+    assert all(torch.equal(before[k], v) for k, v in algorithm.policy.adapter.export().items())  # type: ignore[union-attr]
+
+
+def test_disabling_nests(pipeline: Any) -> None:
+    adapter = make(pipeline).policy.adapter
+    assert adapter is not None
+    layer = next(layer for _, layer in adapter.layers())
+    with adapter.disabled():
+        with adapter.disabled():
+            pass
+        assert layer._disable_adapters
+    assert not layer._disable_adapters
+
+
+def test_an_overflow_of_fp16_halves_the_scale_and_leaves_the_update_out() -> None:
+    parameter = torch.nn.Parameter(torch.ones(1))
+    optimisation = Optimisation([parameter], OptimiserSettings(0.1, 10, loss_scale=4.0))
+    optimisation.backward(parameter.sum() * 0.5)
+    assert parameter.grad is not None and parameter.grad.item() == 2.0
+    parameter.grad.fill_(float("inf"))
+    assert optimisation.step() == 0.0
+    assert parameter.item() == 1.0 and optimisation.loss_scale == 2.0 and optimisation.updates == 0
+    optimisation.backward(parameter.sum() * 0.5)
+    assert optimisation.step() == pytest.approx(0.5)
 
 
 def test_too_few_images_a_prompt_for_the_tracker_are_named(pipeline: Any) -> None:
@@ -216,7 +292,20 @@ def test_the_average_of_the_weights_by_hand() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["first:0", "first:x", "random:0", "random:1.5", "window:", "every", "all:3", "random:nan"]
+    "text",
+    [
+        "first:0",
+        "first:x",
+        "first:+4",
+        "first: 4",
+        "first:1_0",
+        "random:0",
+        "random:1.5",
+        "window:",
+        "every",
+        "all:3",
+        "random:nan",
+    ],
 )
 def test_train_steps_that_mean_nothing_are_refused(text: str) -> None:
     with pytest.raises(ValueError):
@@ -231,6 +320,10 @@ def test_which_steps_are_trained() -> None:
     random = TrainSteps.parse("random:0.5").choose(stochastic, 64, rng)
     assert random.shape == (4, 64)
     assert all(len(set(random[:, i].tolist())) == 4 for i in range(64))
+    assert TrainSteps.parse("random:0.5").shares(9) == [4 / 9] * 9
+    assert TrainSteps.parse("first:3").shares(4) == [1.0, 1.0, 1.0, 0.0]
+    # windows of 2 among 6 steps begin at 0, 1, 2 or 3
+    assert TrainSteps.parse("window:2").shares(6) == [0.25, 0.5, 0.5, 0.5, 0.25, 0.0]
     assert len({tuple(random[:, i].tolist()) for i in range(64)}) > 8
     for _ in range(20):
         window = TrainSteps.parse("window:3").choose(stochastic, 2, rng)[:, 0].tolist()

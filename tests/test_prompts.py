@@ -90,7 +90,10 @@ def test_txt_jsonl_and_csv_say_the_same(tmp_path: Path) -> None:
         ("a.jsonl", b'{"prompt": 3}', "is no text"),
         ("a.jsonl", b'{"prompt": "a", "split": "test"}', "has the split 'test'"),
         ("a.jsonl", b'{"prompt": "a", "split": "unseen"}', "no prompt to train on"),
+        ("a.jsonl", b'{"prompt": "\\ud800"}', "is no text"),
+        ("a.jsonl", b"[" * 200_000, "line 1 of"),
         ("a.csv", b"text\na cat\n", "has no column 'prompt'"),
+        ("a.csv", b"x" * 200_000, "is not a CSV file"),
     ],
 )
 def test_a_bad_file_is_named_with_what_is_wrong(tmp_path: Path, name: str, content: bytes, sentence: str) -> None:
@@ -128,18 +131,34 @@ def test_fetched_prompts_are_cached_and_come_from_a_pinned_commit(
     for name, source in fetched.FETCHED.items():
         folder = remote / source.repository / source.commit
         (folder / source.seen).parent.mkdir(parents=True)
-        content = json.dumps([{"text": " a b "}]) if name == "imagereward-train" else "a b\nc\n"
+        content = json.dumps([{"text": " a b "}] * 9000) if name == "imagereward-train" else "a b\nc\n" * 375
         (folder / source.seen).write_text(content)
         if source.unseen:
-            (folder / source.unseen).write_text("d\n")
+            (folder / source.unseen).write_text("d\n" * 50)
     monkeypatch.setenv("TEXFORCE_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setattr(fetched, "_RAW", remote.as_uri())
-    assert [p.text for p in load_prompts("imagereward-train", "sd").seen] == ["a b"]
+    assert {p.text for p in load_prompts("imagereward-train", "sd").seen} == {"a b"}
     found = load_prompts("hpsv2-train-750", "sd")
-    assert ([p.text for p in found.seen], [p.text for p in found.unseen]) == (["a b", "c"], ["d"])
+    assert ([p.text for p in found.seen], [p.text for p in found.unseen]) == (["a b", "c"] * 375, ["d"] * 50)
     monkeypatch.setattr(fetched, "_RAW", (tmp_path / "gone").as_uri())
     assert load_prompts("hpsv2-train-750", "sd") == found  # from the cache
+
+
+@pytest.mark.parametrize(("content", "sentence"), [("<html>", "holds 1 prompts"), ("a\n" * 700, "holds 700 prompts")])
+def test_what_a_proxy_answers_instead_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, sentence: str
+) -> None:
+    source = fetched.FETCHED["hpsv2-train-750"]
+    path = tmp_path / "remote" / source.repository / source.commit / source.seen
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    monkeypatch.setenv("TEXFORCE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(fetched, "_RAW", (tmp_path / "remote").as_uri())
+    with pytest.raises(TexforceError, match=sentence):
+        load_prompts("hpsv2-train-750", "sd")
+    assert not (tmp_path / "home").exists()
 
 
 def test_without_a_network_the_sentence_says_what_to_fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

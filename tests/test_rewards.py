@@ -151,12 +151,14 @@ def test_broken_plugins_break_only_themselves(plugins: Callable[..., None], monk
     plugins("no-version", lambda register: register("x", "y:Z"))
     plugins("taken", registers("brightness"))
     plugins("misspelt", registers("y"), attribute="texforce_register_reward")
-    plugins("good", registers("fine"))
+    plugins("mistyped", registers("z", higher_is_beter=False))
+    plugins("good", registers("fine", something_of_a_later_version=1))
     registry = load_registry()
     assert registry.find("fine").origin == "good"
     assert registry.find("brightness").origin == "texforce"
-    assert set(registry.broken) == {"broken-import", "too-new", "no-version", "taken", "misspelt"}
+    assert set(registry.broken) == {"broken-import", "too-new", "no-version", "taken", "misspelt", "mistyped"}
     assert "both 'texforce' and 'taken'" in registry.broken["taken"]
+    assert "is 'higher_is_better' meant?" in registry.broken["mistyped"]
     assert "API version 2" in registry.broken["too-new"]
     with pytest.raises(UsageError, match="no module named moon"):
         registry.find("moon")

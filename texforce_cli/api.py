@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
@@ -13,7 +14,7 @@ from texforce_cli.workflows import sample as sampling
 from texforce_cli.workflows import train as training
 from texforce_cli.workflows.events import Listener, silent
 from texforce_cli.workflows.sample import SampleResult
-from texforce_cli.workflows.train import TrainResult
+from texforce_cli.workflows.training_run import TrainResult
 
 Text = str | PathLike[str]
 
@@ -62,6 +63,14 @@ def sample(
     Raises:
         TexforceError: a LoRA or model that cannot be used, files that exist already.
     """
+    if isinstance(prompts, str):
+        raise UsageError("the prompts are one text", 'give a list: sample(["a cat"], ...)')
+    known = {field.name for field in dataclasses.fields(sampling.SampleRequest)}
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise UsageError(f"unknown option '{unknown[0]}'", f"options: {', '.join(sorted(known))}")
+    if options.get("scheduler", "ddim") not in sampling.SCHEDULERS:
+        raise UsageError(f"unknown scheduler '{options['scheduler']}'", f"one of {', '.join(sampling.SCHEDULERS)}")
     request = sampling.SampleRequest(
         prompts=list(prompts), seeds=list(seeds), out=Path(out), loras=[str(lora) for lora in loras], **options
     )

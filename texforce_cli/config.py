@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from texforce_cli.core.train_steps import TrainSteps
 from texforce_cli.errors import UsageError
-from texforce_cli.presets import PRESETS, automatic_preset, preset_values
+from texforce_cli.presets import PRESETS, Family, automatic_preset, preset_values
 
 ENVIRONMENT = "TEXFORCE_"
 FIRST, MODEL, SAMPLING, ADAPTER, LEARNING, EVALUATION, OUTPUT = (
@@ -50,16 +51,15 @@ def _between(low: float, high: float) -> Callable[[float], str | None]:
 
 
 def _train_steps(text: str) -> str | None:
-    kind, _, amount = text.partition(":")
     try:
-        good = (
-            text == "all"
-            or (kind in ("first", "window") and int(amount) > 0)
-            or (kind == "random" and 0 < float(amount) <= 1)
-        )
-    except ValueError:
-        good = False
-    return None if good else "is not first:N, random:F with 0 < F <= 1, window:K or all"
+        TrainSteps.parse(text)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _no_or_several(value: int) -> str | None:
+    return None if value == 0 or value > 1 else "must be 0, or 2 and more"
 
 
 _positive, _not_negative = _above(0), _between(0, math.inf)
@@ -97,7 +97,7 @@ class TrainConfig:
     guidance: float = option(
         5.0, SAMPLING, "Classifier-free guidance, in sampling and training; 1 = none.", _between(1, 100)
     )
-    eta: float = option(1.0, SAMPLING, "Noise of the DDIM steps: 1 as in DDPM.", _above(0))
+    eta: float = option(1.0, SAMPLING, "Noise of the DDIM steps: 1 as in DDPM.", _between(0.001, 1))
     size: int | None = option(None, SAMPLING, "Width and height in pixels. Default: the model's own.", _positive)
     negative_prompt: str = option("", SAMPLING, "What the unconditional branch is given.")
     uncond_embedding: Literal["trained", "snapshot", "base"] = option(
@@ -139,7 +139,7 @@ class TrainConfig:
     reward_option: list[str] = option([], LEARNING, "Option of a reward: NAME.key=value; may be repeated.")
 
     eval_images: int = option(
-        16, EVALUATION, "Held-out pictures (half of unseen prompts) to measure on; 0 = none.", _not_negative
+        16, EVALUATION, "Held-out pictures (half of unseen prompts) to measure on, 2 or more; 0 = none.", _no_or_several
     )
     eval_every: int = option(5, EVALUATION, "Epochs between measurements; 0 = only before and after.", _not_negative)
 
@@ -189,29 +189,19 @@ class Resolved:
     origins: Mapping[str, str]
 
 
-def resolve(flags: Mapping[str, Any], config_file: Path | None = None, *, family: str | None = None) -> Resolved:
+def resolve(flags: Mapping[str, Any], config_file: Path | None = None, *, family: Family | None = None) -> Resolved:
     """Flag > environment > file > preset > default.
 
-    `family` (tiny or sd) is that of the resolved model; it chooses the preset where none is given.
+    `family` (tiny or sd) is that of the resolved model; it chooses the preset where none is given. Without it, options
+    that contradict each other are not looked for: the preset may mend that.
 
     Raises:
         UsageError: everything that is wrong, in one message.
     """
     mistakes: list[str] = []
-    values: dict[str, Any] = {}
-    origins: dict[str, str] = {}
-    layers = [
-        ("file", _from_file(config_file, mistakes)),
-        ("environment", _from_environment(mistakes)),
-        ("flag", {name: value for name, value in flags.items() if value is not None and value != []}),
-    ]
-    for origin, layer in layers:
-        for name, value in layer.items():
-            converted = _convert(name, value, origin, mistakes)
-            if converted is not None:
-                values[name], origins[name] = converted, origin
+    values, origins = _given(flags, config_file, mistakes)
     if "epochs" in values and "images" in values and origins["epochs"] != origins["images"]:
-        weaker = min(("epochs", "images"), key=lambda name: [o for o, _ in layers].index(origins[name]))
+        weaker = min(("epochs", "images"), key=lambda name: ("file", "environment", "flag").index(origins[name]))
         del values[weaker], origins[weaker]
     preset = values.get("preset", "auto")
     if preset == "auto" and family:
@@ -226,11 +216,46 @@ def resolve(flags: Mapping[str, Any], config_file: Path | None = None, *, family
             if name not in values:
                 values[name], origins[name] = value, f"preset {preset}"
     config = TrainConfig(**values)
-    mistakes += _contradictions(config)
+    if family or preset != "auto":
+        mistakes += _contradictions(config)
+    _refuse(mistakes)
+    return Resolved(config, {name: origins.get(name, "default") for name in FIELDS})
+
+
+def given(flags: Mapping[str, Any], config_file: Path | None = None) -> dict[str, Any]:
+    """Only what the command and its file say, typed and checked, by name.
+
+    Raises:
+        UsageError: everything that is wrong, in one message.
+    """
+    mistakes: list[str] = []
+    values, origins = _given(flags, config_file, mistakes)
+    _refuse(mistakes)
+    return {name: value for name, value in values.items() if origins[name] != "environment"}
+
+
+def _given(
+    flags: Mapping[str, Any], config_file: Path | None, mistakes: list[str]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    layers = [
+        ("file", _from_file(config_file, mistakes)),
+        ("environment", _from_environment()),
+        ("flag", {name: value for name, value in flags.items() if value is not None and value != []}),
+    ]
+    for origin, layer in layers:
+        for name, value in layer.items():
+            converted = _convert(name, value, origin, mistakes)
+            if converted is not None:
+                values[name], origins[name] = converted, origin
+    return values, origins
+
+
+def _refuse(mistakes: Sequence[str]) -> None:
     if mistakes:
         count = f"{len(mistakes)} mistakes in the configuration: " if len(mistakes) > 1 else ""
         raise UsageError(count + "; ".join(mistakes), "see texforce train --help")
-    return Resolved(config, {name: origins.get(name, "default") for name in FIELDS})
 
 
 def _from_file(path: Path | None, mistakes: list[str]) -> dict[str, Any]:
@@ -245,7 +270,7 @@ def _from_file(path: Path | None, mistakes: list[str]) -> dict[str, Any]:
     return dict(_known(values, f"in '{path}'", mistakes))
 
 
-def _from_environment(mistakes: list[str]) -> dict[str, Any]:
+def _from_environment() -> dict[str, Any]:
     found = {key[len(ENVIRONMENT) :].lower(): value for key, value in os.environ.items() if key.startswith(ENVIRONMENT)}
     # other parts of texforce have variables of their own, so an unknown name here is no mistake
     return {
@@ -275,7 +300,7 @@ def _convert(name: str, value: Any, origin: str, mistakes: list[str]) -> Any:
         return value
     try:
         converted = _typed(kind, value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         expected = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(
             kind, "a list of text"
         )
@@ -323,6 +348,8 @@ def _contradictions(config: TrainConfig) -> list[str]:
         )
     if config.advantages == "group" and config.group_size < 2:
         found.append("--advantages group needs --group-size 2 or more")
+    if config.kl_target and config.lr_schedule != "constant":
+        found.append("--kl-target steers the learning rate itself (use --lr-schedule constant)")
     if config.kl_target and config.updates_per_epoch < 2:
         found.append("--kl-target needs two updates an epoch or more (lower --grad-accum)")
     return found

@@ -8,7 +8,10 @@ epoch); nobody has measured them with texforce yet.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
+
+Family = Literal["tiny", "sd"]
+"""The embedded model and Stable Diffusion know different words and want different settings."""
 
 _TINY = {
     "steps": 10,
@@ -51,7 +54,7 @@ def preset_values(preset: str, train: str) -> dict[str, Any]:
     return {**PRESETS[preset], **_BY_COMPONENT.get((preset, train), {})}
 
 
-def automatic_preset(family: str, prompts: str) -> str:
+def automatic_preset(family: Family, prompts: str) -> str:
     """The preset for a model family and a prompt set, where the user names none."""
     if family == "tiny":
         return "tiny"
@@ -65,10 +68,25 @@ def computed_petaflop(sampling_calls: float, training_calls: float, size: int) -
     return (sampling_calls + 2 * training_calls) * TFLOP_PER_CALL * (size / 512) ** 2 / 1000
 
 
-def computed_memory_gb(precision: str, micro_batch: int, guided: bool) -> float:
-    """GPU memory on SD 1.x at 512 pixels, computed and not measured: weights, plus activations of one training call.
+def computed_memory_gb(precision: str, micro_batch: int, guided: bool, samples: int, steps: int, size: int) -> float:
+    """GPU memory on SD 1.x, computed and not measured: weights, activations of one training call, and trajectories.
 
-    1.07 G parameters; 2.4 GB of fp16 activations a branch and image, without gradient checkpointing.
+    1.07 G parameters; 2.4 GB of fp16 activations a branch and image of 512 pixels, without gradient checkpointing; the
+    latents of an epoch in fp32, twice while they are joined.
     """
-    size = 4 if precision == "fp32" else 2
-    return 1.07 * size + 1.2 * size * micro_batch * (2 if guided else 1)
+    number = 4 if precision == "fp32" else 2
+    pixels = (size / 512) ** 2
+    activations = 1.2 * number * micro_batch * (2 if guided else 1) * pixels
+    trajectories = 2 * samples * (steps + 1) * 16384 * pixels * 4 / 1e9
+    return 1.07 * number + activations + trajectories
+
+
+def computed_micro_batch(memory_gb: float, precision: str, guided: bool, samples: int, steps: int, size: int) -> int:
+    """The largest micro-batch of 8, 4, 2, 1 whose computed memory fits into 90 % of `memory_gb`."""
+    fits = [n for n in (8, 4, 2) if computed_memory_gb(precision, n, guided, samples, steps, size) < 0.9 * memory_gb]
+    return max(fits, default=1)
+
+
+def computed_hours(petaflop: float, teraflops: float) -> float:
+    """Hours of work at a sustained rate, rewards left out."""
+    return petaflop * 1000 / teraflops / 3600

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,47 +23,11 @@ from texforce_cli.algorithms.optimisation import Optimisation
 from texforce_cli.core import advantages as adv
 from texforce_cli.core.ppo import Diagnostics, clipped_surrogate, reference_kl, steered_learning_rate
 from texforce_cli.core.seeds import derive
+from texforce_cli.core.train_steps import TrainSteps
 from texforce_cli.diffusion.policy import Embeddings, Policy
 from texforce_cli.diffusion.sampler import Trajectory, rollout
 from texforce_cli.prompts import Prompt
 from texforce_cli.rewards.terms import RewardSet, Scores
-
-
-@dataclass(frozen=True)
-class TrainSteps:
-    """Which denoising steps are trained: `first:N`, `random:F` (a share, other steps for each image), `window:K`, `all`."""
-
-    kind: Literal["first", "random", "window", "all"]
-    amount: float = 0
-
-    @classmethod
-    def parse(cls, text: str) -> TrainSteps:
-        """Raises ValueError with the reason."""
-        kind, _, amount = text.partition(":")
-        if kind == "all" and not amount:
-            return cls("all")
-        if kind in ("first", "window") and amount.isdigit() and int(amount) > 0:
-            return cls(kind, int(amount))  # type: ignore[arg-type]
-        if kind == "random" and 0 < float(amount or "nan") <= 1:
-            return cls("random", float(amount))
-        raise ValueError("write first:N, random:F with 0 < F <= 1, window:K or all")
-
-    def choose(self, stochastic: Sequence[int], images: int, rng: np.random.Generator) -> Tensor:
-        """Step indices [K, images] for one pass over the data.
-
-        A window of K consecutive steps begins anywhere in the first half of the schedule, the same for all images.
-        """
-        steps = np.asarray(stochastic)
-        if self.kind == "random":
-            count = max(1, round(self.amount * len(steps)))
-            return torch.from_numpy(np.stack([rng.permutation(steps)[:count] for _ in range(images)], axis=1))
-        if self.kind == "first":
-            steps = steps[: int(self.amount)]
-        elif self.kind == "window":
-            latest = max(0, min(len(steps) // 2, len(steps) - int(self.amount)))
-            start = int(rng.integers(latest + 1))
-            steps = steps[start : start + int(self.amount)]
-        return torch.from_numpy(np.repeat(steps[:, None], images, axis=1))
 
 
 @dataclass(frozen=True)
@@ -121,33 +85,41 @@ class DDPO:
         self._seconds: dict[Phase, float] = {}
 
     def preflight(self) -> Preflight:
-        """Draw one micro-batch and take its log-probabilities again, in another order, with the weights unchanged."""
-        prompts = [prompt.text for prompt in self._prompts_of(epoch=-1)[: self.settings.micro_batch]]
-        drawn = self._draw(epoch=-1, indices=range(len(prompts)), prompts=prompts)
-        order = torch.arange(len(prompts) - 1, -1, -1, device=self.policy.device)
-        schedule, errors = self.policy.schedule, {}
-        with torch.no_grad():
-            embeddings = self.policy.embed([prompts[i] for i in order.tolist()])
+        """Draw two micro-batches and take their log-probabilities again as training will: mixed, with gradients."""
+        prompts = [prompt.text for prompt in self._prompts_of(epoch=-1)[: 2 * self.settings.micro_batch]]
+        batches = [
+            range(i, min(i + self.settings.micro_batch, len(prompts)))
+            for i in range(0, len(prompts), self.settings.micro_batch)
+        ]
+        drawn = Trajectory.join([self._draw(-1, batch, [prompts[i] for i in batch]) for batch in batches])
+        order = torch.from_numpy(self._rng("order", -1).permutation(len(prompts))).to(self.policy.device)
+        schedule, errors = self.policy.schedule, dict.fromkeys(self.policy.schedule.stochastic, 0.0)
+        for images in order.split(self.settings.micro_batch):
+            embeddings = self.policy.embed([prompts[i] for i in images.tolist()])
             for index in schedule.stochastic:
-                steps = torch.full_like(order, index)
-                log_prob, _ = self._log_prob(drawn, order, steps, embeddings)
-                errors[index] = torch.expm1(log_prob - drawn.log_probs[index, order]).abs().max().item()
-        chosen = self.settings.train_steps.choose(schedule.stochastic, 64, self._rng("steps", -1))
-        trained = {i: (chosen == i).any(0).double().mean().item() for i in range(len(schedule))}
+                log_prob, _ = self._log_prob(drawn, images, torch.full_like(images, index), embeddings.leaf())
+                error = torch.expm1(log_prob.detach() - drawn.log_probs[index, images]).abs().max().item()
+                errors[index] = float(np.fmax(errors[index], error)) if np.isfinite(error) else float("inf")
+        shares = dict(zip(schedule.stochastic, self.settings.train_steps.shares(len(schedule.stochastic))))
         return Preflight(
-            ratio_error=max((errors[i] for i in errors if trained[i]), default=0.0),
-            limit=0.1 * self.settings.clip_range,
+            ratio_error=max((errors[index] for index, share in shares.items() if share), default=0.0),
+            limit=self.ratio_limit,
             steps=tuple(
                 {
                     "timestep": schedule.timesteps[i],
                     "sigma": schedule.sigma[i],
                     "sensitivity": schedule.sensitivity(i),
                     "ratio_error": errors.get(i, 0.0),
-                    "trained": trained[i],
+                    "trained": shares.get(i, 0.0),
                 }
                 for i in range(len(schedule))
             ),
         )
+
+    @property
+    def ratio_limit(self) -> float:
+        """How far the ratio may be from 1 with unchanged weights: a tenth of the clip range."""
+        return 0.1 * self.settings.clip_range
 
     def run_epoch(self, epoch: int) -> EpochReport:
         """Draw and score images with the policy as it is, then learn from them."""
@@ -155,16 +127,18 @@ class DDPO:
         self.policy.snapshot_unconditional()
         rollouts = self._collect(epoch)
         rewards, prompts = rollouts.scores.total, rollouts.trajectory.prompts
-        flat = not adv.varies(rewards)
+        raw = self.rewards.weighted(rollouts.scores.terms)
+        advantages = self._advantages(rewards, prompts)
+        flat = not adv.varies(rewards) or bool(advantages.abs().max() < adv.EPSILON)
         learning_rate = self.optimisation.learning_rate
         with self._timed("training"):
-            updates = [] if flat else list(self._learn(epoch, rollouts, self._advantages(rewards, prompts)))
+            updates = [] if flat else list(self._learn(epoch, rollouts, advantages))
         diagnostics = [update.diagnostics for update in updates]
         report = EpochReport(
             epoch=epoch,
             images=len(rewards),
-            reward_mean=float(rewards.mean()),
-            reward_std=float(rewards.std()),
+            reward_mean=float(raw.mean()),
+            reward_std=float(raw.std()),
             terms={
                 name: {"mean": float(values.mean()), "std": float(values.std())}
                 for name, values in rollouts.scores.terms.items()
@@ -179,7 +153,7 @@ class DDPO:
             if updates and self.settings.kl_weight
             else None,
             flat=flat,
-            warnings=tuple(self._warnings(flat, prompts)),
+            warnings=tuple(self._warnings(flat, prompts, diagnostics)),
         )
         if self.settings.kl_target and updates:
             self.optimisation.base_rate = steered_learning_rate(
@@ -247,8 +221,8 @@ class DDPO:
         for inner in range(self.settings.inner_epochs):
             order = torch.from_numpy(self._rng("order", epoch, inner).permutation(images)).to(self.policy.device)
             rng = self._rng("steps", epoch, inner)
-            steps = self.settings.train_steps.choose(self.policy.schedule.stochastic, images, rng)
-            steps = steps.to(self.policy.device)
+            chosen = self.settings.train_steps.choose(self.policy.schedule.stochastic, images, rng)
+            steps = torch.from_numpy(chosen).to(self.policy.device)
             for start in range(0, images, size):
                 yield self._update(rollouts.trajectory, order[start : start + size], steps, advantages)
                 done += 1
@@ -299,8 +273,7 @@ class DDPO:
         if reference is not None and self.policy.adapter is not None:
             with torch.no_grad(), self.policy.adapter.disabled():
                 reference_mean = self._reference_mean(drawn, images, step, reference)
-            sigma = torch.tensor(self.policy.schedule.sigma, device=mean.device)[step].reshape(-1, 1, 1, 1)
-            divergence = reference_kl(mean, reference_mean, sigma)
+            divergence = reference_kl(mean, reference_mean, self.policy.schedule.sigma_at(step, mean))
             loss = loss + self.settings.kl_weight * divergence.sum()
             penalty = divergence.mean().item()
         return loss, (log_prob - old).detach(), penalty
@@ -329,9 +302,15 @@ class DDPO:
 
     # bookkeeping
 
-    def _warnings(self, flat: bool, prompts: Sequence[str]) -> Iterator[str]:
+    def _warnings(self, flat: bool, prompts: Sequence[str], diagnostics: Sequence[Diagnostics]) -> Iterator[str]:
         if flat:
-            yield "the rewards of this epoch did not vary: nothing could be learnt from it"
+            among = " among the images of a prompt" if self.settings.advantages == "group" else ""
+            yield f"the rewards of this epoch did not vary{among}: nothing could be learnt from it"
+        if diagnostics and diagnostics[0].ratio_error > self.ratio_limit:
+            yield (
+                f"before its first update the ratio differed from 1 by {diagnostics[0].ratio_error:.1e}, above a tenth of "
+                f"the clip range ({self.ratio_limit:.1e}): gradients are biased by rounding (use --precision fp32)"
+            )
         if self.settings.advantages == "prompt":
             inert = self.tracker.inert(prompts)
             if inert:
@@ -339,8 +318,6 @@ class DDPO:
                     f"{len(inert)} of {len(set(prompts))} prompts have fewer than {self.tracker.minimum} rewards so far: "
                     "they use the statistics of the epoch (more images a prompt, or --advantages group)"
                 )
-        if self.settings.advantages == "group" and self.settings.group_size < 2:
-            yield "one image a prompt has nothing to be compared with: use --group-size 2 or more"
 
     def _rng(self, *purpose: str | int) -> np.random.Generator:
         return np.random.default_rng(derive(self.seed, *purpose))

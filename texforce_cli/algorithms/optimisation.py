@@ -18,7 +18,10 @@ LRSchedule = Literal["constant", "cosine", "linear"]
 
 @dataclass(frozen=True)
 class OptimiserSettings:
-    """`warmup` is a share of all `updates`; `ema` a decay, 0 for none; `loss_scale` keeps fp16 gradients from vanishing."""
+    """`warmup` is a share of all `updates`; `ema` a decay, 0 for none.
+
+    `loss_scale` keeps fp16 gradients from vanishing; it is halved, and the update left out, when one overflows.
+    """
 
     learning_rate: float
     updates: int
@@ -48,6 +51,7 @@ class Optimisation:
         self.parameters = list(parameters)
         self.settings = settings
         self.base_rate = settings.learning_rate
+        self.loss_scale = settings.loss_scale
         self.updates = 0
         self._adam = torch.optim.AdamW(
             self.parameters, lr=settings.learning_rate, betas=(0.9, 0.999), weight_decay=settings.weight_decay
@@ -62,21 +66,26 @@ class Optimisation:
 
     def backward(self, loss: Tensor) -> None:
         """Gather the gradient of a loss."""
-        (loss * self.settings.loss_scale).backward()
+        (loss * self.loss_scale).backward()
 
     def step(self) -> float:
         """Update the weights and forget the gradients; returns the norm of the gradient before clipping.
 
+        An overflow of fp16 leaves the weights as they are and gives a norm of 0.
+
         Raises:
-            TexforceError: a gradient is not finite; the weights are unchanged.
+            TexforceError: a gradient is not finite at any scale; the weights are unchanged.
         """
-        if self.settings.loss_scale != 1:
+        if self.loss_scale != 1:
             for parameter in self.parameters:
                 if parameter.grad is not None:
-                    parameter.grad /= self.settings.loss_scale
+                    parameter.grad /= self.loss_scale
         norm = float(nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm))
         if not math.isfinite(norm):
             self._adam.zero_grad()
+            if self.loss_scale > 1:
+                self.loss_scale /= 2
+                return 0.0
             raise TexforceError("the gradient is not finite", "use --precision fp32 or bf16, or a lower --lr")
         for group in self._adam.param_groups:
             group["lr"] = self.learning_rate
@@ -111,11 +120,12 @@ class Optimisation:
 
     def numbers(self) -> dict[str, Any]:
         """The rest of the state, plain JSON values."""
-        return {"updates": self.updates, "base_rate": self.base_rate}
+        return {"updates": self.updates, "base_rate": self.base_rate, "loss_scale": self.loss_scale}
 
     def load(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         """Continue from `tensors()` and `numbers()`."""
         self.updates, self.base_rate = int(numbers["updates"]), float(numbers["base_rate"])
+        self.loss_scale = float(numbers["loss_scale"])
         for index, parameter in enumerate(self.parameters):
             prefix = f"adam.{index}."
             state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}

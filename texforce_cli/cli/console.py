@@ -13,27 +13,32 @@ from rich.markup import escape
 
 from texforce_cli.errors import TexforceError
 
-stderr = Console(stderr=True, soft_wrap=True, highlight=False)
+stderr = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
+
+
+def printable(text: str) -> str:
+    """Text for a terminal: no control characters, which prompts and file names may hold, and no markup of rich."""
+    return escape("".join(c if c.isprintable() or c == "\n" else "�" for c in text))
 
 
 def note(text: str) -> None:
     """Something worth knowing."""
-    stderr.print(escape(text))
+    stderr.print(printable(text))
 
 
 def warn(text: str) -> None:
     """Something that may be wrong."""
-    stderr.print(f"[yellow]warning:[/yellow] {escape(text)}")
+    stderr.print(f"[yellow]warning:[/yellow] {printable(text)}")
 
 
 def show_error(error: TexforceError, *, as_json: bool) -> None:
     """One sentence: what is wrong, then the remedy."""
     if as_json:
         write_json({"error": {"message": error.message, "hint": error.hint, "exit_code": error.exit_code}})
-    hint = f"; {escape(error.hint)}" if error.hint else ""
+    hint = f"; {printable(error.hint)}" if error.hint else ""
     label = "stopped" if error.exit_code in (130, 143) else "error"
     text = error.message.removeprefix("stopped; ")
-    stderr.print(f"[bold red]{label}:[/bold red] {escape(text)}{hint}")
+    stderr.print(f"[bold red]{label}:[/bold red] {printable(text)}{hint}")
 
 
 def write_json(document: dict[str, Any]) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shlex
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from texforce_cli.cli.console import note, stderr, warn, write_json
+from texforce_cli.cli.console import note, printable, stderr, warn, write_json
 from texforce_cli.workflows.events import (
     Checked,
     EpochDone,
@@ -26,7 +26,7 @@ from texforce_cli.workflows.events import (
 
 if TYPE_CHECKING:
     from texforce_cli.workflows.plan import Plan
-    from texforce_cli.workflows.train import TrainResult
+    from texforce_cli.workflows.training_run import TrainResult
 
 
 class TrainView:
@@ -75,28 +75,22 @@ class TrainView:
         self._total = event.epochs
         again = f", going on after epoch {event.done}" if event.done else ""
         note(f"run folder: {event.folder}{again}")
-        note(f"{event.images} images in {event.epochs} epochs; Ctrl-C stops at a safe point")
-        chosen = [f"{n} {event.config[n]} ({o})" for n, o in event.origins.items() if o != "default"]
-        stderr.print(f"[dim]{escape(', '.join(chosen))}[/dim]")
+        epochs = "1 epoch" if event.epochs == 1 else f"{event.epochs} epochs"
+        note(f"{event.images} images in {epochs}; Ctrl-C stops at a safe point")
+        chosen = [
+            f"{name} {event.config[name]} ({origin})" for name, origin in event.origins.items() if origin != "default"
+        ]
+        rest = [f"{name} {event.config[name]}" for name, origin in event.origins.items() if origin == "default"]
+        stderr.print(f"[dim]{printable(', '.join(chosen))}; defaults: {printable(', '.join(rest))}[/dim]")
         self._bar("epoch", event.done, event.epochs)
 
     def _checked(self, event: Checked) -> None:
         result = event.preflight
         note(f"preflight: max |ratio - 1| = {result.ratio_error:.1e} with unchanged weights (limit {result.limit:.1e})")
-        if stderr.is_terminal and len(result.steps) <= 20:
-            table = Table(
-                "step", "timestep", "sigma", "sensitivity", "trained", box=None, header_style="dim", style="dim"
-            )
-            for index, step in enumerate(result.steps):
-                known = math.isfinite(step["sensitivity"])
-                table.add_row(
-                    str(index),
-                    f"{step['timestep']:.0f}",
-                    f"{step['sigma']:.3f}",
-                    f"{step['sensitivity']:.2f}" if known else "no noise",
-                    f"{100 * step['trained']:.0f} %" if step["trained"] else "",
-                )
-            stderr.print(table)
+        steps = [step for step in result.steps if math.isfinite(step["sensitivity"])]
+        shown = steps if len(steps) <= 20 else steps[:: len(steps) // 10]
+        text = ", ".join(f"{step['timestep']:.0f}: {step['sensitivity']:.2f} ({step['trained']:.0%})" for step in shown)
+        stderr.print(f"[dim]sensitivity of each step (share of images trained on it): {text}[/dim]")
 
     def _bar(self, name: str, done: int, total: int, about: str = "") -> None:
         if name not in self._tasks:
@@ -136,7 +130,7 @@ def summarise(result: TrainResult) -> None:
         note(describe_evaluation(result.evaluation).strip())
     note(f"adapter: {result.adapter}")
     note(f"pictures: {result.folder / 'samples'}, curve: {result.folder / 'curve.png'}")
-    note(f'next: texforce sample "a cat" --lora {result.adapter} --compare --grid --out pictures')
+    note(f'next: texforce sample "a cat" --lora {shlex.quote(str(result.adapter))} --compare --grid --out pictures')
 
 
 def result_document(result: TrainResult) -> dict[str, Any]:
@@ -155,7 +149,7 @@ def describe_plan(plan: Plan, *, as_json: bool) -> None:
     note(f"prompts: {plan.prompts.name}, {len(plan.prompts.seen)} to train on, {len(plan.prompts.unseen)} held out")
     table = Table("option", "value", "from", box=None, header_style="bold")
     for name, value in dataclasses.asdict(plan.config).items():
-        table.add_row(name.replace("_", "-"), escape(str(value)), plan.origins[name])
+        table.add_row(name.replace("_", "-"), printable(str(value)), plan.origins[name])
     stderr.print(table)
     for name, number in cost.items():
         note(f"{name.replace('_', ' ')}: {number:,.4g}" if number < 1e4 else f"{name.replace('_', ' ')}: {number:,.0f}")

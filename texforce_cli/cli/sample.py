@@ -36,14 +36,18 @@ def sample(
     guidance: Annotated[
         Optional[float], typer.Option(help="Default: as the LoRA was trained.", min=1, max=100, rich_help_panel=_HOW)
     ] = None,
-    eta: Annotated[float, typer.Option(help="Noise of DDIM steps.", min=0, max=1, rich_help_panel=_HOW)] = 1.0,
+    eta: Annotated[
+        Optional[float], typer.Option(help="Noise of DDIM steps; default 1.", min=0, max=1, rich_help_panel=_HOW)
+    ] = None,
     scheduler: Annotated[
         Literal["ddim", "dpm", "euler", "euler-a", "pndm", "unipc"], typer.Option(rich_help_panel=_HOW)
     ] = "ddim",
     size: Annotated[
         Optional[int], typer.Option(help="Pixels; default the model's.", min=8, rich_help_panel=_HOW)
     ] = None,
-    negative_prompt: Annotated[str, typer.Option(rich_help_panel=_HOW)] = "",
+    negative_prompt: Annotated[
+        Optional[str], typer.Option(help="Default: as the LoRA was trained.", rich_help_panel=_HOW)
+    ] = None,
     batch: Annotated[int, typer.Option(help="Pictures at a time.", min=1, rich_help_panel=_HOW)] = 8,
     device: Annotated[str, typer.Option(rich_help_panel=_HOW)] = "auto",
     precision: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(rich_help_panel=_HOW)] = "fp32",
@@ -63,11 +67,9 @@ def sample(
     from texforce_cli.cli.live import TrainView
     from texforce_cli.workflows import sample as workflow
 
-    texts = list(prompts or [])
-    if prompts_file:
-        texts += _from_set(prompts_file, model)
     request = workflow.SampleRequest(
-        prompts=texts,
+        prompts=prompts or [],
+        prompt_set=prompts_file,
         seeds=workflow.parse_seeds(seeds),
         out=out,
         model=model,
@@ -96,11 +98,3 @@ def sample(
     if json:
         files = [str(path) for path in result.files]
         write_json({"files": files, "grid": str(result.grid) if result.grid else None, "withheld": result.withheld})
-
-
-def _from_set(spec: str, model: str) -> list[str]:
-    from texforce_cli.diffusion.models import resolve_model
-    from texforce_cli.prompts import load_prompts
-
-    found = load_prompts(spec, resolve_model(model).family)
-    return [prompt.text for prompt in (*found.seen, *found.unseen)]

@@ -37,9 +37,11 @@ def _train(
     from texforce_cli.cli.live import TrainView, describe_plan, result_document, summarise
     from texforce_cli.workflows import train as workflow
     from texforce_cli.workflows.plan import plan
+    from texforce_cli.workflows.run_folder import RunFolder
 
     if dry_run:
-        describe_plan(plan(flags, config), as_json=json)
+        made = workflow.recorded_plan(RunFolder.open(resume)) if resume else plan(flags, config)
+        describe_plan(made, as_json=json)
         return
     with TrainView() as view:
         if resume:

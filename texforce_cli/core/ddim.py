@@ -82,9 +82,13 @@ class Schedule:
         The mean over the D elements, not the sum: the sum of SD's 16384 terms overflows the ratio of Eq. (5). Times D
         it is the joint log-probability.
         """
-        s = self._at(self.sigma, index, following)
+        s = self.sigma_at(index, following)
         deviation = (at_least_fp32(following) - mean) / s
         return (-0.5 * deviation.square() - s.log() - 0.5 * math.log(2 * math.pi)).flatten(1).mean(1)
+
+    def sigma_at(self, index: int | Tensor, like: Tensor) -> Tensor:
+        """s of one step or of one step an image, shaped to go with `like` [N, ...]."""
+        return self._at(self.sigma, index, like)
 
     def _at(self, values: tuple[float, ...], index: int | Tensor, like: Tensor) -> Tensor:
         table = torch.tensor(values, dtype=at_least_fp32(like).dtype, device=like.device)

@@ -53,7 +53,7 @@ class Diagnostics:
     @classmethod
     def of(cls, log_ratio: Tensor, clip_range: float) -> Diagnostics:
         """From log-ratios of any shape."""
-        log_ratio = log_ratio.detach().double()
+        log_ratio = log_ratio.detach().cpu().double()  # Apple's GPU has no fp64
         error = torch.expm1(log_ratio).abs()
         return cls(
             approx_kl=0.5 * log_ratio.square().mean().item(),

@@ -36,11 +36,15 @@ def t_quantile(degrees: int) -> float:
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
-    """Mean and Student 95 % interval of independent values; the interval of one value is infinite."""
+    """Mean and Student 95 % interval of two or more independent values.
+
+    Raises:
+        ValueError: fewer than two values have no interval.
+    """
     array = np.asarray(values, dtype=np.float64)
     n, mean = len(array), float(array.mean())
     if n < 2:
-        return Interval(mean, -math.inf, math.inf, n)
+        raise ValueError(f"{n} values have no interval")
     half = t_quantile(n - 1) * float(array.std(ddof=1)) / math.sqrt(n)
     return Interval(mean, mean - half, mean + half, n)
 

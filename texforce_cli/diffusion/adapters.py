@@ -6,7 +6,6 @@ LoRA: W' = W + (alpha / r) B A (Hu et al. 2022; sec. 2.2 of the paper).
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,6 +16,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from texforce_cli.core.seeds import derive
+from texforce_cli.diffusion.quiet import quiet
 from texforce_cli.errors import TexforceError
 
 Trained = Literal["text-encoder", "unet", "both"]
@@ -76,14 +76,14 @@ class Adapter:
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
         """Within this block the pipeline is the reference: the base without the LoRA."""
-        layers = [layer for _, layer in self.layers()]
-        for layer in layers:
+        before = [(layer, layer._disable_adapters) for _, layer in self.layers()]
+        for layer, _ in before:
             layer._disable_adapters = True
         try:
             yield
         finally:
-            for layer in layers:
-                layer._disable_adapters = False
+            for layer, disabled in before:
+                layer._disable_adapters = disabled
 
     def state_dict(self) -> dict[str, Tensor]:
         """The raw parameters by name: `<layer>.lora_A`, `<layer>.lora_B`."""
@@ -104,8 +104,8 @@ class Adapter:
         scale = self.alpha / self.rank
         result = {}
         for name, layer in self.layers():
-            result[f"{name}.lora_A.weight"] = layer.lora_A[_NAME].weight.detach().cpu().float().contiguous()
-            result[f"{name}.lora_B.weight"] = (layer.lora_B[_NAME].weight.detach().cpu().float() * scale).contiguous()
+            result[f"{name}.lora_A.weight"] = layer.lora_A[_NAME].weight.detach().cpu().float().clone()
+            result[f"{name}.lora_B.weight"] = layer.lora_B[_NAME].weight.detach().cpu().float() * scale
         return result
 
     def import_(self, weights: Mapping[str, Tensor], weight: float, source: str) -> None:
@@ -131,8 +131,27 @@ class Adapter:
             ours_a[:rank].copy_(a)
             ours_b[:, :rank].copy_(b * (weight / scale))
             used += 1
+        present = sum(key.endswith(".lora_A.weight") for key in weights)
         if not used:
             raise TexforceError(f"'{source}' holds no layer that is trained here", "check --train and the file")
+        if used < present:
+            raise TexforceError(
+                f"{present - used} of the {present} layers of '{source}' are not trained here",
+                "choose --train so that it has all of them, or draw with it by --lora",
+            )
+
+
+@contextlib.contextmanager
+def base_model(pipeline: Any) -> Iterator[None]:
+    """Within this block the LoRAs that were put on the pipeline are off."""
+    layers = [m for part in (pipeline.unet, pipeline.text_encoder) for m in part.modules() if isinstance(m, LoraLayer)]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def stack(pipeline: Any, loras: Sequence[tuple[Mapping[str, Tensor], float]]) -> None:
@@ -144,7 +163,7 @@ def stack(pipeline: Any, loras: Sequence[tuple[Mapping[str, Tensor], float]]) ->
     names = [f"lora{index}" for index in range(len(loras))]
     for name, (weights, _) in zip(names, loras):
         try:
-            with warnings.catch_warnings(action="ignore"):  # peft's remarks; what matters is checked below
+            with quiet():  # what matters is checked below
                 pipeline.load_lora_weights(dict(weights), adapter_name=name)
         except (RuntimeError, ValueError, KeyError) as error:
             first = str(error).strip().splitlines()[0][:200]

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import functools
 import json
-import logging
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from safetensors import SafetensorError, safe_open
 
 from texforce_cli import tiny
 from texforce_cli.diffusion import single_file
+from texforce_cli.diffusion.quiet import quiet
 from texforce_cli.errors import TexforceError, UsageError
 from texforce_cli.files import sha256
+from texforce_cli.presets import Family
 
 if TYPE_CHECKING:
     import torch
     from diffusers import StableDiffusionPipeline
 
-Family = Literal["tiny", "sd"]
 Precision = Literal["fp32", "bf16", "fp16"]
 
 _HUB = {
@@ -92,10 +90,8 @@ def resolve_model(name: str) -> ModelSource:
     """
     if name == "auto":
         return _automatic()
-    if name == "tiny":
-        return ModelSource("tiny", "tiny", str(tiny.WEIGHTS))
-    if name in _HUB:
-        return ModelSource(name, "hub", *_HUB[name])
+    if name in NAMES:
+        return cast(ModelSource, known_model(name))
     path = Path(name).expanduser()
     if path.is_dir():
         return _folder(path.resolve())
@@ -120,6 +116,14 @@ def resolve_model(name: str) -> ModelSource:
         (f"did you mean '{close[0]}'? " if close else "")
         + f"Give one of {', '.join(NAMES)}, a diffusers folder, a .safetensors file or a Hub id as owner/name",
     )
+
+
+def known_model(name: str) -> ModelSource | None:
+    """The model of that alias or repository, at its pinned revision, if it is one of `NAMES`; no path is looked at."""
+    alias = _ALIASES.get(name, name)
+    if alias == "tiny":
+        return ModelSource("tiny", "tiny", str(tiny.WEIGHTS))
+    return ModelSource(alias, "hub", *_HUB[alias]) if alias in _HUB else None
 
 
 def _folder(path: Path) -> ModelSource:
@@ -153,9 +157,9 @@ def _file(path: Path) -> ModelSource:
 def _automatic() -> ModelSource:
     import torch
 
-    if not torch.cuda.is_available():
+    memory = device_memory_gb(torch.device("cuda"))
+    if memory is None:
         return ModelSource("tiny", "tiny", str(tiny.WEIGHTS), reason="no CUDA or ROCm GPU was found")
-    memory = torch.cuda.get_device_properties(0).total_memory / 1e9
     if memory < MEMORY_FOR_SD15_GB:
         why = f"the GPU has {memory:.0f} GB of memory, sd15 wants {MEMORY_FOR_SD15_GB:.0f}"
         return ModelSource("tiny", "tiny", str(tiny.WEIGHTS), reason=why)
@@ -182,6 +186,22 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def device_memory_gb(device: torch.device) -> float | None:
+    """The memory of a CUDA or ROCm GPU in GB; None for other devices."""
+    import torch
+
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    return float(torch.cuda.get_device_properties(device).total_memory) / 1e9
+
+
+def gpu_precision() -> Precision:
+    """Half precision as the GPU at hand computes it best: bf16 from Ampere on, fp16 before."""
+    import torch
+
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
 def torch_dtype(precision: Precision) -> torch.dtype:
     """The torch dtype of a precision."""
     import torch
@@ -200,7 +220,7 @@ def load_pipeline(
     arguments: dict[str, Any] = {"dtype": torch_dtype(precision)}
     if not safety_checker:
         arguments |= {"safety_checker": None, "requires_safety_checker": False, "feature_extractor": None}
-    with _quiet():
+    with quiet():
         from diffusers import DDIMScheduler, StableDiffusionPipeline
 
         try:
@@ -360,32 +380,3 @@ def _loading_error(source: ModelSource, error: Exception) -> TexforceError:
             f"run {fetch} with a network, or use --model tiny",
         )
     return TexforceError(f"the model '{where}' could not be loaded ({first})", f"try {fetch}, or use --model tiny")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the libraries' remarks on importing and loading: what matters of them is said in one sentence.
-
-    Bars are for downloads only.
-    """
-    import diffusers.utils.logging as diffusers_logging
-    import huggingface_hub.utils.logging as hub_logging
-    import transformers.utils.logging as transformers_logging
-    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars  # type: ignore[attr-defined]
-
-    talkers = [(library, library.get_verbosity()) for library in (diffusers_logging, transformers_logging, hub_logging)]
-    drawers = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
-    downloads = not are_progress_bars_disabled()
-    for library, _ in talkers:
-        library.set_verbosity(logging.CRITICAL)
-    for library in drawers:
-        library.disable_progress_bar()
-    if downloads:
-        enable_progress_bars()  # transformers turns them off with its own
-    try:
-        yield
-    finally:
-        for library, level in talkers:
-            library.set_verbosity(level)
-        for library in drawers:
-            library.enable_progress_bar()

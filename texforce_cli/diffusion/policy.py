@@ -84,9 +84,9 @@ class Policy:
         self.unet: Any = pipeline.unet
         self.device: torch.device = pipeline.unet.device
         self.dtype: torch.dtype = pipeline.unet.dtype
-        self.schedule = _schedule(pipeline.scheduler, denoising, self.device)
+        self.schedule = _schedule(pipeline.scheduler, denoising)
         self.latent_shape = _latent_shape(pipeline, denoising.size)
-        self._base_unconditional: Tensor | None = None
+        self._kept_unconditional: Tensor | None = None
 
     @property
     def guided(self) -> bool:
@@ -158,13 +158,13 @@ class Policy:
         """Freeze the negative prompt's embedding as it is now (`snapshot`) or as the base has it (`base`)."""
         if not self.guided or self.unconditional == "trained":
             return
-        if self.unconditional == "snapshot" or self._base_unconditional is None:
+        if self.unconditional == "snapshot" or self._kept_unconditional is None:
             with torch.no_grad():
                 if self.unconditional == "base" and self.adapter is not None:
                     with self.adapter.disabled():
-                        self._base_unconditional = self._encode([self.denoising.negative_prompt])
+                        self._kept_unconditional = self._encode([self.denoising.negative_prompt])
                 else:
-                    self._base_unconditional = self._encode([self.denoising.negative_prompt])
+                    self._kept_unconditional = self._encode([self.denoising.negative_prompt])
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -184,10 +184,10 @@ class Policy:
         return distinct, torch.tensor([row[prompt] for prompt in prompts], device=self.device)
 
     def _frozen_unconditional(self) -> Tensor:
-        if self._base_unconditional is None:
+        if self._kept_unconditional is None:
             self.snapshot_unconditional()
-        assert self._base_unconditional is not None
-        return self._base_unconditional
+        assert self._kept_unconditional is not None
+        return self._kept_unconditional
 
     def _encode(self, prompts: Sequence[str]) -> Tensor:
         tokenizer, encoder = self.pipeline.tokenizer, self.pipeline.text_encoder
@@ -207,7 +207,12 @@ class Policy:
         return at_least_fp32(result)
 
 
-def _schedule(scheduler: Any, denoising: Denoising, device: torch.device) -> Schedule:
+def _schedule(scheduler: Any, denoising: Denoising) -> Schedule:
+    most = int(scheduler.config.num_train_timesteps)
+    if denoising.steps > most:
+        raise UsageError(
+            f"{denoising.steps} denoising steps are too many", f"this model has {most}: use --steps {most} or fewer"
+        )
     scheduler.set_timesteps(denoising.steps)
     return Schedule.ddim(
         [int(t) for t in scheduler.timesteps],
@@ -221,7 +226,8 @@ def _schedule(scheduler: Any, denoising: Denoising, device: torch.device) -> Sch
 def _latent_shape(pipeline: Any, size: int | None) -> tuple[int, int, int]:
     factor = int(pipeline.vae_scale_factor)
     if size is None:
-        side = int(pipeline.unet.config.sample_size)
+        native = pipeline.unet.config.sample_size
+        side = int(native if isinstance(native, int) else native[0])
     elif size % factor or size <= 0:
         raise UsageError(
             f"the size {size} is not a positive multiple of {factor}", f"use {max(1, size // factor) * factor}"

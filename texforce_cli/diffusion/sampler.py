@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from texforce_cli.diffusion.policy import Policy
+from texforce_cli.errors import TexforceError
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,9 @@ def rollout(
     """Draw one image for each (prompt, seed) as one batch, keeping its trajectory.
 
     An image's noise comes from its seed alone, drawn on the CPU: the batch and the device do not change it.
+
+    Raises:
+        TexforceError: the network's output overflowed.
     """
     schedule, device, n = policy.schedule, policy.device, len(prompts)
     noise = _noise(seeds, policy.latent_shape, device)
@@ -70,6 +74,8 @@ def rollout(
             latents[index + 1] = mean
         if policy.reuses_unconditional and unconditional is not None:
             outputs.append(unconditional)
+    if not latents[-1].isfinite().all():
+        raise TexforceError("the U-Net drew values that are not finite", "use --precision fp32 or bf16")
     images = policy.decode(latents[-1]).numpy()
     kept = torch.stack(outputs) if outputs else None
     return Trajectory(tuple(prompts), tuple(seeds), latents, log_probs, kept, images)

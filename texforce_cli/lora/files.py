@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 import safetensors
 import safetensors.torch
@@ -110,10 +111,15 @@ def _alpha_baked(weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
         header = json.loads(metadata.get("lora_adapter_metadata", "{}"))
     except ValueError:
         header = {}
+    header = header if isinstance(header, dict) else {}
     result = dict(weights)
     for key in weights:
         component = key.partition(".")[0]
         alpha, rank = header.get(f"{component}.lora_alpha"), header.get(f"{component}.r")
-        if key.endswith(".lora_B.weight") and alpha and rank:
-            result[key] = weights[key] * (float(alpha) / float(rank))
+        if key.endswith(".lora_B.weight") and _is_positive(alpha) and _is_positive(rank):
+            result[key] = weights[key] * (alpha / rank)
     return result
+
+
+def _is_positive(value: object) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0

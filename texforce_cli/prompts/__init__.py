@@ -10,11 +10,10 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from texforce_cli.errors import UsageError
-
-Family = Literal["tiny", "sd"]
+from texforce_cli.presets import Family
 
 _SUFFIXES = (".txt", ".jsonl", ".csv")
 _LARGEST_FILE = 64_000_000
@@ -40,7 +39,7 @@ class PromptSet:
     @property
     def sha256(self) -> str:
         """SHA-256 over all prompts in order."""
-        return hashlib.sha256(self.to_jsonl().encode()).hexdigest()
+        return hashlib.sha256(self.to_jsonl().encode("utf-8")).hexdigest()
 
     def to_jsonl(self) -> str:
         """One line a prompt, as `load_prompts` reads it again."""
@@ -95,7 +94,7 @@ def read_prompts(path: Path) -> PromptSet:
     for number, row in enumerate(rows, 1):
         values = dict(row)
         prompt, split = values.pop("prompt", None), values.pop("split", "seen") or "seen"
-        if not isinstance(prompt, str) or not prompt.strip():
+        if not isinstance(prompt, str) or not prompt.strip() or not _is_unicode(prompt):
             raise UsageError(f"prompt {number} of '{path}' is no text", "give each row a 'prompt'")
         if split not in splits:
             raise UsageError(f"prompt {number} of '{path}' has the split '{split}'", "write seen or unseen")
@@ -125,6 +124,11 @@ def _text(path: Path) -> str:
     return text
 
 
+def _is_unicode(text: str) -> bool:
+    """Whether it can be written down: JSON may hold half of a surrogate pair."""
+    return not any("\ud800" <= c <= "\udfff" for c in text)
+
+
 def _lines(text: str) -> list[str]:
     # not splitlines(): it also splits at characters that a prompt may hold
     return text.replace("\r\n", "\n").split("\n")
@@ -136,7 +140,7 @@ def _jsonl(path: Path, text: str) -> Iterable[Mapping[str, Any]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"line {number} of '{path}' is not JSON", 'write {"prompt": "a cat"}') from error
         if not isinstance(row, dict):
             raise UsageError(f"line {number} of '{path}' is no JSON object", 'write {"prompt": "a cat"}')
@@ -145,9 +149,9 @@ def _jsonl(path: Path, text: str) -> Iterable[Mapping[str, Any]]:
 
 def _csv(path: Path, text: str) -> Iterable[Mapping[str, Any]]:
     reader = csv.DictReader(io.StringIO(text, newline=""))
-    if "prompt" not in (reader.fieldnames or []):
-        raise UsageError(f"'{path}' has no column 'prompt'", "name it in the first line")
     try:
+        if "prompt" not in (reader.fieldnames or []):
+            raise UsageError(f"'{path}' has no column 'prompt'", "name it in the first line")
         for row in reader:
             yield {key: value for key, value in row.items() if key is not None and value is not None}
     except csv.Error as error:

@@ -21,12 +21,13 @@ _LARGEST = 64_000_000
 
 @dataclass(frozen=True)
 class _Source:
-    """`seen` and `unseen` are paths in a repository at a commit; `read` turns a file into texts."""
+    """`seen` and `unseen` are paths in a repository at a commit; `read` turns a file into texts, at least `counts` of them."""
 
     repository: str
     commit: str
     seen: str
     read: Callable[[str], list[str]]
+    counts: tuple[int, int]
     unseen: str | None = None
 
 
@@ -41,7 +42,7 @@ def _refl(text: str) -> list[str]:
 FETCHED: dict[str, _Source] = {
     # the prompts that ReFL was trained with (Apache-2.0)
     "imagereward-train": _Source(
-        "THUDM/ImageReward", "1beb4e4de0932acbe7fc090c51208048b6269b58", "data/refl_data.json", _refl
+        "THUDM/ImageReward", "1beb4e4de0932acbe7fc090c51208048b6269b58", "data/refl_data.json", _refl, (9_000, 0)
     ),
     # 750 of HPSv2's prompts to train and 50 to test, as AlignProp splits them (MIT)
     "hpsv2-train-750": _Source(
@@ -49,6 +50,7 @@ FETCHED: dict[str, _Source] = {
         "185d154bc1ec25260846a2cb040841377c706d6a",
         "assets/hps_v2_all.txt",
         _lines,
+        (750, 50),
         "assets/hps_v2_all_eval.txt",
     ),
 }
@@ -58,25 +60,33 @@ def fetch(name: str) -> PromptSet:
     """The set `name`, from the cache or the network.
 
     Raises:
-        TexforceError: it is not cached and cannot be fetched, or is not what was expected.
+        TexforceError: it is not cached and cannot be fetched, or holds fewer prompts than it should.
     """
     source = FETCHED[name]
-    seen = _read(name, source, source.seen)
-    unseen = _read(name, source, source.unseen) if source.unseen else []
+    seen = _read(name, source, source.seen, source.counts[0])
+    unseen = _read(name, source, source.unseen, source.counts[1]) if source.unseen else []
     where = f"github.com/{source.repository}@{source.commit}"
     return PromptSet(name, where, tuple(map(Prompt, seen)), tuple(map(Prompt, unseen)))
 
 
-def _read(name: str, source: _Source, path: str) -> list[str]:
+def _read(name: str, source: _Source, path: str, count: int) -> list[str]:
     cached = user_folder("cache") / "prompts" / source.commit / Path(path).name
-    if not cached.is_file():
-        write_bytes(cached, _download(name, f"{_RAW}/{source.repository}/{source.commit}/{path}"))
+    if cached.is_file():
+        return _checked(source, cached.read_bytes(), count, f"'{cached}'", "delete it, and it is fetched again")
+    url = f"{_RAW}/{source.repository}/{source.commit}/{path}"
+    data = _download(name, url)
+    texts = _checked(source, data, count, f"what came from {url}", "see whether a proxy stands between")
+    write_bytes(cached, data)  # only what is whole is kept
+    return texts
+
+
+def _checked(source: _Source, data: bytes, count: int, what: str, remedy: str) -> list[str]:
     try:
-        texts = source.read(cached.read_text(encoding="utf-8"))
+        texts = source.read(data.decode("utf-8"))
     except (ValueError, KeyError, TypeError) as error:
-        raise TexforceError(f"'{cached}' is damaged", "delete it, and it is fetched again") from error
-    if not texts:
-        raise TexforceError(f"'{cached}' holds no prompts", "delete it, and it is fetched again")
+        raise TexforceError(f"{what} cannot be read as prompts", remedy) from error
+    if len(texts) < count:
+        raise TexforceError(f"{what} holds {len(texts)} prompts instead of {count} or more", remedy)
     return texts
 
 

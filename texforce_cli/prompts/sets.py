@@ -7,9 +7,9 @@ combinations of words that are seen; `animals` instead holds back 8 of its 23 an
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
-Family = Literal["tiny", "sd"]
+from texforce_cli.presets import Family
+
 Split = tuple[list[str], list[str]]
 
 # the 45 animals of DDPO (Black et al. 2024), and eight that are not among them

@@ -9,8 +9,7 @@ and nothing of ours:
     def texforce_register_rewards(register):
         register("sharpness", "my_package.reward:Sharpness", summary="variance of the Laplacian", api_version=1)
 
-`register(name, factory, *, summary, higher_is_better=True, unit="", prompts="", licence="", api_version=1)` takes a
-lazy "module:Class". The class gets its options as keyword arguments and has
+`register(name, factory, *, api_version, summary="", higher_is_better=True, unit="", prompts="", licence="")` takes a lazy "module:Class". The class gets its options as keyword arguments and has
 
     score(images, prompts, metadata) -> sequence of floats, one an image, in order
 

@@ -1,6 +1,6 @@
 """Which rewards there are: built-ins and plugins, collected through one hook; each is imported only when it is asked for.
 
-A plugin that fails to load costs one line on the log and only the command that asks for it.
+A plugin that fails to load is kept with its reason in `Registry.broken`; only the command that asks for it fails.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import difflib
 import importlib
 import importlib.metadata
 import inspect
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,10 +16,9 @@ from typing import Any, Protocol
 
 import pluggy
 
+from texforce_cli import __version__
 from texforce_cli.errors import TexforceError, UsageError
 from texforce_cli.rewards import builtin, hookspecs
-
-log = logging.getLogger(__name__)
 
 
 class Reward(Protocol):
@@ -62,7 +60,7 @@ class RewardInfo:
                 f"reward '{self.name}' ({self.origin}) could not be imported: {_short(error)}",
                 f"repair or reinstall {self.origin}",
             ) from error
-        arguments = _typed_options(self.name, factory, options)
+        arguments = _typed_options(self.name, factory, options) if options else {}
         try:
             reward: Reward = factory(**arguments)
         except Exception as error:
@@ -70,6 +68,9 @@ class RewardInfo:
                 f"reward '{self.name}' could not start: {_short(error)}", "check its options"
             ) from error
         return reward
+
+
+_ABOUT = frozenset(RewardInfo.__dataclass_fields__) - {"name", "factory", "origin", "version"}
 
 
 @dataclass
@@ -103,7 +104,7 @@ def load_registry() -> Registry:
     registry = Registry()
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
-    _register(registry, manager, builtin, "texforce", importlib.metadata.version("texforce"))
+    _register(registry, manager, builtin, "texforce", __version__)
     blocked = {name.strip() for name in os.environ.get("TEXFORCE_BLOCK_PLUGINS", "").split(",")}
     for entry in importlib.metadata.entry_points(group=hookspecs.PROJECT):
         if entry.name in blocked:
@@ -115,7 +116,6 @@ def load_registry() -> Registry:
             if os.environ.get("TEXFORCE_STRICT_PLUGINS") == "1":
                 raise TexforceError(f"plugin '{origin}' is broken: {_short(error)}", "repair or remove it") from error
             registry.broken[origin] = _short(error)
-            log.warning("plugin '%s' could not be loaded: %s", origin, _short(error))
     return registry
 
 
@@ -125,7 +125,11 @@ def _register(registry: Registry, manager: pluggy.PluginManager, module: Any, or
     def register(name: str, factory: str, *, api_version: int, **about: Any) -> None:
         if api_version != hookspecs.API_VERSION:
             raise ValueError(f"reward '{name}' wants API version {api_version}, this is {hookspecs.API_VERSION}")
-        known = {key: value for key, value in about.items() if key in RewardInfo.__dataclass_fields__}
+        # keys of later versions of the contract are passed over; a near miss of a known one is a mistake
+        known = {key: value for key, value in about.items() if key in _ABOUT}
+        for key in about.keys() - known.keys():
+            if close := difflib.get_close_matches(key, _ABOUT, n=1, cutoff=0.8):
+                raise ValueError(f"reward '{name}' is registered with '{key}'; is '{close[0]}' meant?")
         if name in registry.rewards or name in found:
             other = (registry.rewards.get(name) or found[name]).origin
             raise ValueError(f"reward '{name}' is registered by both '{other}' and '{origin}'")
@@ -143,7 +147,12 @@ def _register(registry: Registry, manager: pluggy.PluginManager, module: Any, or
 
 
 def _typed_options(reward: str, factory: Any, options: Mapping[str, str]) -> dict[str, Any]:
-    parameters = inspect.signature(factory, eval_str=True).parameters
+    try:
+        parameters = inspect.signature(factory, eval_str=True).parameters
+    except (NameError, ValueError, TypeError) as error:
+        raise TexforceError(
+            f"the options of reward '{reward}' cannot be read: {_short(error)}", "leave them out"
+        ) from error
     typed = {}
     for key, text in options.items():
         if key not in parameters:

@@ -106,14 +106,19 @@ class RewardSet:
         pictures: list[Image.Image] = []
         result = {}
         for term in self._terms:
-            if getattr(term.reward, "input", "pil") == "pil":
+            wanted = getattr(term.reward, "input", "pil")
+            if wanted not in ("pil", "uint8"):
+                raise TexforceError(
+                    f"reward '{term.spec.name}' wants the input '{wanted}'", "it must be 'pil' or 'uint8'"
+                )
+            if wanted == "pil":
                 pictures = pictures or [Image.fromarray(image) for image in images]
-            given = images if getattr(term.reward, "input", "pil") == "uint8" else pictures
+            given = images if wanted == "uint8" else pictures
             result[term.spec.name] = self._checked(term, given, prompts, metadata)
         return result
 
     def total(self, terms: Mapping[str, NDArray[np.float64]]) -> Scores:
-        """Sum the terms of a whole epoch, each standardised over it with `normalize`."""
+        """Sum the terms of a whole epoch, each standardised over it with `normalize`: what is trained on."""
         if not self.normalize:
             return Scores(self.weighted(terms), dict(terms))
         standard = {name: (values - values.mean()) / (values.std() + 1e-6) for name, values in terms.items()}

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 
 from texforce_cli.algorithms.base import Algorithm, Progress
-from texforce_cli.algorithms.ddpo import DDPO, DDPOSettings, TrainSteps
+from texforce_cli.algorithms.ddpo import DDPO, DDPOSettings
 from texforce_cli.algorithms.optimisation import Optimisation, OptimiserSettings
 from texforce_cli.config import TrainConfig
 from texforce_cli.core.ppo import mean_clip_range
+from texforce_cli.core.train_steps import TrainSteps
 from texforce_cli.diffusion.adapters import Adapter
 from texforce_cli.diffusion.policy import Denoising, Policy
 from texforce_cli.lora.files import read_lora
@@ -28,11 +29,11 @@ def make_rewards(config: TrainConfig) -> RewardSet:
     return RewardSet(terms, load_registry(), normalize=config.normalize_rewards)
 
 
-def make_adapter(pipeline: Any, config: TrainConfig) -> Adapter:
-    """A LoRA on the trained component, begun from `--init-lora` where one is given."""
+def make_adapter(pipeline: Any, config: TrainConfig, *, begin: bool = True) -> Adapter:
+    """A LoRA on the trained component; to `begin`, it takes over `--init-lora` where one is given."""
     rank = config.rank
     adapter = Adapter.insert(pipeline, config.train, rank=rank, alpha=config.alpha or rank, seed=config.seed)
-    if config.init_lora:
+    if config.init_lora and begin:
         lora = parse_lora(config.init_lora)
         adapter.import_(read_lora(lora.source).weights, lora.weight, lora.source)
     return adapter

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from texforce_cli.workflows.events import Listener, silent
 from texforce_cli.workflows.run_folder import RunFolder
-from texforce_cli.workflows.train import TrainResult, train
+from texforce_cli.workflows.train import train
+from texforce_cli.workflows.training_run import TrainResult
 
 
 def demo(*, images: int, seed: int, out: Path | None, listener: Listener = silent) -> tuple[TrainResult, Path]:
@@ -21,15 +22,7 @@ def demo(*, images: int, seed: int, out: Path | None, listener: Listener = silen
         "prompts": "animals",
         "images": images,
         "seed": seed,
-        "out": str(out or _free(Path("runs"))),
+        "out": str(out) if out else None,
     }
-    result = train(flags, listener=listener)
+    result = train(flags, listener=listener, stem="demo")
     return result, RunFolder(result.folder).before_after
-
-
-def _free(folder: Path) -> Path:
-    path, number = folder / "demo", 1
-    while path.exists():
-        number += 1
-        path = folder / f"demo-{number}"
-    return path

@@ -70,8 +70,8 @@ class HeldOut:
             mean=float(rewards.mean()),
             base_mean=float(base.mean()),
             difference=_paired(rewards, base),
-            seen=_paired(rewards[:split], base[:split]) if split else None,
-            unseen=_paired(rewards[split:], base[split:]) if self.unseen else None,
+            seen=_paired(rewards[:split], base[:split]) if split > 1 else None,
+            unseen=_paired(rewards[split:], base[split:]) if self.unseen > 1 else None,
             rewards=tuple(rewards.tolist()),
             base_rewards=tuple(base.tolist()),
         )

@@ -27,21 +27,27 @@ _ARCHITECTURE = {
 }
 
 
+_EMBEDDED = {"trained": "tuned", "snapshot": "tuned", "base": "base"}
+
+
 def header(plan: Plan, images: int) -> dict[str, str]:
     """Metadata of the LoRA file: `texforce` (JSON), and the keys that other tools read. No date: same run, same bits."""
     config, source = plan.config, plan.source
-    architecture, base = _ARCHITECTURE.get(source.name, ("stable-diffusion/lora", ""))
+    known = _ARCHITECTURE if source.kind in ("tiny", "hub") else {}
+    architecture, base = known.get(source.name, ("stable-diffusion/lora", ""))
     about = {
         "base": source.location if source.kind == "hub" else source.name,
+        "base_kind": source.kind,
         "base_hash": fingerprint(source),
         "train": config.train,
         "rewards": config.reward,
-        "reward_options": config.reward_option,
         "prompts": {"name": plan.prompts.name, "sha256": plan.prompts.sha256},
         "images": images,
         "steps": config.steps,
         "guidance": config.guidance,
         "eta": config.eta,
+        "negative_prompt": config.negative_prompt,
+        "uncond_embedding": config.uncond_embedding,
         "seed": config.seed,
         "preset": config.preset,
         "texforce": versions().get("texforce", ""),
@@ -55,7 +61,6 @@ def header(plan: Plan, images: int) -> dict[str, str]:
         "modelspec.description": f"{config.train} trained with reinforcement learning (DDPO) by texforce",
         "ss_base_model_version": base,
         "ss_sd_model_name": source.short_name,
-        "ss_network_module": "networks.lora",
         "ss_network_dim": str(config.rank),
         "ss_network_alpha": str(config.rank),
         "ss_learning_rate": str(config.lr),
@@ -64,18 +69,17 @@ def header(plan: Plan, images: int) -> dict[str, str]:
     }
 
 
+def adapter_bytes(weights: Mapping[str, Tensor], plan: Plan, images: int) -> bytes:
+    """The LoRA file (fp32, alpha = rank) of a run after `images`."""
+    return lora_bytes(weights, header(plan, images))
+
+
 def write_adapter(
-    folder: Path,
-    weights: Mapping[str, Tensor],
-    plan: Plan,
-    row: Mapping[str, Any],
-    evaluations: Sequence[Evaluation],
-) -> bytes:
-    """Write the LoRA (fp32, alpha = rank) and its card; returns the file's bytes."""
-    data = lora_bytes(weights, header(plan, row["images"]))
-    write_bytes(folder / FILE_NAME, data)
+    folder: Path, lora: bytes, plan: Plan, row: Mapping[str, Any], evaluations: Sequence[Evaluation]
+) -> None:
+    """Write the LoRA file and its card."""
+    write_bytes(folder / FILE_NAME, lora)
     write_text(folder / "README.md", _card(plan, row, evaluations))
-    return data
 
 
 def _card(plan: Plan, row: Mapping[str, Any], evaluations: Sequence[Evaluation]) -> str:
@@ -86,7 +90,7 @@ def _card(plan: Plan, row: Mapping[str, Any], evaluations: Sequence[Evaluation])
         last = evaluations[-1]
         d = last.difference
         measured = (
-            f"On {d.n} held-out (prompt, seed) pairs the reward went from {last.base_mean:.4g} to {last.mean:.4g} "
+            f"After {last.images} images, on {d.n} held-out (prompt, seed) pairs the reward went from {last.base_mean:.4g} to {last.mean:.4g} "
             f"(paired difference {d.mean:+.4g}, 95 % interval {d.low:+.4g} to {d.high:+.4g})."
         )
     front = {"base_model": base, "library_name": "diffusers", "tags": ["lora", "texforce", "reinforcement-learning"]}
@@ -106,6 +110,7 @@ with reinforcement learning (DDPO) on the reward `{" + ".join(config.reward)}` w
 | prompts | `{plan.prompts.name}`, {len(plan.prompts.seen)} in training |
 | images | {row["images"]} |
 | sampling | {config.steps} DDIM steps, guidance {config.guidance:g}, eta {config.eta:g} |
+| negative prompt | `{config.negative_prompt}`, embedded by the {_EMBEDDED[config.uncond_embedding]} encoder |
 | seed | {config.seed} |
 
 {measured} A rise of the reward says nothing about what the reward does not see: look at the pictures.

@@ -7,11 +7,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from texforce_cli.algorithms.ddpo import TrainSteps
 from texforce_cli.config import TrainConfig, resolve
-from texforce_cli.diffusion.models import ModelSource, resolve_device, resolve_model
+from texforce_cli.core.train_steps import TrainSteps
+from texforce_cli.diffusion.models import (
+    ModelSource,
+    device_memory_gb,
+    gpu_precision,
+    resolve_device,
+    resolve_model,
+)
 from texforce_cli.errors import UsageError
-from texforce_cli.presets import computed_memory_gb, computed_petaflop
+from texforce_cli.lora.files import find_lora
+from texforce_cli.lora.spec import parse_lora
+from texforce_cli.presets import computed_hours, computed_memory_gb, computed_micro_batch, computed_petaflop
 from texforce_cli.prompts import PromptSet, load_prompts
 from texforce_cli.rewards.registry import load_registry
 from texforce_cli.rewards.terms import parse_terms
@@ -35,8 +43,8 @@ class Plan:
         images = c.total_epochs * c.samples_per_epoch
         branches = 1 if c.guidance == 1 else 2
         steps = TrainSteps.parse(c.train_steps)
-        share = {"all": c.steps, "random": steps.amount * c.steps}.get(steps.kind, min(steps.amount, c.steps))
-        sampling, training = images * c.steps * branches, round(images * share * branches * c.inner_epochs)
+        sampling = images * c.steps * branches
+        training = images * steps.count(c.steps) * branches * c.inner_epochs
         cost: dict[str, float] = {
             "epochs": c.total_epochs,
             "images": images,
@@ -45,8 +53,13 @@ class Plan:
             "unet_calls_training": training,
         }
         if self.source.family == "sd":
-            cost["computed_petaflop"] = computed_petaflop(sampling, training, c.size or 512)
-            cost["computed_memory_gb"] = computed_memory_gb(c.precision, c.micro_batch, branches == 2)
+            size = c.size or (768 if self.source.name == "sd21" else 512)
+            work = computed_petaflop(sampling, training, size)
+            cost["computed_petaflop"] = work
+            cost["computed_hours_at_100_tflops"] = computed_hours(work, 100)
+            cost["computed_memory_gb"] = computed_memory_gb(
+                c.precision, c.micro_batch, branches == 2, c.samples_per_epoch, c.steps, size
+            )
         return cost
 
 
@@ -66,13 +79,35 @@ def plan(flags: Mapping[str, Any], config_file: Path | None = None) -> Plan:
     for spec in parse_terms(config.reward, config.reward_option):
         registry.find(spec.name)
     prompts = load_prompts(config.prompts, source.family)
-    chosen: dict[str, Any] = {
-        "model": source.reference,
-        "device": str(resolve_device(config.device)),
-        "alpha": config.alpha or float(config.rank),
-    }
+    chosen = _chosen(config, origins, source)
     for name, value in chosen.items():
         if getattr(config, name) != value:
             origins[name] = f"{origins[name]}, resolved"
             config = replace(config, **{name: value})
     return Plan(config, origins, source, prompts)
+
+
+def _chosen(config: TrainConfig, origins: Mapping[str, str], source: ModelSource) -> dict[str, Any]:
+    """The values that are chosen for this machine, once, and recorded."""
+    device = resolve_device(config.device)
+    chosen: dict[str, Any] = {
+        "model": source.reference,
+        "device": str(device),
+        "alpha": config.alpha or float(config.rank),
+    }
+    if config.init_lora:
+        spec = parse_lora(config.init_lora)
+        chosen["init_lora"] = str(replace(spec, source=str(find_lora(spec.source).absolute())))
+    memory = device_memory_gb(device)
+    if memory is not None and source.family == "sd":
+        if origins["precision"] == "default":
+            chosen["precision"] = gpu_precision()
+        if origins["micro_batch"] == "default":
+            precision = chosen.get("precision", config.precision)
+            size = config.size or (768 if source.name == "sd21" else 512)
+            fits = computed_micro_batch(
+                memory, precision, config.guidance != 1, config.samples_per_epoch, config.steps, size
+            )
+            chosen["micro_batch"] = fits
+            chosen["grad_accum"] = config.update_batch // fits
+    return chosen

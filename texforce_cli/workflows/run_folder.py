@@ -72,8 +72,8 @@ class RunFolder:
         return self.path / "adapter"
 
     @classmethod
-    def create(cls, out: str | None, reward: str, model: str) -> RunFolder:
-        """A new folder: `out`, or the first free `runs/<reward>-<model>-<n>`.
+    def create(cls, out: str | None, stem: str) -> RunFolder:
+        """A new folder: `out`, or the first free `runs/<stem>-<n>`.
 
         Raises:
             UsageError: `out` exists and is not empty.
@@ -86,7 +86,7 @@ class RunFolder:
                     raise UsageError(f"'{out}' exists already", f"choose another --out, or go on with --resume {out}")
                 path.mkdir(parents=True, exist_ok=True)
                 return cls(path)
-            stem = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{reward}-{model}").strip("-.")[:80]
+            stem = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-.")[:80]
             number = 1
             while True:
                 path = Path("runs") / f"{stem}-{number}"
@@ -124,7 +124,7 @@ class RunFolder:
         write_json(self.record, record)
         lines = ["# The resolved configuration of this run; use it again with --config."]
         for name, value in record["config"].items():
-            if value is not None:
+            if value is not None and name != "out":  # a new run has a folder of its own
                 lines.append(f"{tomli_w.dumps({name: value}).strip()}  # {record['origins'][name]}")
         write_text(self.path / "config.toml", "\n".join(lines) + "\n")
 
@@ -138,8 +138,15 @@ class RunFolder:
             record: dict[str, Any] = json.loads(self.record.read_text(encoding="utf-8"))
             record["config"]
         except (ValueError, UnicodeDecodeError, KeyError, TypeError) as error:
-            raise TexforceError(f"'{self.record}' is damaged", "start a new run with --config config.toml") from error
+            raise self.damaged(error) from error
         return record
+
+    def damaged(self, error: Exception) -> TexforceError:
+        """The sentence for a run.json that cannot be used."""
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+        return TexforceError(
+            f"'{self.record}' is damaged ({reason})", f"begin a new run with --config {self.path / 'config.toml'}"
+        )
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -13,20 +14,22 @@ from typing import Any
 import torch
 from PIL import Image
 
-from texforce_cli.diffusion.adapters import stack
+from texforce_cli.diffusion.adapters import base_model, stack
 from texforce_cli.diffusion.models import (
     ModelSource,
     Precision,
     fingerprint,
+    known_model,
     load_pipeline,
     resolve_device,
     resolve_model,
 )
 from texforce_cli.diffusion.policy import Denoising, Policy
 from texforce_cli.diffusion.sampler import draw
-from texforce_cli.errors import TexforceError, UsageError
+from texforce_cli.errors import UsageError
 from texforce_cli.lora.files import LoraFile, read_lora
 from texforce_cli.lora.spec import parse_lora
+from texforce_cli.prompts import load_prompts
 from texforce_cli.report.pictures import picture_grid, save_png
 from texforce_cli.workflows.events import Listener, Note, Progressed, Warned, silent
 from texforce_cli.workflows.run_folder import versions
@@ -34,19 +37,24 @@ from texforce_cli.workflows.run_folder import versions
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """What to draw and where to put it. `steps`, `guidance` None: what the first LoRA was trained with, or the usual."""
+    """What to draw and where to put it.
+
+    `steps`, `guidance`, `eta` and `negative_prompt` None: as the first LoRA was trained, or as is usual. `prompt_set` is a
+    set or file of more prompts.
+    """
 
     prompts: Sequence[str]
     seeds: Sequence[int]
     out: Path
+    prompt_set: str | None = None
     model: str = "auto"
     loras: Sequence[str] = ()
     steps: int | None = None
     guidance: float | None = None
-    eta: float = 1.0
+    eta: float | None = None
     scheduler: str = "ddim"
     size: int | None = None
-    negative_prompt: str = ""
+    negative_prompt: str | None = None
     batch: int = 8
     device: str = "auto"
     precision: Precision = "fp32"
@@ -84,17 +92,17 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def sample(request: SampleRequest, listener: Listener = silent) -> SampleResult:
-    """Draw every prompt with every seed.
+    """Draw every prompt with every seed; each batch is on disk before the next is drawn.
 
     Raises:
         UsageError: no prompt, files that exist already, unknown names.
         TexforceError: a LoRA or model that cannot be used, a disk that cannot be written.
     """
-    if not request.prompts:
-        raise UsageError("there is no prompt to draw", 'give one, as in: texforce sample "a cat"')
     loras = [(spec, read_lora(spec.source)) for spec in map(parse_lora, request.loras)]
-    source, denoising = _defaults(request, [file for _, file in loras])
-    pairs = [(prompt, seed) for prompt in request.prompts for seed in request.seeds]
+    trained = next((about for _, file in loras if (about := _header(file))), {})
+    source = _source(request.model, trained)
+    denoising = _denoising(request, trained, source)
+    pairs = _pairs(request, source)
     variants = ["base", "tuned"] if request.compare and loras else ["tuned" if loras else "base"]
     paths = {variant: _paths(request, pairs, variant if len(variants) > 1 else "") for variant in variants}
     grid_path = request.out / "grid.png" if request.grid else None
@@ -105,104 +113,117 @@ def sample(request: SampleRequest, listener: Listener = silent) -> SampleResult:
     pipeline = load_pipeline(source, device=device, precision=request.precision, safety_checker=request.safety_checker)
     if not request.safety_checker and source.family == "sd":
         listener(Note("the safety checker is off; turn it on with --safety-checker"))
+    policy = _policy(pipeline, denoising, trained)
+    _warn_of_long_prompts(policy, pairs, listener)
+    stack(pipeline, [(file.weights, spec.weight) for spec, file in loras])  # whether they fit, before anything is drawn
     pictures: dict[str, list[Image.Image]] = {}
     withheld = 0
     for variant in variants:
-        if variant == "tuned":
-            stack(pipeline, [(file.weights, spec.weight) for spec, file in loras])
-        images = _draw(pipeline, request, denoising, pairs, variant, listener)
-        pictures[variant], blocked = _checked(pipeline, images, request.safety_checker)
-        withheld += blocked
         about = _about(source, denoising, request, loras if variant == "tuned" else [])
-        for (prompt, seed), picture, path in zip(pairs, pictures[variant], paths[variant]):
-            save_png(
-                path,
-                picture,
-                {"prompt": prompt, "seed": str(seed), "parameters": _readable(prompt, seed, about), **about},
-            )
+        pictures[variant] = []
+        with base_model(pipeline) if variant == "base" else contextlib.nullcontext():
+            for start in range(0, len(pairs), request.batch):
+                part = slice(start, start + request.batch)
+                drawn, blocked = _checked(pipeline, _draw(policy, request, pairs[part]), request.safety_checker)
+                for (prompt, seed), picture, path in zip(pairs[part], drawn, paths[variant][part]):
+                    readable = _readable(prompt, seed, about)
+                    save_png(path, picture, {"prompt": prompt, "seed": str(seed), "parameters": readable, **about})
+                pictures[variant] += drawn
+                withheld += blocked
+                listener(Progressed(variant, len(pictures[variant]), len(pairs)))
     if grid_path:
-        save_png(grid_path, _grid(request, pictures, source), {"prompts": json.dumps(list(request.prompts))})
+        prompts = list(dict.fromkeys(prompt for prompt, _ in pairs))
+        save_png(grid_path, _grid(prompts, request.seeds, pictures, source), {"prompts": json.dumps(prompts)})
     return SampleResult(tuple(path for files in paths.values() for path in files), grid_path, withheld)
 
 
-def _defaults(request: SampleRequest, files: Sequence[LoraFile]) -> tuple[ModelSource, Denoising]:
-    """Model, steps and guidance: those asked for, else those the first LoRA was trained with, else the usual ones."""
-    trained: dict[str, Any] = {}
-    for file in files:
-        try:
-            trained = trained or json.loads(file.metadata.get("texforce", "{}"))
-        except ValueError:
-            continue
-    source = _source(request.model, trained)
-    usual = {"steps": 20 if source.family == "tiny" else 50, "guidance": 3.0 if source.family == "tiny" else 7.5}
-    steps = request.steps or int(trained.get("steps") or usual["steps"])
-    guidance = request.guidance if request.guidance is not None else float(trained.get("guidance") or usual["guidance"])
-    return source, Denoising(steps, guidance, request.eta, request.size, request.negative_prompt)
+def _header(file: LoraFile) -> dict[str, Any]:
+    """What texforce wrote into a LoRA about its training; {} for other LoRAs and for nonsense."""
+    try:
+        about = json.loads(file.metadata.get("texforce", "{}"))
+    except ValueError:
+        return {}
+    return about if isinstance(about, dict) else {}
 
 
 def _source(model: str, trained: Mapping[str, Any]) -> ModelSource:
-    """The model asked for; `auto` is the one that the LoRA was trained on."""
-    base = str(trained.get("base", ""))
+    """The model asked for; `auto` is the one that the LoRA was trained on, where that is one of the known names."""
+    base = trained.get("base")
     if model != "auto" or not base:
         return resolve_model(model)
-    revision = trained.get("base_hash", {}).get("revision")
-    try:
-        source = resolve_model(f"{base}@{revision}" if revision else base)
-    except UsageError as error:
-        raise UsageError(
-            f"the LoRA was trained on '{base}', which is not found here", "give it with --model"
-        ) from error
-    return replace(source, reason="the base of the LoRA")
+    known = known_model(str(base)) if trained.get("base_kind", "tiny") in ("tiny", "hub") else None
+    if known is None:  # a file that somebody gave away does not choose what is downloaded
+        raise UsageError(f"the LoRA was trained on '{base}'", "say where that is with --model")
+    return replace(known, reason="the base of the LoRA")
 
 
-def _draw(
-    pipeline: Any,
-    request: SampleRequest,
-    denoising: Denoising,
-    pairs: Sequence[tuple[str, int]],
-    variant: str,
-    listener: Listener,
-) -> list[Image.Image]:
-    prompts, seeds = [prompt for prompt, _ in pairs], [seed for _, seed in pairs]
+def _denoising(request: SampleRequest, trained: Mapping[str, Any], source: ModelSource) -> Denoising:
+    """As asked for, else as the first LoRA was trained, else as is usual."""
+    usual: dict[str, Any] = {"steps": 50, "guidance": 7.5, "eta": 1.0, "negative_prompt": ""}
+    if source.family == "tiny":
+        usual |= {"steps": 20, "guidance": 3.0}
+    values: dict[str, Any] = {}
+    for name, default in usual.items():
+        wanted = getattr(request, name)
+        found = trained.get(name)
+        values[name] = wanted if wanted is not None else found if _is_like(found, default) else default
+    return Denoising(int(values["steps"]), values["guidance"], values["eta"], request.size, values["negative_prompt"])
 
-    def progress(done: int, total: int) -> None:
-        listener(Progressed(variant, done, total))
 
-    policy = Policy(pipeline, denoising)
-    for prompt in dict.fromkeys(prompts):
+def _is_like(value: Any, example: Any) -> bool:
+    if isinstance(example, str):
+        return isinstance(value, str)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1000
+
+
+def _pairs(request: SampleRequest, source: ModelSource) -> list[tuple[str, int]]:
+    prompts = list(request.prompts)
+    if request.prompt_set:
+        found = load_prompts(request.prompt_set, source.family)
+        prompts += [prompt.text for prompt in (*found.seen, *found.unseen)]
+    if not prompts:
+        raise UsageError("there is no prompt to draw", 'give one, as in: texforce sample "a cat"')
+    return list(dict.fromkeys((prompt, seed) for prompt in prompts for seed in request.seeds))
+
+
+def _policy(pipeline: Any, denoising: Denoising, trained: Mapping[str, Any]) -> Policy:
+    """Made before any LoRA is put on: one trained with `--uncond-embedding base` keeps the base's negative prompt."""
+    policy = Policy(
+        pipeline, denoising, unconditional="base" if trained.get("uncond_embedding") == "base" else "trained"
+    )
+    policy.snapshot_unconditional()
+    return policy
+
+
+def _warn_of_long_prompts(policy: Policy, pairs: Sequence[tuple[str, int]], listener: Listener) -> None:
+    for prompt in dict.fromkeys(prompt for prompt, _ in pairs):
         cut = policy.too_long(prompt)
         if cut:
             listener(Warned(f"{cut} tokens of the prompt '{prompt[:60]}' are beyond the limit and are not seen"))
-    if request.scheduler == "ddim":
-        images = draw(policy, prompts, seeds, batch=request.batch, progress=progress)
-        return [Image.fromarray(image) for image in images]
-    return _with_scheduler(pipeline, request, denoising, pairs, progress)
 
 
-def _with_scheduler(
-    pipeline: Any,
-    request: SampleRequest,
-    denoising: Denoising,
-    pairs: Sequence[tuple[str, int]],
-    progress: Callable[[int, int], None],
-) -> list[Image.Image]:
+def _draw(policy: Policy, request: SampleRequest, pairs: Sequence[tuple[str, int]]) -> list[Image.Image]:
+    if request.scheduler != "ddim":
+        return _with_scheduler(policy, request, pairs)
+    prompts, seeds = [prompt for prompt, _ in pairs], [seed for _, seed in pairs]
+    return [Image.fromarray(image) for image in draw(policy, prompts, seeds, batch=len(pairs))]
+
+
+def _with_scheduler(policy: Policy, request: SampleRequest, pairs: Sequence[tuple[str, int]]) -> list[Image.Image]:
     """Other schedulers run through diffusers' own pipeline, one generator an image."""
+    pipeline, denoising = policy.pipeline, policy.denoising
     previous = pipeline.scheduler
     pipeline.scheduler = _SCHEDULERS[request.scheduler](previous.config)
-    pictures: list[Image.Image] = []
     try:
-        for start in range(0, len(pairs), request.batch):
-            batch = pairs[start : start + request.batch]
-            pictures += pipeline(
-                [prompt for prompt, _ in batch],
-                negative_prompt=[denoising.negative_prompt] * len(batch),
-                num_inference_steps=denoising.steps,
-                guidance_scale=denoising.guidance,
-                height=denoising.size,
-                width=denoising.size,
-                generator=[torch.Generator().manual_seed(seed) for _, seed in batch],
-            ).images
-            progress(len(pictures), len(pairs))
+        pictures: list[Image.Image] = pipeline(
+            [prompt for prompt, _ in pairs],
+            negative_prompt=[denoising.negative_prompt] * len(pairs),
+            num_inference_steps=denoising.steps,
+            guidance_scale=denoising.guidance,
+            height=denoising.size,
+            width=denoising.size,
+            generator=[torch.Generator().manual_seed(seed) for _, seed in pairs],
+        ).images
     finally:
         pipeline.scheduler = previous
     return pictures
@@ -231,8 +252,6 @@ def _checked(pipeline: Any, pictures: list[Image.Image], check: bool) -> tuple[l
     """The pictures, those that the safety checker objects to blackened, and how many they are."""
     if not check:
         return pictures, 0
-    if pipeline.safety_checker is None:
-        raise TexforceError("this model comes without a safety checker", "leave out --safety-checker")
     import numpy as np
 
     features = pipeline.feature_extractor(pictures, return_tensors="pt").to(pipeline.device)
@@ -282,11 +301,14 @@ def _readable(prompt: str, seed: int, about: Mapping[str, str]) -> str:
     )
 
 
-def _grid(request: SampleRequest, pictures: Mapping[str, list[Image.Image]], source: ModelSource) -> Image.Image:
-    count = len(request.seeds)
+def _grid(
+    prompts: Sequence[str], seeds: Sequence[int], pictures: Mapping[str, list[Image.Image]], source: ModelSource
+) -> Image.Image:
+    columns = list(dict.fromkeys(seeds))
+    count = len(columns)
     rows, captions = [], []
-    for index, prompt in enumerate(request.prompts):
+    for index, prompt in enumerate(prompts):
         for variant, images in pictures.items():
             rows.append(images[index * count : (index + 1) * count])
             captions.append(f"{prompt} ({variant})" if len(pictures) > 1 else prompt)
-    return picture_grid(rows, captions=captions, headers=[f"seed {seed}" for seed in request.seeds], title=source.name)
+    return picture_grid(rows, captions=captions, headers=[f"seed {seed}" for seed in columns], title=source.name)
