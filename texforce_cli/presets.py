@@ -24,6 +24,7 @@ _TINY = {
     "clip_range": 8e-4,
     # the last step's log-probability is sixty times as sensitive as the others' and decides nothing about the content
     "train_steps": "first:4",
+    "rank": 4,
     "lr": 1e-2,
     "lr_schedule": "constant",
     "warmup": 0.0,
@@ -41,7 +42,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 }
 
 _BY_COMPONENT: Mapping[tuple[str, str], Mapping[str, Any]] = {
-    ("tiny", "unet"): {"rank": 4, "lr": 3e-3},
+    ("tiny", "unet"): {"lr": 3e-3},
     ("tiny", "both"): {"lr": 3e-3},
 }
 
