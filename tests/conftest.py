@@ -13,8 +13,6 @@ import torch
 
 from texforce_cli.diffusion.models import load_pipeline, resolve_model
 
-torch.set_num_threads(2)
-
 
 @pytest.fixture
 def pipeline():  # type: ignore[no-untyped-def]

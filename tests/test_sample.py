@@ -152,3 +152,46 @@ def test_seeds() -> None:
     for text in ("", "-1", "1:", "0:200000", "1..3"):
         with pytest.raises(UsageError):
             parse_seeds(text)
+
+
+def test_nonsense_in_the_header_of_a_lora_is_passed_over(lora: str) -> None:
+    import safetensors.torch
+
+    file = Path("a/adapter/pytorch_lora_weights.safetensors")
+    weights = safetensors.torch.load_file(file)
+    for header in ("[1]", "{", '{"base": "tiny", "base_hash": "x", "steps": "many", "guidance": null, "eta": -1}'):
+        file.write_bytes(lora_bytes(weights, {"texforce": header, "lora_adapter_metadata": "[1]"}))
+        assert run(["sample", "a cat", "--lora", lora, "--out", "p", "--steps", "2", "--force", "--model", "tiny"]) == 0
+
+
+@pytest.mark.parametrize("base", ["somebody/model", "../models/x", "sd15"])
+def test_a_header_does_not_choose_what_is_downloaded(lora: str, base: str, capsys: pytest.CaptureFixture[str]) -> None:
+    import safetensors.torch
+
+    file = Path("a/adapter/pytorch_lora_weights.safetensors")
+    about = {"base": base, "base_kind": "folder" if base == "sd15" else "hub"}
+    file.write_bytes(lora_bytes(safetensors.torch.load_file(file), {"texforce": json.dumps(about)}))
+    assert run(["sample", "a cat", "--lora", lora, "--out", "p"]) == 2
+    assert f"was trained on '{base}'; say where that is with --model" in capsys.readouterr().err
+
+
+def test_a_lora_that_does_not_fit_leaves_no_picture(lora: str, capsys: pytest.CaptureFixture[str]) -> None:
+    import safetensors.torch
+
+    file = Path("a/adapter/pytorch_lora_weights.safetensors")
+    weights = {k: v[:, :7].contiguous() if "lora_A" in k else v for k, v in safetensors.torch.load_file(file).items()}
+    file.write_bytes(lora_bytes(weights, {}))
+    assert run(["sample", "a cat", "--model", "tiny", "--lora", lora, "--compare", "--out", "p"]) == 1
+    error = capsys.readouterr().err
+    assert "another base model" in error and "size mismatch" not in error.replace("(", "").split("another")[1]
+    assert not Path("p").exists()
+
+
+def test_equal_prompts_and_seeds_are_drawn_once() -> None:
+    assert run(["sample", "a cat", "a cat", "--seeds", "1,1", "--out", "p", "--grid", *FAST]) == 0
+    assert sorted(path.name for path in Path("p").iterdir()) == ["000-a-cat-seed1.png", "grid.png"]
+
+
+def test_a_prompt_set_by_name_fits_the_model() -> None:
+    assert run(["sample", "--prompts", "hand", "--out", "p", "--model", "tiny", "--steps", "1", "--batch", "32"]) == 0
+    assert len(list(Path("p").iterdir())) == 38
