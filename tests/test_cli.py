@@ -43,6 +43,8 @@ def test_help_shows_the_ten_that_matter_first_and_an_example(capsys: pytest.Capt
     first = text.index("The ones that matter first")
     assert first < min(text.index(panel) for panel in (" Model ", " Sampling ", " Optimisation ", " Output "))
     assert "texforce train --reward jpeg-incompressibility" in text
+    assert "Go on with this run." in text and "[@REVISION]" in "".join(text.split())
+    assert "MISSING" not in text and "<str>" not in text
 
 
 def test_no_arguments_prints_the_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -88,7 +88,7 @@ class TrainConfig:
 
     device: str = option("auto", MODEL, "auto, cpu, cuda, cuda:1, mps.")
     precision: Literal["fp32", "bf16", "fp16"] = option(
-        "fp32", MODEL, "Of the frozen weights; steps and LoRA stay fp32."
+        "fp32", MODEL, "Of the frozen weights; steps and LoRA stay fp32. On a GPU bf16 or fp16."
     )
     gradient_checkpointing: bool = option(False, MODEL, "Less memory, more time.")
     compile: bool = option(False, MODEL, "torch.compile the U-Net.")
@@ -119,7 +119,7 @@ class TrainConfig:
     )
     adv_clip: float = option(5.0, LEARNING, "Advantages are clipped to +- this.", _positive)
     normalize_rewards: bool = option(False, LEARNING, "Standardise each reward over the epoch before weighting.")
-    micro_batch: int = option(8, LEARNING, "Images in one pass through the U-Net.", _positive)
+    micro_batch: int = option(8, LEARNING, "Images in one pass through the U-Net. On a GPU what fits.", _positive)
     grad_accum: int = option(32, LEARNING, "Micro-batches in one update.", _positive)
     inner_epochs: int = option(1, LEARNING, "Passes over an epoch's images.", _positive)
     clip_range: float = option(1e-4, LEARNING, "lambda of Eq. 5.", _positive)
