@@ -78,7 +78,7 @@ TRAIN = ["train", "--reward", "brightness", "--model", "tiny"]
         ([*TRAIN, "--model", "sd-15"], ["unknown model 'sd-15'", "did you mean 'sd15'"]),
         ([*TRAIN, "--model", "stabilityai/stable-diffusion-xl-base-1.0"], ["is SDXL"]),
         ([*TRAIN, "--model", "runwayml/stable-diffusion-v1-5"], ["was taken down", "--model sd15"]),
-        ([*TRAIN, "--model", "a.ckpt"], ["is a pickle"]),
+        ([*TRAIN, "--model", "a.ckpt"], ["'a.ckpt' is not a .safetensors file", "can run code"]),
         ([*TRAIN, "--model", "a.safetensors"], ["there is no file 'a.safetensors'"]),
         ([*TRAIN, "--prompts", "animal"], ["unknown prompts 'animal'", "did you mean 'animals'"]),
         ([*TRAIN, "--prompts", "empty.txt"], ["'empty.txt' is empty"]),
@@ -106,6 +106,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     Path("empty.txt").write_text("")
     Path("binary.txt").write_bytes(b"a\x00b")
     Path("bad.toml").write_text("stepz = 5\nrank = 0\n")
+    Path("a.ckpt").write_bytes(b"x")
     Path("full").mkdir()
     Path("full/a").write_text("")
     before = sorted(str(path) for path in Path().rglob("*"))

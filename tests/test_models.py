@@ -24,9 +24,10 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from texforce_cli import tiny
-from texforce_cli.diffusion import models, single_file
+from texforce_cli.diffusion import single_file
 from texforce_cli.diffusion.models import ModelSource, fingerprint, load_pipeline, resolve_model
 from texforce_cli.diffusion.policy import Denoising, Policy
+from texforce_cli.diffusion.quiet import quiet
 from texforce_cli.diffusion.sampler import draw, rollout
 from texforce_cli.errors import TexforceError, UsageError
 
@@ -334,7 +335,7 @@ def test_the_libraries_speak_again_after_loading() -> None:
     transformers_logging = pytest.importorskip("transformers.utils.logging")
     diffusers_logging = pytest.importorskip("diffusers.utils.logging")
     before = [(m.get_verbosity(), m.is_progress_bar_enabled()) for m in (transformers_logging, diffusers_logging)]
-    with models._quiet():
+    with quiet():
         assert not diffusers_logging.is_progress_bar_enabled() and transformers_logging.get_verbosity() >= 50
     assert before == [
         (m.get_verbosity(), m.is_progress_bar_enabled()) for m in (transformers_logging, diffusers_logging)

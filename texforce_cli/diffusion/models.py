@@ -96,6 +96,8 @@ def resolve_model(name: str) -> ModelSource:
     if path.is_dir():
         return _folder(path.resolve())
     if path.is_file() or path.suffix in (".safetensors", ".ckpt", ".bin", ".pt", ".pth"):
+        if not path.is_file():
+            raise UsageError(f"there is no file '{name}'", "check the path")
         return _file(path.absolute())  # unresolved: the Hub's cache links names to files without an ending
     repository, _, revision = name.partition("@")
     if repository in _MOVED:
@@ -143,8 +145,6 @@ def _folder(path: Path) -> ModelSource:
 
 
 def _file(path: Path) -> ModelSource:
-    if not path.is_file():
-        raise UsageError(f"there is no file '{path}'", "check the path")
     if path.suffix != ".safetensors":
         raise UsageError(
             f"'{path.name}' is not a .safetensors file", "convert it; the other formats are pickles, which can run code"
