@@ -27,6 +27,7 @@ _ARCHITECTURE = {
 }
 
 
+_PARTS = {"text-encoder": "text encoder", "unet": "U-Net", "both": "text encoder and the U-Net"}
 _EMBEDDED = {"trained": "tuned", "snapshot": "tuned", "base": "base"}
 
 
@@ -101,8 +102,7 @@ def _card(plan: Plan, row: Mapping[str, Any], evaluations: Sequence[Evaluation])
 
 # {" + ".join(config.reward)} on {base}
 
-A LoRA of the {config.train.replace("both", "text encoder and U-Net")} (rank {config.rank}, alpha {config.rank}), trained
-with reinforcement learning (DDPO) on the reward `{" + ".join(config.reward)}` with texforce.
+A LoRA of the {_PARTS[config.train]} (rank {config.rank}, alpha {config.rank}), trained with reinforcement learning (DDPO) on the reward `{" + ".join(config.reward)}` with texforce.
 
 | | |
 |---|---|
