@@ -107,6 +107,7 @@ def test_the_presets_of_stable_diffusion_are_the_papers() -> None:
         )
         assert 40 <= config.total_epochs <= 50
         assert config.updates_per_epoch == 2
+    assert [resolve({"preset": name}).config.prompts for name in ("face", "hand")] == ["face", "hand"]
     assert automatic_preset("sd", "color") == "phrase"
     assert automatic_preset("sd", "animals") == "many"
     assert automatic_preset("sd", "hand") == "hand"

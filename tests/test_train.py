@@ -234,7 +234,9 @@ def test_training_starts_from_a_lora() -> None:
 def test_a_prompt_that_is_too_long_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     Path("p.txt").write_text("a cat\n" + "a red dog and " * 12 + "a fox\n")
     train("--prompts", "p.txt", epochs=1)
-    assert "tokens of the prompt 'a red dog and a red dog" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "tokens of the prompt 'a red dog and a red dog" in error
+    assert "[transformers]" not in error
 
 
 def test_the_pictures_of_a_run_show_the_base_beside_the_current_model() -> None:

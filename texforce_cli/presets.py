@@ -37,8 +37,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "tiny": _TINY,
     "phrase": _PAPER,
     "many": {**_PAPER, "samples_per_epoch": 1024, "grad_accum": 64},
-    "face": _PAPER,
-    "hand": _PAPER,
+    "face": {**_PAPER, "prompts": "face"},
+    "hand": {**_PAPER, "prompts": "hand"},
 }
 
 _BY_COMPONENT: Mapping[tuple[str, str], Mapping[str, Any]] = {

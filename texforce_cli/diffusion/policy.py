@@ -176,7 +176,7 @@ class Policy:
     def too_long(self, prompt: str) -> int:
         """How many tokens of a prompt the text encoder does not see."""
         tokenizer: Any = self.pipeline.tokenizer
-        return max(0, len(tokenizer(prompt).input_ids) - int(tokenizer.model_max_length))
+        return max(0, len(tokenizer(prompt, verbose=False).input_ids) - int(tokenizer.model_max_length))
 
     def _distinct(self, prompts: Sequence[str]) -> tuple[list[str], Tensor]:
         distinct = list(dict.fromkeys(prompts))
