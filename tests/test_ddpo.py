@@ -47,7 +47,7 @@ def make(
         PROMPTS,
         DDPOSettings(train_steps=TrainSteps.parse(steps), **numbers),
         seed=seed,
-        progress=lambda phase, done, total: None,
+        progress=lambda *done, **reward: None,
     )
 
 

@@ -120,11 +120,11 @@ def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(kind: str, mon
     train("--out", "whole", *RESUMED[kind], epochs=4)
     progress, calls = TrainingRun._progress, []
 
-    def interrupted(self: TrainingRun, phase: str, done: int, total: int) -> None:
+    def interrupted(self: TrainingRun, phase: str, done: int, total: int, **reward: float) -> None:
         calls.append(phase)
         if self.epoch == 2 and phase == "training":
             os.kill(os.getpid(), signal.SIGTERM)  # in the middle of the third epoch
-        progress(self, phase, done, total)
+        progress(self, phase, done, total, **reward)
 
     with monkeypatch.context() as patch:
         patch.setattr(TrainingRun, "_progress", interrupted)
@@ -334,10 +334,10 @@ def test_an_epoch_is_safe_before_it_is_measured(monkeypatch: pytest.MonkeyPatch)
     train("--out", "whole", epochs=4)
     progress = TrainingRun._progress
 
-    def interrupted(self: TrainingRun, phase: str, done: int, total: int) -> None:
+    def interrupted(self: TrainingRun, phase: str, done: int, total: int, **reward: float) -> None:
         if self.epoch == 2 and phase == "evaluation":
             os.kill(os.getpid(), signal.SIGTERM)
-        progress(self, phase, done, total)
+        progress(self, phase, done, total, **reward)
 
     with monkeypatch.context() as patch:
         patch.setattr(TrainingRun, "_progress", interrupted)

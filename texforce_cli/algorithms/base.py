@@ -8,14 +8,19 @@ gradients, and will report nothing where `EpochReport` speaks of ratios.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 Phase = Literal["sampling", "rewards", "training"]
 
-Progress = Callable[[Phase, int, int], None]
-"""Called after each batch and each optimiser step with (phase, done, total); it may raise to stop the run there."""
+
+class Progress(Protocol):
+    """Called after each batch and each optimiser step; it may raise to stop the run there."""
+
+    def __call__(self, phase: Phase, done: int, total: int, *, reward: float | None = None) -> None:
+        """`done` of `total` in a phase; `reward` is the mean of the epoch's images so far, where some are scored."""
+        ...
 
 
 @dataclass(frozen=True)

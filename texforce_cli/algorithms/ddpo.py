@@ -183,7 +183,8 @@ class DDPO:
             with self._timed("rewards"):
                 for name, values in self._score(parts[-1], batch).items():
                     terms[name].append(values)
-            self.progress("rewards", start + len(batch), len(chosen))
+            so_far = self.rewards.weighted({name: np.concatenate(values) for name, values in terms.items()})
+            self.progress("rewards", start + len(batch), len(chosen), reward=float(so_far.mean()))
         scores = self.rewards.total({name: np.concatenate(values) for name, values in terms.items()})
         return Rollouts(Trajectory.join(parts), scores)
 

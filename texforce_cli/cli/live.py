@@ -65,7 +65,8 @@ class TrainView:
         elif isinstance(event, Checked):
             self._checked(event)
         elif isinstance(event, Progressed):
-            self._bar(str(event.phase), event.done, event.total)
+            about = "" if event.reward is None else f"reward so far {event.reward:.4g}"
+            self._bar(str(event.phase), event.done, event.total, about)
         elif isinstance(event, Evaluated):
             note(describe_evaluation(event.evaluation))
         elif isinstance(event, EpochDone):

@@ -46,11 +46,12 @@ class Checked:
 
 @dataclass(frozen=True)
 class Progressed:
-    """`done` of `total` in a phase of the work; `evaluation` is a phase of its own."""
+    """`done` of `total` in a phase of the work; `evaluation` is a phase of its own. `reward` as far as it is known."""
 
     phase: Phase | str
     done: int
     total: int
+    reward: float | None = None
 
 
 @dataclass(frozen=True)

@@ -325,8 +325,8 @@ class TrainingRun:
         lora = {f"lora.{name}": value for name, value in self.adapter.state_dict().items()}
         return lora | self.optimisation.tensors()
 
-    def _progress(self, phase: Phase | str, done: int, total: int) -> None:
-        self.listener(Progressed(phase, done, total))
+    def _progress(self, phase: Phase | str, done: int, total: int, *, reward: float | None = None) -> None:
+        self.listener(Progressed(phase, done, total, reward))
         self.stop.check()
 
 
