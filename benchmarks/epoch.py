@@ -71,7 +71,9 @@ class TexforceArm:
         adapter = make_adapter(pipeline, config)
         policy, rewards = make_policy(pipeline, config, adapter), make_rewards(config)
         self.optimisation = make_optimisation(config, adapter)
-        usual = make_algorithm(config, policy, rewards, self.optimisation, prompts, progress=lambda *done, **reward: None)
+        usual = make_algorithm(
+            config, policy, rewards, self.optimisation, prompts, progress=lambda *done, **reward: None
+        )
         assert isinstance(usual, DDPO)
         self.algorithm = kind(
             policy, rewards, self.optimisation, prompts, usual.settings, seed=config.seed, progress=usual.progress

@@ -10,8 +10,13 @@ for name in [name for name in os.environ if name.startswith("TEXFORCE_")]:
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from texforce_cli.diffusion.models import load_pipeline, resolve_model
+
+# a busy machine is no failure
+settings.register_profile("texforce", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("texforce")
 
 
 @pytest.fixture
