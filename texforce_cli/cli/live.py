@@ -89,8 +89,7 @@ class TrainView:
         result = event.preflight
         note(f"preflight: max |ratio - 1| = {result.ratio_error:.1e} with unchanged weights (limit {result.limit:.1e})")
         steps = [step for step in result.steps if math.isfinite(step["sensitivity"])]
-        shown = steps if len(steps) <= 20 else steps[:: len(steps) // 10]
-        text = ", ".join(f"{step['timestep']:.0f}: {step['sensitivity']:.2f} ({step['trained']:.0%})" for step in shown)
+        text = ", ".join(f"{step['timestep']:.0f}: {step['sensitivity']:.2f} ({step['trained']:.0%})" for step in steps)
         stderr.print(f"[dim]sensitivity of each step (share of images trained on it): {text}[/dim]")
 
     def _bar(self, name: str, done: int, total: int, about: str = "") -> None:
