@@ -107,7 +107,7 @@ def test_batch_size_does_not_change_which_noise_an_image_gets(monkeypatch: pytes
 RESUMED = {
     "plain": [],
     "everything": "--ema 0.9 --lr-schedule constant --warmup 0.3 --advantages prompt --kl 0.1 --kl-target 1e-7 --guidance 2 "
-    "--uncond-embedding snapshot --train-steps random:0.5 --train both --init-lora first".split(),
+    "--uncond-embedding snapshot --train-steps random:0.5 --train both --init-lora first --prompts one.txt".split(),
 }
 
 
@@ -116,6 +116,7 @@ def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(kind: str, mon
     from texforce_cli.workflows.training_run import TrainingRun
 
     if kind == "everything":
+        Path("one.txt").write_text("a cat\n")  # so that its tracker has enough rewards to matter
         train("--train", "both", "--out", "first", "--rank", "2", epochs=1)
     train("--out", "whole", *RESUMED[kind], epochs=4)
     progress, calls = TrainingRun._progress, []
