@@ -69,7 +69,7 @@ class TexforceArm:
         config, prompts = made.config, made.prompts.seen
         pipeline = load_pipeline(made.source, device=torch.device(config.device), precision=config.precision)
         adapter = make_adapter(pipeline, config)
-        policy, rewards = make_policy(pipeline, config, adapter), make_rewards(config)
+        policy, rewards = make_policy(pipeline, config, adapter), make_rewards(config, made.registry)
         self.optimisation = make_optimisation(config, adapter)
         usual = make_algorithm(
             config, policy, rewards, self.optimisation, prompts, progress=lambda *done, **reward: None

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFont
 
 from texforce_cli.report.curve import reward_curve
-from texforce_cli.report.pictures import before_after, picture_grid, save_png
+from texforce_cli.report.pictures import _width, _wrap, before_after, picture_grid, save_png
 
 HOSTILE = "</script>\n\x00\u202e" + "word " * 400
 
@@ -58,3 +58,11 @@ def test_the_curve_is_the_same_bytes_each_time(tmp_path: Path) -> None:
     flat = [{"images": 1, "reward_mean": 0.0, "reward_std": 0.0, "approx_kl": 0.0}]
     reward_curve(flat, tmp_path / "c.png", title="t", reward_label="r")
     assert (tmp_path / "c.png").exists()
+
+
+def test_a_short_label_is_never_broken() -> None:
+    font = ImageFont.load_default(13)
+    for labels in (["base", "tuned"], ["a cat (base)", "a cat (tuned)"]):
+        left = _width(labels, font, 128)
+        assert [_wrap(label, font, left - 12) for label in labels] == labels
+    assert "\n" in _wrap("two foxes in the park (tuned)", font, 128)

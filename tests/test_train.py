@@ -424,3 +424,26 @@ def test_a_dry_run_of_a_run_shows_its_plan(capsys: pytest.CaptureFixture[str]) -
     capsys.readouterr()
     assert run(["train", "--resume", "a", "--dry-run", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["plan"]["config"]["out"] == "a"
+
+
+def test_a_broken_plugin_is_imported_once_and_named_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import importlib.metadata
+    import types
+
+    loads: list[int] = []
+
+    def load() -> None:
+        loads.append(1)
+        raise ImportError("no module named moon")
+
+    entry = types.SimpleNamespace(name="p", load=load, dist=types.SimpleNamespace(name="moon-rewards", version="1"))
+    real = importlib.metadata.entry_points
+    monkeypatch.setattr(
+        importlib.metadata, "entry_points", lambda **kw: [entry] if kw.get("group") == "texforce" else real(**kw)
+    )
+    train("--out", "a", epochs=1)
+    assert run(["train", "--resume", "a"]) == 0
+    assert len(loads) == 2  # once a command
+    assert capsys.readouterr().err.count("plugin 'moon-rewards' could not be loaded") == 2

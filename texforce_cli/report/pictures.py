@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -101,13 +102,16 @@ def _scale(lines: Sequence[_Line]) -> int:
 
 def _width(labels: Sequence[str], font: ImageFont.FreeTypeFont | ImageFont.ImageFont, limit: int) -> int:
     longest = max((font.getlength(_drawable(label)) for label in labels), default=0)
-    return round(min(longest, limit)) + 2 * _GAP if longest else _GAP
+    return math.ceil(min(longest, limit)) + 2 * _GAP if longest else _GAP
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
     """At most four lines that fit into `width` pixels."""
+    line = _drawable(text)
+    if font.getlength(line) <= width:
+        return line
     letters = max(4, int(width / max(1.0, font.getlength("n"))))
-    return "\n".join(textwrap.wrap(_drawable(text), letters, max_lines=4, placeholder="…"))
+    return "\n".join(textwrap.wrap(line, letters, max_lines=4, placeholder="…"))
 
 
 def _drawable(text: str) -> str:

@@ -19,14 +19,14 @@ from texforce_cli.diffusion.policy import Denoising, Policy
 from texforce_cli.lora.files import read_lora
 from texforce_cli.lora.spec import parse_lora
 from texforce_cli.prompts import Prompt
-from texforce_cli.rewards.registry import load_registry
+from texforce_cli.rewards.registry import Registry
 from texforce_cli.rewards.terms import RewardSet, parse_terms
 
 
-def make_rewards(config: TrainConfig) -> RewardSet:
+def make_rewards(config: TrainConfig, registry: Registry) -> RewardSet:
     """The rewards of the run, imported and made."""
     terms = parse_terms(config.reward, config.reward_option)
-    return RewardSet(terms, load_registry(), normalize=config.normalize_rewards)
+    return RewardSet(terms, registry, normalize=config.normalize_rewards)
 
 
 def make_adapter(pipeline: Any, config: TrainConfig, *, begin: bool = True) -> Adapter:

@@ -21,7 +21,7 @@ from texforce_cli.lora.files import find_lora
 from texforce_cli.lora.spec import parse_lora
 from texforce_cli.presets import computed_hours, computed_memory_gb, computed_micro_batch, computed_petaflop
 from texforce_cli.prompts import PromptSet, load_prompts
-from texforce_cli.rewards.registry import load_registry
+from texforce_cli.rewards.registry import Registry, load_registry
 from texforce_cli.rewards.terms import parse_terms
 
 
@@ -33,6 +33,7 @@ class Plan:
     origins: Mapping[str, str]
     source: ModelSource
     prompts: PromptSet
+    registry: Registry
 
     def cost(self) -> dict[str, float]:
         """Images and U-Net calls (one image, one branch, one step) of the whole run.
@@ -84,7 +85,7 @@ def plan(flags: Mapping[str, Any], config_file: Path | None = None) -> Plan:
         if getattr(config, name) != value:
             origins[name] = f"{origins[name]}, resolved"
             config = replace(config, **{name: value})
-    return Plan(config, origins, source, prompts)
+    return Plan(config, origins, source, prompts, registry)
 
 
 def _chosen(config: TrainConfig, origins: Mapping[str, str], source: ModelSource) -> dict[str, Any]:

@@ -37,10 +37,9 @@ def train(
         Interrupted: Ctrl-C or SIGTERM.
     """
     made = plan(flags, config_file)
-    for origin, reason in load_registry().broken.items():
-        listener(Warned(f"plugin '{origin}' could not be loaded: {reason}"))
+    _warn_of_broken_plugins(made, listener)
     listener(Note(f"model: {made.source.name} ({made.source.reason}), on {made.config.device}"))
-    rewards = make_rewards(made.config)
+    rewards = make_rewards(made.config, made.registry)
     reward = made.config.reward[0].partition(":")[0]
     folder = RunFolder.create(made.config.out, stem or f"{reward}-{made.source.short_name}")
     config = replace(made.config, out=str(folder.path))
@@ -66,6 +65,7 @@ def resume(
     """
     folder = RunFolder.open(path)
     made = recorded_plan(folder)
+    _warn_of_broken_plugins(made, listener)
     _refuse_other_options(folder, made.config, given(flags, config_file))
     record = folder.read_record()
     _refuse_other_model(folder, made, record, listener)
@@ -75,7 +75,7 @@ def resume(
     if found is None:
         listener(Warned("there is no whole checkpoint: beginning again"))
         checkpoints.remove_after(folder.checkpoints, 0)
-    run = TrainingRun(folder, made, make_rewards(made.config), listener, checkpoint=found)
+    run = TrainingRun(folder, made, make_rewards(made.config, made.registry), listener, checkpoint=found)
     return run.run()
 
 
@@ -94,7 +94,12 @@ def recorded_plan(folder: RunFolder) -> Plan:
     except (KeyError, TypeError) as error:
         raise folder.damaged(error) from error
     resolve_device(config.device)
-    return Plan(config, origins, replace(resolve_model(config.model), reason=reason), prompts)
+    return Plan(config, origins, replace(resolve_model(config.model), reason=reason), prompts, load_registry())
+
+
+def _warn_of_broken_plugins(made: Plan, listener: Listener) -> None:
+    for origin, reason in made.registry.broken.items():
+        listener(Warned(f"plugin '{origin}' could not be loaded: {reason}"))
 
 
 def _refuse_other_options(folder: RunFolder, config: TrainConfig, wanted: dict[str, Any]) -> None:
