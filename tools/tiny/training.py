@@ -1,0 +1,183 @@
+"""One training loop for every network of the embedded world: fixed steps, seeded by step, checkpointed, resumable.
+
+A step's random numbers come from (stage, seed, step) alone, so that a run which was interrupted continues to the same
+bits as one that was not, on the same machine with the same number of threads.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from texforce_cli.core.seeds import derive
+from texforce_cli.files import atomic_path
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What one network is trained with: AdamW, a warm-up, then a constant rate up to `hold` of the steps, then a cosine
+    down to a fiftieth; the result is the exponential moving average of the weights."""
+
+    name: str
+    steps: int
+    learning_rate: float
+    hold: float = 0.0
+    warmup: int = 200
+    weight_decay: float = 0.01
+    beta2: float = 0.99
+    ema: float = 0.999
+    seed: int = 0
+
+    def rate(self, step: int) -> float:
+        """Learning rate of `step` (from 0)."""
+        done = step / self.steps
+        cosine = 0.5 * (1 + math.cos(math.pi * max(0.0, done - self.hold) / (1 - self.hold)))
+        return self.learning_rate * min(1.0, (step + 1) / self.warmup) * max(0.02, cosine)
+
+
+def device() -> torch.device:
+    """The GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def autocast() -> torch.autocast:
+    """bfloat16 where it helps."""
+    return torch.autocast(device().type, torch.bfloat16)
+
+
+def train(
+    recipe: Recipe,
+    modules: dict[str, torch.nn.Module],
+    loss_of_step: Callable[[torch.Generator], torch.Tensor],
+    folder: Path,
+    *,
+    validate: Callable[[], float] | None = None,
+    checkpoint_seconds: float = 120,
+    validations: int = 20,
+) -> None:
+    """Minimise `loss_of_step` over the parameters of `modules`, which hold the averaged weights afterwards.
+
+    `folder` gets `NAME.checkpoint.safetensors` (every two minutes and on Ctrl-C) and `NAME.jsonl`, a line a hundred
+    steps; a finished checkpoint is only loaded. `validate()` is called with the averaged weights in place.
+    """
+    parameters = [p for module in modules.values() for p in module.parameters()]
+    names = [f"{key}.{name}" for key, module in modules.items() for name, _ in module.named_parameters()]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, recipe.beta2), fused=True)
+    average = [p.detach().clone() for p in parameters]
+    checkpoint = folder / f"{recipe.name}.checkpoint.safetensors"
+    step, seconds = _load(checkpoint, recipe, names, parameters, average, optimizer)
+    log = folder / f"{recipe.name}.jsonl"
+    generator = torch.Generator()
+    started = saved = time.monotonic()
+    losses: list[torch.Tensor] = []
+
+    def save() -> None:
+        _save(checkpoint, recipe, names, parameters, average, optimizer, step, seconds + time.monotonic() - started)
+
+    try:
+        while step < recipe.steps:
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.rate(step)
+            generator.manual_seed(derive(recipe.seed, recipe.name, step))
+            loss = loss_of_step(generator)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+            with torch.no_grad():
+                torch._foreach_lerp_(average, parameters, 1 - min(recipe.ema, (1 + step) / (10 + step)))
+            losses.append(loss.detach())
+            if step % 100 == 0 or step == recipe.steps:
+                line: dict[str, float] = {"step": step, "loss": round(float(torch.stack(losses).mean()), 5)}
+                losses.clear()
+                if validate and (step % max(100, recipe.steps // validations // 100 * 100) == 0 or step == recipe.steps):
+                    line["validation"] = round(_averaged(parameters, average, validate), 5)
+                line["seconds"] = round(seconds + time.monotonic() - started, 1)
+                with log.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+                print(recipe.name, line, flush=True)
+            if time.monotonic() - saved > checkpoint_seconds:
+                save()
+                saved = time.monotonic()
+    finally:
+        save()
+    with torch.no_grad():
+        for parameter, mean in zip(parameters, average, strict=True):
+            parameter.copy_(mean)
+    for module in modules.values():
+        module.eval()
+
+
+def _averaged(parameters: list[torch.nn.Parameter], average: list[torch.Tensor], measure: Callable[[], float]) -> float:
+    raw = [p.detach().clone() for p in parameters]
+    with torch.no_grad():
+        torch._foreach_copy_(parameters, average)
+        try:
+            return measure()
+        finally:
+            torch._foreach_copy_(parameters, raw)
+
+
+def _save(
+    path: Path,
+    recipe: Recipe,
+    names: list[str],
+    parameters: list[torch.nn.Parameter],
+    average: list[torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    seconds: float,
+) -> None:
+    tensors = {}
+    for name, parameter, mean in zip(names, parameters, average, strict=True):
+        tensors[f"raw.{name}"], tensors[f"mean.{name}"] = parameter.detach(), mean
+        for key in ("exp_avg", "exp_avg_sq"):
+            if parameter in optimizer.state:
+                tensors[f"{key}.{name}"] = optimizer.state[parameter][key]
+    header = {"recipe": repr(recipe), "step": str(step), "seconds": str(seconds)}
+    with atomic_path(path) as temporary:
+        save_file({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, temporary, header)
+
+
+def _load(
+    path: Path,
+    recipe: Recipe,
+    names: list[str],
+    parameters: list[torch.nn.Parameter],
+    average: list[torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+) -> tuple[int, float]:
+    if not path.exists():
+        return 0, 0.0
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        header = file.metadata()
+    if header["recipe"] != repr(recipe):
+        raise SystemExit(f"{os.fspath(path)} was made by another recipe ({header['recipe']}); delete it to train anew")
+    tensors = load_file(path)
+    step = int(header["step"])
+    with torch.no_grad():
+        for name, parameter, mean in zip(names, parameters, average, strict=True):
+            parameter.copy_(tensors[f"raw.{name}"])
+            mean.copy_(tensors[f"mean.{name}"])
+            if f"exp_avg.{name}" in tensors:
+                optimizer.state[parameter] = {
+                    "step": torch.tensor(float(step)),
+                    "exp_avg": tensors[f"exp_avg.{name}"].to(parameter),
+                    "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(parameter),
+                }
+    return step, float(header["seconds"])
