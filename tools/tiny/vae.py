@@ -86,5 +86,5 @@ def latents(folder: Path, name: str, vae: AutoencoderTiny, images: Pictures) -> 
                 encoded = vae.encode(normalised(part).to(device())).latents
             parts.append((encoded.float() * vae.config.scaling_factor).half().cpu())
         with atomic_path(path) as temporary:
-            save_file({"latents": torch.cat(parts)}, temporary)
+            save_file({"latents": torch.cat(parts).contiguous()}, temporary)
     return load_file(path)["latents"]
