@@ -13,6 +13,10 @@ from pathlib import Path
 WEIGHTS = Path(__file__).parent / "weights"
 """A folder in diffusers' own layout: `StableDiffusionPipeline.from_pretrained(WEIGHTS)` loads it, offline."""
 
+CLIP = Path(__file__).parent / "clip"
+JUDGE = Path(__file__).parent / "judge"
+"""The two judges of the embedded world, each a folder that transformers' AutoModel loads."""
+
 MANIFEST = Path(__file__).parent / "manifest.json"
 
 

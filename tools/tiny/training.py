@@ -103,7 +103,9 @@ def train(
             if step % 100 == 0 or step == recipe.steps:
                 line: dict[str, float] = {"step": step, "loss": round(float(torch.stack(losses).mean()), 5)}
                 losses.clear()
-                if validate and (step % max(100, recipe.steps // validations // 100 * 100) == 0 or step == recipe.steps):
+                if validate and (
+                    step % max(100, recipe.steps // validations // 100 * 100) == 0 or step == recipe.steps
+                ):
                     line["validation"] = round(_averaged(parameters, average, validate), 5)
                 line["seconds"] = round(seconds + time.monotonic() - started, 1)
                 with log.open("a", encoding="utf-8") as file:

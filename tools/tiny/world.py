@@ -21,7 +21,11 @@ SIZE = 64
 HORIZON = 40
 
 _GLYPHS = dict(
-    zip(NOUNS, "🐈 🐕 🐎 🐒 🐇 🦓 🕷 🐦 🐑 🐄 🦁 🐅 🐻 🦊 🐺 🐟 🐳 🦋 🐝 🐖 🐸 🐢 🐍 🦆 🐔 🦇 👨 👩 ✋ 🚗 🍎 ⛵".split(), strict=True)
+    zip(
+        NOUNS,
+        "🐈 🐕 🐎 🐒 🐇 🦓 🕷 🐦 🐑 🐄 🦁 🐅 🐻 🦊 🐺 🐟 🐳 🦋 🐝 🐖 🐸 🐢 🐍 🦆 🐔 🦇 👨 👩 ✋ 🚗 🍎 ⛵".split(),
+        strict=True,
+    )
 )
 _TINTS = dict(
     zip(
@@ -100,9 +104,7 @@ def _any_scene(rng: random.Random, kind: str) -> Scene:
         pair = rng.sample(NOUNS, 2)
         place = rng.choice(PLACES) if rng.random() < 0.2 else None
         tinted = rng.random() < 0.15
-        return Scene(
-            tuple(Item(one, rng.choice(COLOURS) if tinted and one in TINTED else None) for one in pair), place
-        )
+        return Scene(tuple(Item(one, rng.choice(COLOURS) if tinted and one in TINTED else None) for one in pair), place)
     place = rng.choice(PLACES) if rng.random() < 0.6 else None
     copies = rng.randint(2, 4) if place is None or rng.random() < 0.3 else 1
     return Scene((Item(noun, rng.choice(COLOURS)),) * copies, place)
@@ -156,7 +158,7 @@ def corrupt(scene: Scene, rng: random.Random) -> Scene:
     if lost and (not wrong or rng.random() < 0.3):
         return rng.choice(lost)
     # a lone sprite without tint and place has only its number to be wrong about, which would drown the numbers
-    if not wrong or len(scene.items) == 1 and not lost:
+    if not wrong or (len(scene.items) == 1 and not lost):
         return scene
     if len(scene.items) == 1:
         wrong = [other for other in wrong if len(other.items) == 1] or wrong
@@ -244,9 +246,7 @@ def _tinted(glyph: Image.Image, colour: str) -> Image.Image:
     elif colour == "black":
         pixels[..., :3] = 12 + 75 * light
     else:
-        pixels[..., :3] = np.where(
-            light < 0.5, tint * (0.35 + 1.3 * light), tint + (255 - tint) * (light - 0.5) * 0.9
-        )
+        pixels[..., :3] = np.where(light < 0.5, tint * (0.35 + 1.3 * light), tint + (255 - tint) * (light - 0.5) * 0.9)
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8), "RGBA")
 
 
