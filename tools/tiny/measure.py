@@ -73,14 +73,18 @@ CAPABILITIES = [
 ]
 
 
-def accuracy(judge: Agreement, images: np.ndarray, scenes: Sequence[Scene], capability: Capability) -> float:
-    """Share of pictures for which the judge prefers the caption of their scene to all alternatives."""
+def agreement(
+    judge: Agreement, images: np.ndarray, scenes: Sequence[Scene], capability: Capability
+) -> tuple[float, float]:
+    """Share of pictures for which the judge prefers the caption of their scene to all alternatives; and mean cosine."""
     seen = torch.cat([judge.embed_images(images[i : i + 64]) for i in range(0, len(images), 64)])
-    right = 0
+    right, cosine = 0, 0.0
     for vector, scene in zip(seen, scenes, strict=True):
         captions = [caption(scene), *map(caption, capability.alternatives(scene))]
-        right += int((judge.embed_prompts(captions) @ vector).argmax()) == 0
-    return right / len(scenes)
+        cosines = judge.embed_prompts(captions) @ vector
+        right += int(cosines.argmax()) == 0
+        cosine += float(cosines[0])
+    return right / len(scenes), cosine / len(scenes)
 
 
 def real(scenes: Sequence[Scene], seed: int = 4) -> np.ndarray:
@@ -89,7 +93,7 @@ def real(scenes: Sequence[Scene], seed: int = 4) -> np.ndarray:
 
 
 def table(judges: dict[str, Agreement], draws: dict[str, Draw], count: int) -> dict[str, dict[str, dict[str, float]]]:
-    """Source of pictures -> capability -> judge -> accuracy; the source `shuffled` gives real pictures the captions of
+    """Source of pictures -> capability -> judge -> accuracy (and "JUDGE cosine" -> mean cosine); the source `shuffled` gives real pictures the captions of
     their neighbours, which must come out at chance."""
     result: dict[str, dict[str, dict[str, float]]] = {}
     for capability in CAPABILITIES:
@@ -98,6 +102,9 @@ def table(judges: dict[str, Agreement], draws: dict[str, Draw], count: int) -> d
         sources = {"real": pictures, "shuffled": np.roll(pictures, 1, axis=0)}
         sources |= {name: draw([caption(scene) for scene in scenes]) for name, draw in draws.items()}
         for source, images in sources.items():
-            row = {name: accuracy(judge, images, scenes, capability) for name, judge in judges.items()}
+            row: dict[str, float] = {}
+            for name, judge in judges.items():
+                right, cosine = agreement(judge, images, scenes, capability)
+                row |= {name: round(right, 4), f"{name} cosine": round(cosine, 4)}
             result.setdefault(source, {})[capability.name] = row
     return result
