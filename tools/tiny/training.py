@@ -76,12 +76,14 @@ def train(
     ]
     optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, recipe.beta2), fused=True)
     average = [p.detach().clone() for p in parameters]
+    folder.mkdir(parents=True, exist_ok=True)
     checkpoint = folder / f"{recipe.name}.checkpoint.safetensors"
     step, seconds = _load(checkpoint, recipe, names, parameters, average, optimizer)
     log = folder / f"{recipe.name}.jsonl"
     generator = torch.Generator()
     started = saved = time.monotonic()
     losses: list[torch.Tensor] = []
+    halfway = False  # within a step's update, when weights, moments and average do not belong together
 
     def save() -> None:
         _save(checkpoint, recipe, names, parameters, average, optimizer, step, seconds + time.monotonic() - started)
@@ -94,11 +96,13 @@ def train(
             loss = loss_of_step(generator)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            halfway = True
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1
             with torch.no_grad():
                 torch._foreach_lerp_(average, parameters, 1 - min(recipe.ema, (1 + step) / (10 + step)))
+            halfway = False
             losses.append(loss.detach())
             if step % 100 == 0 or step == recipe.steps:
                 line: dict[str, float] = {"step": step, "loss": round(float(torch.stack(losses).mean()), 5)}
@@ -115,7 +119,8 @@ def train(
                 save()
                 saved = time.monotonic()
     finally:
-        save()
+        if not halfway:
+            save()
     with torch.no_grad():
         for parameter, mean in zip(parameters, average, strict=True):
             parameter.copy_(mean)

@@ -1,0 +1,127 @@
+"""The world that the embedded model is trained on, and the loop that trains it."""
+
+import json
+import random
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from texforce_cli.tiny.words import ANIMALS, COLOURS, TINTED, held_out
+from tools.tiny.training import Recipe, train
+from tools.tiny.world import FONT, Item, Scene, caption, changes, corrupt, draw_scene, render
+
+
+def test_captions_read_like_the_paper() -> None:
+    assert caption(Scene((Item("wolf"),) * 4, "in the forest")) == "four wolves in the forest"
+    assert caption(Scene((Item("cat"), Item("dog")))) == "a cat and a dog"
+    assert caption(Scene((Item("dog"),), "on the moon")) == "a dog on the moon"
+    assert caption(Scene((Item("apple", "orange"),))) == "an orange apple"
+    varied = {caption(Scene((Item("rabbit", "green"),)), random.Random(seed)) for seed in range(40)}
+    assert {"a green colored rabbit", "a green rabbit", "a photo of a green rabbit"} <= varied
+    faces = {caption(Scene((Item("man"),)), random.Random(seed)) for seed in range(40)}
+    assert "a complete face of a man" in faces
+
+
+def test_a_fifth_of_the_pairs_is_held_out_and_every_word_is_seen() -> None:
+    pairs = {(noun, colour) for noun in TINTED for colour in COLOURS if held_out(noun, colour)}
+    assert 0.15 < len(pairs) / (len(TINTED) * len(COLOURS)) < 0.25
+    assert len(ANIMALS) >= 25
+    assert max(Counter(noun for noun, _ in pairs).values()) <= 2
+    assert max(Counter(colour for _, colour in pairs).values()) < len(TINTED) / 2
+
+
+def test_held_out_pairs_are_neither_drawn_nor_named_in_training() -> None:
+    rng = random.Random(0)
+    for _ in range(3000):
+        scene = draw_scene(rng)
+        assert not scene.pairs_held_out
+        assert not corrupt(scene, rng).pairs_held_out
+    assert draw_scene(rng, "color", held=True).pairs_held_out
+
+
+def test_people_are_never_tinted() -> None:
+    rng = random.Random(1)
+    for _ in range(3000):
+        scene = draw_scene(rng, held=None)
+        for other in [scene, *changes(scene, rng).values(), corrupt(scene, rng)]:
+            assert all(item.colour is None or item.noun in TINTED for item in other.items)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_each_change_differs_in_its_attribute_alone(seed: int) -> None:
+    rng = random.Random(seed)
+    scene = draw_scene(rng, held=None)
+    for name, other in changes(scene, rng).items():
+        assert other != scene
+        assert (other.place != scene.place) == (name == "location")
+        assert (len(other.items) != len(scene.items)) == (name == "count")
+        nouns = [item.noun for item in other.items], [item.noun for item in scene.items]
+        if name == "color":
+            assert nouns[0] == nouns[1]
+        if name in ("object", "composition"):
+            assert nouns[0] != nouns[1]
+            assert [item.colour for item in other.items] == [item.colour for item in scene.items]
+
+
+def regression(folder: Path, steps: int, stop_at: int | None = None) -> torch.Tensor:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 1)
+    taken = 0
+
+    def loss(generator: torch.Generator) -> torch.Tensor:
+        nonlocal taken
+        if taken == stop_at:
+            raise KeyboardInterrupt
+        taken += 1
+        x = torch.randn((8, 3), generator=generator)
+        return (model(x) - x.sum(1, keepdim=True)).pow(2).mean()
+
+    train(Recipe("line", steps, 0.05, warmup=5, ema=0.9), {"line": model}, loss, folder)
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_an_interrupted_training_continues_to_the_same_bits(tmp_path: Path) -> None:
+    whole = regression(tmp_path / "whole", 120)
+    with pytest.raises(KeyboardInterrupt):
+        regression(tmp_path / "broken", 120, stop_at=50)
+    assert torch.equal(regression(tmp_path / "broken", 120), whole)
+    assert torch.allclose(whole[:3], torch.ones(3), atol=0.1)  # the sum of the inputs has been learnt
+    assert torch.equal(regression(tmp_path / "whole", 120, stop_at=0), whole)  # a finished one is only loaded
+
+
+def test_a_checkpoint_of_another_recipe_is_not_continued(tmp_path: Path) -> None:
+    regression(tmp_path, 10)
+    with pytest.raises(SystemExit, match="another recipe"):
+        regression(tmp_path, 20)
+
+
+needs_font = pytest.mark.skipif(not Path(FONT).exists(), reason="needs the package fonts-noto-color-emoji")
+
+
+@needs_font
+def test_sprites_lie_on_the_grid_of_the_network() -> None:
+    lefts = set()
+    for seed in range(20):
+        picture = render(Scene((Item("car"),)), random.Random(seed)).astype(int)
+        red = np.flatnonzero((picture[..., 0] - picture[..., 1] > 60).any(0))
+        lefts.add(int(red.min()))
+        assert red.max() - red.min() < 48
+    assert len(lefts) == 3 and len({left % 8 for left in lefts}) == 1
+
+
+@needs_font
+@pytest.mark.slow
+def test_the_command_makes_measures_and_repeats_the_whole(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tools.tiny", "--smoke", "--threads", "1"]
+    for folder in ("one", "two"):
+        subprocess.run([*command, str(tmp_path / folder)], check=True, cwd=Path(__file__).parent.parent)
+    figures = json.loads((tmp_path / "one" / "measured.json").read_text())
+    assert set(figures["accuracy"]) == {"real", "shuffled", "guidance 1", "guidance 3"}
+    for part in ("weights/unet/diffusion_pytorch_model", "clip/model", "judge/model"):
+        one, two = ((tmp_path / folder / f"{part}.safetensors").read_bytes() for folder in ("one", "two"))
+        assert one == two, part
