@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from texforce_cli.presets import Family
+from texforce_cli.tiny.words import COLOURS, PLACES, article, plural
 
 Split = tuple[list[str], list[str]]
 
@@ -20,29 +21,11 @@ _DDPO_ANIMALS = (
 ).split()
 _OTHER_ANIMALS = ["elephant", "giraffe", "hippopotamus", "koala", "owl", "panda", "penguin", "rhinoceros"]
 
-# the words of the embedded world; the second eight animals are held back in `animals`
+# the nouns that the embedded model knows; the second eight animals are held back in `animals`
 _TINY_SEEN = "dog turtle butterfly zebra lion spider snake bear cow monkey sheep frog duck fox cat".split()
 _TINY_UNSEEN = "horse whale tiger rabbit bee pig bird fish".split()
 _TINY_NOUNS = [*_TINY_SEEN, *_TINY_UNSEEN, "car"]
-_COLOURS = ["red", "orange", "yellow", "green", "blue", "purple", "pink", "black", "white"]
-_PLACES = [
-    "on the moon",
-    "in the forest",
-    "on the beach",
-    "in the snow",
-    "in the desert",
-    "in the city",
-    "in the ocean",
-    "in the park",
-    "at night",
-]
 _NUMBERS = ["two", "three", "four"]
-_PLURALS = {"sheep": "sheep", "fox": "foxes", "fish": "fish", "butterfly": "butterflies"}
-
-
-def article(noun: str) -> str:
-    """`a cat`, `an ant`."""
-    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
 def _animals(family: Family) -> Split:
@@ -64,13 +47,13 @@ def _combined(make: Callable[[int, int], str]) -> Split:
 def _color(family: Family) -> Split:
     if family == "sd":
         return ["A green colored rabbit"], ["A green colored cat"]
-    return _combined(lambda i, turn: article(f"{_COLOURS[(i + 4 * turn) % 9]} colored {_TINY_NOUNS[i]}"))
+    return _combined(lambda i, turn: article(f"{COLOURS[(i + 4 * turn) % 9]} colored {_TINY_NOUNS[i]}"))
 
 
 def _count(family: Family) -> Split:
     if family == "sd":
         return ["Four wolves in the forest"], ["Four birds in the forest"]
-    return _combined(lambda i, turn: f"{_NUMBERS[(i + i // 3 + turn) % 3]} {_plural(_TINY_NOUNS[i])}")
+    return _combined(lambda i, turn: f"{_NUMBERS[(i + i // 3 + turn) % 3]} {plural(_TINY_NOUNS[i])}")
 
 
 def _composition(family: Family) -> Split:
@@ -85,7 +68,7 @@ def _composition(family: Family) -> Split:
 def _location(family: Family) -> Split:
     if family == "sd":
         return ["A dog on the moon"], ["A lion on the moon"]
-    return _combined(lambda i, turn: f"{article(_TINY_NOUNS[i])} {_PLACES[(i + 4 * turn) % 9]}")
+    return _combined(lambda i, turn: f"{article(_TINY_NOUNS[i])} {PLACES[(i + 4 * turn) % 9]}")
 
 
 def _face(family: Family) -> Split:
@@ -101,20 +84,16 @@ def _hand(family: Family) -> Split:
     if family == "sd":
         return ["A photo of a hand"], ["A photo of two hands"]
     texts = [f"{start}a hand{place}" for place in _scenes() for start in ("", "a photo of ")]
-    texts += [f"{start}{article(colour)} hand" for colour in _COLOURS for start in ("", "a photo of ")]
+    texts += [f"{start}{article(colour)} hand" for colour in COLOURS for start in ("", "a photo of ")]
     return _every_fourth(texts)
 
 
 def _scenes() -> list[str]:
-    return ["", *(f" {place}" for place in _PLACES)]
+    return ["", *(f" {place}" for place in PLACES)]
 
 
 def _every_fourth(texts: list[str]) -> Split:
     return [t for i, t in enumerate(texts) if i % 4 != 3], [t for i, t in enumerate(texts) if i % 4 == 3]
-
-
-def _plural(noun: str) -> str:
-    return _PLURALS.get(noun, noun + "s")
 
 
 SETS: dict[str, Callable[[Family], Split]] = {

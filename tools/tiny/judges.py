@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from tools.tiny.pictures import Pictures
-from tools.tiny.tokenizer import LENGTH
+from tools.tiny.tokenizer import LENGTH, text_options
 from tools.tiny.training import Recipe, autocast, device, train
 from tools.tiny.unet import token_ids
 from tools.tiny.vae import normalised
@@ -41,15 +41,7 @@ def build_clip(tokenizer: CLIPTokenizer) -> PreTrainedModel:
     """`tiny-clip`, before training."""
     torch.manual_seed(1)
     common = {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4}
-    text = {
-        **common,
-        "num_hidden_layers": 2,
-        "vocab_size": len(tokenizer),
-        "max_position_embeddings": LENGTH,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
+    text = {**common, **text_options(tokenizer), "num_hidden_layers": 2}
     vision = {**common, "num_hidden_layers": 4, "image_size": 64, "patch_size": 8}
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128))
 

@@ -18,6 +18,17 @@ _OTHERS = (
 ).split()
 
 
+def text_options(tokenizer: CLIPTokenizer) -> dict[str, int]:
+    """What the configuration of a CLIP text model takes from its tokenizer."""
+    return {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": LENGTH,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
 def words() -> list[str]:
     """Every word that captions use, and a few more."""
     phrases = [*NOUNS, *map(plural, NOUNS), *COLOURS, *PLACES, *NUMBERS.values(), *_OTHERS]

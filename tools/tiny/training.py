@@ -78,7 +78,8 @@ def train(
     average = [p.detach().clone() for p in parameters]
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = folder / f"{recipe.name}.checkpoint.safetensors"
-    step, seconds = _load(checkpoint, recipe, names, parameters, average, optimizer)
+    state = _State(names, parameters, average, optimizer)
+    step, seconds = _load(checkpoint, recipe, state)
     log = folder / f"{recipe.name}.jsonl"
     generator = torch.Generator()
     started = saved = time.monotonic()
@@ -86,7 +87,7 @@ def train(
     halfway = False  # within a step's update, when weights, moments and average do not belong together
 
     def save() -> None:
-        _save(checkpoint, recipe, names, parameters, average, optimizer, step, seconds + time.monotonic() - started)
+        _save(checkpoint, recipe, state, step, seconds + time.monotonic() - started)
 
     try:
         while step < recipe.steps:
@@ -128,6 +129,16 @@ def train(
         module.eval()
 
 
+@dataclass(frozen=True)
+class _State:
+    """The tensors of a training that a checkpoint holds, in the order of `names`."""
+
+    names: list[str]
+    parameters: list[torch.nn.Parameter]
+    average: list[torch.Tensor]
+    optimizer: torch.optim.Optimizer
+
+
 def _averaged(parameters: list[torch.nn.Parameter], average: list[torch.Tensor], measure: Callable[[], float]) -> float:
     raw = [p.detach().clone() for p in parameters]
     with torch.no_grad():
@@ -141,19 +152,16 @@ def _averaged(parameters: list[torch.nn.Parameter], average: list[torch.Tensor],
 def _save(
     path: Path,
     recipe: Recipe,
-    names: list[str],
-    parameters: list[torch.nn.Parameter],
-    average: list[torch.Tensor],
-    optimizer: torch.optim.Optimizer,
+    state: _State,
     step: int,
     seconds: float,
 ) -> None:
     tensors = {}
-    for name, parameter, mean in zip(names, parameters, average, strict=True):
+    for name, parameter, mean in zip(state.names, state.parameters, state.average, strict=True):
         tensors[f"raw.{name}"], tensors[f"mean.{name}"] = parameter.detach(), mean
         for key in ("exp_avg", "exp_avg_sq"):
-            if parameter in optimizer.state:
-                tensors[f"{key}.{name}"] = optimizer.state[parameter][key]
+            if parameter in state.optimizer.state:
+                tensors[f"{key}.{name}"] = state.optimizer.state[parameter][key]
     header = {"recipe": repr(recipe), "step": str(step), "seconds": str(seconds)}
     with atomic_path(path) as temporary:
         save_file({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, temporary, header)
@@ -162,10 +170,7 @@ def _save(
 def _load(
     path: Path,
     recipe: Recipe,
-    names: list[str],
-    parameters: list[torch.nn.Parameter],
-    average: list[torch.Tensor],
-    optimizer: torch.optim.Optimizer,
+    state: _State,
 ) -> tuple[int, float]:
     if not path.exists():
         return 0, 0.0
@@ -178,11 +183,11 @@ def _load(
     tensors = load_file(path)
     step = int(header["step"])
     with torch.no_grad():
-        for name, parameter, mean in zip(names, parameters, average, strict=True):
+        for name, parameter, mean in zip(state.names, state.parameters, state.average, strict=True):
             parameter.copy_(tensors[f"raw.{name}"])
             mean.copy_(tensors[f"mean.{name}"])
             if f"exp_avg.{name}" in tensors:
-                optimizer.state[parameter] = {
+                state.optimizer.state[parameter] = {
                     "step": torch.tensor(float(step)),
                     "exp_avg": tensors[f"exp_avg.{name}"].to(parameter),
                     "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(parameter),

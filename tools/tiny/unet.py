@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from tools.tiny.tokenizer import LENGTH
+from tools.tiny.tokenizer import LENGTH, text_options
 from tools.tiny.training import Recipe, autocast, device, train
 
 Prediction = Literal["v_prediction", "epsilon"]
@@ -41,16 +41,12 @@ def build(tokenizer: CLIPTokenizer) -> tuple[UNet2DConditionModel, CLIPTextModel
     torch.manual_seed(0)
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
-            vocab_size=len(tokenizer),
+            **text_options(tokenizer),
             hidden_size=128,
             intermediate_size=512,
             num_hidden_layers=3,
             num_attention_heads=4,
-            max_position_embeddings=LENGTH,
             projection_dim=128,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
             hidden_act="quick_gelu",
         )
     )
