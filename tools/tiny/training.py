@@ -65,7 +65,7 @@ def train(
 ) -> None:
     """Minimise `loss_of_step` over the parameters of `modules`, which hold the averaged weights afterwards.
 
-    `folder` gets `NAME.checkpoint.safetensors` (every two minutes and on Ctrl-C) and `NAME.jsonl`, a line a hundred
+    `folder` gets `NAME.checkpoint.safetensors` (every two minutes and on Ctrl-C) and `NAME.losses.jsonl`, a line a hundred
     steps; a finished checkpoint is only loaded. `validate()` is called with the averaged weights in place.
     """
     parameters = [p for module in modules.values() for p in module.parameters()]
@@ -80,7 +80,7 @@ def train(
     checkpoint = folder / f"{recipe.name}.checkpoint.safetensors"
     state = _State(names, parameters, average, optimizer)
     step, seconds = _load(checkpoint, recipe, state)
-    log = folder / f"{recipe.name}.jsonl"
+    log = folder / f"{recipe.name}.losses.jsonl"
     generator = torch.Generator()
     started = saved = time.monotonic()
     losses: list[torch.Tensor] = []
