@@ -1,4 +1,4 @@
-"""Both judges on the pictures of `texforce sample --prompt-set SET --lora RUN --compare --out FOLDER`.
+"""Both judges on the pictures of `texforce sample --prompts SET --lora RUN --compare --out FOLDER`.
 
     python docs/experiments/alignment.py SET FOLDER...
 
