@@ -38,9 +38,9 @@ from tools.tiny.world import caption
 class Scale:
     """How many pictures each stage sees; `steps` overrides every recipe's (the smoke form)."""
 
-    train: int = 100_000
+    train: int = 60_000
     validation: int = 4_000
-    judge: int = 60_000
+    judge: int = 40_000
     measured: int = 300
     steps: int | None = None
 

@@ -31,8 +31,8 @@ from tools.tiny.unet import token_ids
 from tools.tiny.vae import normalised
 from tools.tiny.world import caption, changes
 
-CLIP_RECIPE = Recipe("clip", steps=2500, learning_rate=1e-3, weight_decay=0.02, beta2=0.98, ema=0.99, seed=1)
-JUDGE_RECIPE = Recipe("judge", steps=2500, learning_rate=1e-3, weight_decay=0.02, beta2=0.98, ema=0.99, seed=2)
+CLIP_RECIPE = Recipe("clip", steps=1600, learning_rate=1e-3, weight_decay=0.02, beta2=0.98, ema=0.99, seed=1)
+JUDGE_RECIPE = Recipe("judge", steps=1600, learning_rate=1e-3, weight_decay=0.02, beta2=0.98, ema=0.99, seed=2)
 _BATCH = 128
 _GRAIN = 0.05  # most noise on a picture, of a range of 2
 

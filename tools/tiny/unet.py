@@ -17,18 +17,30 @@ from tools.tiny.training import Recipe, autocast, device, train
 Prediction = Literal["v_prediction", "epsilon"]
 
 RECIPE = Recipe("unet", steps=13_000, learning_rate=1.2e-3, hold=0.5, ema=0.9992)
-BATCH = 64
+BATCH = 32
 _EMPTY = 0.1  # share of captions left empty, for guidance
-_TOWARDS_NOISE = 0.75  # t = 1000 u^0.75: more of the noisy steps, in which the words decide the shapes
+_TOWARDS_NOISE = 0.75  # t = T u^0.75: more of the noisy steps, in which the words decide the shapes
+
+TIMESTEPS = 1300
+"""Stable Diffusion's noise schedule goes on 300 steps longer. Where it ends, the picture's mean still shows (the signal
+has 7 % of its amplitude at t = 999 and 11 % at t = 901, where ten leading steps begin), so that a network asked to begin
+with pure noise sees a mean of zero and draws pale, confused pictures; at t = 1171 of 1300 two per cent are left."""
+_BETA_START, _BETA_END, _SD_TIMESTEPS = 0.00085, 0.012, 1000
+
+
+def _beta_end() -> float:
+    """The last beta of the longer schedule: the square root grows by the same amount a step."""
+    slope = (_BETA_END**0.5 - _BETA_START**0.5) / (_SD_TIMESTEPS - 1)
+    return float((_BETA_START**0.5 + slope * (TIMESTEPS - 1)) ** 2)
 
 
 def scheduler(prediction: Prediction = "v_prediction") -> DDIMScheduler:
-    """Stable Diffusion's noise schedule."""
+    """The noise schedule, its first thousand steps those of Stable Diffusion."""
     return DDIMScheduler(
-        num_train_timesteps=1000,
+        num_train_timesteps=TIMESTEPS,
         beta_schedule="scaled_linear",
-        beta_start=0.00085,
-        beta_end=0.012,
+        beta_start=_BETA_START,
+        beta_end=_beta_end(),
         clip_sample=False,
         set_alpha_to_one=False,
         steps_offset=1,
@@ -55,7 +67,7 @@ def build(tokenizer: CLIPTokenizer) -> tuple[UNet2DConditionModel, CLIPTextModel
         in_channels=8,
         out_channels=8,
         layers_per_block=1,
-        block_out_channels=(64, 128, 128),
+        block_out_channels=(32, 128, 128),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=128,
@@ -84,7 +96,7 @@ def train_unet(
 ) -> tuple[UNet2DConditionModel, CLIPTextModel]:
     """Mean squared error of the prediction, the timesteps of a batch spread evenly, a tenth of the captions empty."""
     unet, text_encoder = build(tokenizer)
-    unet.to(device()).train()
+    unet.to(device(), memory_format=torch.channels_last).train()  # a tenth faster than the usual layout
     text_encoder.to(device()).train()
     # on a CPU the fused attention's backward pass takes a quarter of a step at 64 tokens, the plain one a tenth
     unet.set_attn_processor(AttnProcessor() if device().type == "cpu" else AttnProcessor2_0())
@@ -104,7 +116,7 @@ def train_unet(
         picks = torch.randint(len(latents), (BATCH,), generator=generator).to(device())
         tokens = torch.where(torch.rand(BATCH, 1, generator=generator).to(device()) < _EMPTY, empty, ids[picks])
         spread = (torch.rand(1, generator=generator) + torch.arange(BATCH) / BATCH) % 1
-        t = (spread**_TOWARDS_NOISE * 1000).long().clamp(0, 999).to(device())
+        t = (spread**_TOWARDS_NOISE * TIMESTEPS).long().clamp(0, TIMESTEPS - 1).to(device())
         noise = torch.randn((BATCH, *latents.shape[1:]), generator=generator).to(device())
         return loss(latents[picks].float(), t, tokens, noise)
 
@@ -117,11 +129,11 @@ def train_unet(
         losses = []
         for start in range(0, min(len(held_latents), 1024), BATCH):
             z = held_latents[start : start + BATCH].float().to(device())
-            t = torch.randint(0, 1000, (len(z),), generator=generator).to(device())
+            t = torch.randint(0, TIMESTEPS, (len(z),), generator=generator).to(device())
             noise = torch.randn(z.shape, generator=generator).to(device())
             losses.append(loss(z, t, held_ids[start : start + len(z)], noise))
         return float(torch.stack(losses).mean())
 
     train(recipe, {"unet": unet, "text_encoder": text_encoder}, loss_of_step, folder, validate=validate)
-    unet.set_attn_processor(AttnProcessor2_0())
+    unet.to(memory_format=torch.contiguous_format).set_attn_processor(AttnProcessor2_0())
     return unet, text_encoder

@@ -12,7 +12,7 @@ from texforce_cli.files import atomic_path
 from tools.tiny.pictures import Pictures
 from tools.tiny.training import Recipe, autocast, device, train
 
-RECIPE = Recipe("vae", steps=7000, learning_rate=2e-3, warmup=100, weight_decay=1e-4, ema=0.995)
+RECIPE = Recipe("vae", steps=5000, learning_rate=2e-3, warmup=100, weight_decay=1e-4, ema=0.995)
 _BATCH, _CROP, _NOISE = 32, 32, 0.03
 
 
@@ -40,7 +40,7 @@ def _gradients(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def train_vae(folder: Path, train_set: Pictures, validation: Pictures, recipe: Recipe = RECIPE) -> AutoencoderTiny:
     """L1 + 2 L2 + half the L1 of the gradients, latents with noise; its scaling factor makes latents unit variance."""
-    vae = build().to(device())
+    vae = build().to(device(), memory_format=torch.channels_last)
     images = torch.from_numpy(train_set.images)  # read-only map: only read from
 
     def loss_of_step(generator: torch.Generator) -> torch.Tensor:
@@ -61,6 +61,7 @@ def train_vae(folder: Path, train_set: Pictures, validation: Pictures, recipe: R
     with torch.no_grad():
         latents = torch.cat([vae.encode(part.to(device())).latents for part in real.split(64)])
     vae.register_to_config(scaling_factor=float(1 / latents.std()))
+    vae.to(memory_format=torch.contiguous_format)
     return vae
 
 
