@@ -23,12 +23,13 @@ from texforce_cli.errors import UsageError
 from texforce_cli.presets import PRESETS, Family, automatic_preset, preset_values
 
 ENVIRONMENT = "TEXFORCE_"
-FIRST, MODEL, SAMPLING, ADAPTER, LEARNING, EVALUATION, OUTPUT = (
+FIRST, MODEL, SAMPLING, ADAPTER, LEARNING, REWARDS, EVALUATION, OUTPUT = (
     "The ones that matter first",
     "Model",
     "Sampling",
     "LoRA",
     "Optimisation",
+    "Rewards",
     "Evaluation",
     "Output",
 )
@@ -136,7 +137,18 @@ class TrainConfig:
     warmup: float = option(0.03, LEARNING, "Share of the updates with a rising learning rate.", _between(0, 1))
     weight_decay: float = option(1e-4, LEARNING, "Of AdamW.", _not_negative)
     grad_norm: float = option(1.0, LEARNING, "Gradients are clipped to this norm.", _positive)
-    reward_option: list[str] = option([], LEARNING, "Option of a reward: NAME.key=value; may be repeated.")
+
+    reward_option: list[str] = option([], REWARDS, "Option of a reward: NAME.key=value; may be repeated.")
+    reward_timeout: float = option(
+        120.0, REWARDS, "Seconds that a batch may take a reward in an environment of its own.", _positive
+    )
+    reward_workers: int = option(1, REWARDS, "Processes for each such reward, and on each host.", _between(1, 64))
+    reward_memory: float | None = option(
+        None, REWARDS, "GB of address space that such a process may take (on a CPU).", _positive
+    )
+    reward_host: list[str] = option(
+        [], REWARDS, "Score there instead, over ssh: [NAME=]user@host[:PYTHON]; may be repeated."
+    )
 
     eval_images: int = option(
         16, EVALUATION, "Held-out pictures (half of unseen prompts) to measure on, 2 or more; 0 = none.", _no_or_several

@@ -7,8 +7,9 @@ from sampling, a KL term to the base, a learning rate steered by approx_kl.
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -153,7 +154,8 @@ class DDPO:
             if updates and self.settings.kl_weight
             else None,
             flat=flat,
-            warnings=tuple(self._warnings(flat, prompts, diagnostics)),
+            counts=self.rewards.counts(),
+            warnings=(*self.rewards.warnings(), *self._warnings(flat, prompts, diagnostics)),
         )
         if self.settings.kl_target and updates:
             self.optimisation.base_rate = steered_learning_rate(
@@ -174,6 +176,15 @@ class DDPO:
     def _collect(self, epoch: int) -> Rollouts:
         chosen = self._prompts_of(epoch)
         parts, terms = [], defaultdict(list)
+        pending: deque[Future[dict[str, NDArray[np.float64]]]] = deque()
+
+        def collect() -> None:
+            with self._timed("rewards"):
+                for name, values in pending.popleft().result().items():
+                    terms[name].append(values)
+            so_far = self.rewards.weighted({name: np.concatenate(values) for name, values in terms.items()})
+            self.progress("rewards", len(so_far), len(chosen), reward=float(so_far.mean()))
+
         for start in range(0, len(chosen), self.settings.micro_batch):
             batch = chosen[start : start + self.settings.micro_batch]
             indices = range(start, start + len(batch))
@@ -181,10 +192,11 @@ class DDPO:
                 parts.append(self._draw(epoch, indices, [prompt.text for prompt in batch]))
             self.progress("sampling", start + len(batch), len(chosen))
             with self._timed("rewards"):
-                for name, values in self._score(parts[-1], batch).items():
-                    terms[name].append(values)
-            so_far = self.rewards.weighted({name: np.concatenate(values) for name, values in terms.items()})
-            self.progress("rewards", start + len(batch), len(chosen), reward=float(so_far.mean()))
+                pending.append(self._score(parts[-1], batch))
+            while pending and pending[0].done():
+                collect()
+        while pending:  # rewards in processes of their own score while the next images are drawn
+            collect()
         scores = self.rewards.total({name: np.concatenate(values) for name, values in terms.items()})
         return Rollouts(Trajectory.join(parts), scores)
 
@@ -193,8 +205,8 @@ class DDPO:
         drawn: Trajectory = rollout(self.policy, prompts, seeds)
         return drawn
 
-    def _score(self, drawn: Trajectory, batch: Sequence[Prompt]) -> dict[str, NDArray[np.float64]]:
-        return self.rewards.score(drawn.images, drawn.prompts, [prompt.metadata for prompt in batch])
+    def _score(self, drawn: Trajectory, batch: Sequence[Prompt]) -> Future[dict[str, NDArray[np.float64]]]:
+        return self.rewards.submit(drawn.images, drawn.prompts, [prompt.metadata for prompt in batch])
 
     def _prompts_of(self, epoch: int) -> list[Prompt]:
         """The epoch's prompts, `group_size` times each; every prompt once before any comes twice."""

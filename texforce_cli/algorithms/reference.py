@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,7 @@ from torch import Tensor
 from texforce_cli.algorithms.ddpo import DDPO
 from texforce_cli.diffusion.sampler import Trajectory
 from texforce_cli.prompts import Prompt
+from texforce_cli.rewards.terms import finished
 
 
 class PlainDDPO(DDPO):
@@ -26,9 +28,9 @@ class PlainDDPO(DDPO):
             self.optimisation.backward(loss * scale)
             yield log_ratio, penalty
 
-    def _score(self, drawn: Trajectory, batch: Sequence[Prompt]) -> dict[str, NDArray[np.float64]]:
+    def _score(self, drawn: Trajectory, batch: Sequence[Prompt]) -> Future[dict[str, NDArray[np.float64]]]:
         single = [
             self.rewards.score(drawn.images[i : i + 1], drawn.prompts[i : i + 1], [prompt.metadata])
             for i, prompt in enumerate(batch)
         ]
-        return {name: np.concatenate([scores[name] for scores in single]) for name in single[0]}
+        return finished({name: np.concatenate([scores[name] for scores in single]) for name in single[0]})

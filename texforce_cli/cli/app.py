@@ -23,7 +23,7 @@ app = typer.Typer(
 app.command(epilog=train.EXAMPLE)(train.train)
 app.command(epilog=sample.EXAMPLE)(sample.sample)
 app.command(epilog=demo.EXAMPLE)(demo.demo)
-app.command(epilog=rewards.EXAMPLE)(rewards.rewards)
+app.add_typer(rewards.app, name="rewards")
 
 
 @app.callback()

@@ -1,24 +1,30 @@
-"""Which rewards there are: built-ins and plugins, collected through one hook; each is imported only when it is asked for.
+"""Which rewards there are: built-ins, plugins and environments, all of one contract; each is imported only when asked for.
 
 A plugin that fails to load is kept with its reason in `Registry.broken`; only the command that asks for it fails.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-import importlib
 import importlib.metadata
-import inspect
 import os
+import re
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import pluggy
 
 from texforce_cli import __version__
 from texforce_cli.errors import TexforceError, UsageError
-from texforce_cli.rewards import builtin, hookspecs
+from texforce_cli.rewards import builtin, hookspecs, worker
+
+if TYPE_CHECKING:
+    from texforce_cli.rewards.environments import Environment
+    from texforce_cli.rewards.isolation import WorkerSettings
+    from texforce_cli.rewards.places import Place
 
 
 class Reward(Protocol):
@@ -31,7 +37,7 @@ class Reward(Protocol):
 
 @dataclass(frozen=True)
 class RewardInfo:
-    """A registered reward that has not been imported yet."""
+    """A registered reward that has not been imported yet. `backend` tells several ways to compute it apart."""
 
     name: str
     factory: str
@@ -40,100 +46,239 @@ class RewardInfo:
     summary: str = ""
     higher_is_better: bool = True
     unit: str = ""
+    range: tuple[float, float] | None = None
     prompts: str = ""
+    domain: str = ""
     licence: str = ""
+    differentiable: bool = False
+    backend: str = ""
+    environment: Environment | None = None
 
-    def create(self, options: Mapping[str, str]) -> Reward:
-        """Import the class and make it with `options`, each converted to the type of its annotation.
+    @property
+    def state(self) -> str:
+        """`built in`, `isolated`, or `here`: beside texforce, in its environment."""
+        return "isolated" if self.environment else "built in" if self.origin == "texforce" else "here"
+
+    def create(
+        self, options: Mapping[str, str], workers: WorkerSettings | None = None, places: Sequence[Place] = ()
+    ) -> Reward:
+        """Make it with `options`, each converted to the type of its annotation: in this process, or in workers where it
+        has an environment of its own or `places` are given.
 
         Raises:
             UsageError: an option that the class does not have, or a value of the wrong type.
             TexforceError: the class cannot be imported or refuses to be made.
         """
-        module_name, _, attribute = self.factory.partition(":")
+        if self.environment or places:
+            return self._isolated(options, workers, places)
+        factory = self.load()
         try:
-            factory = getattr(importlib.import_module(module_name), attribute)
+            arguments = worker.typed_options(factory, options)
+        except ValueError as error:
+            raise UsageError(f"reward '{self.name}': {error}", f"see texforce rewards info {self.name}") from error
+        except (NameError, TypeError) as error:
+            raise TexforceError(
+                f"the options of reward '{self.name}' cannot be read: {worker.describe(error)}", "leave them out"
+            ) from error
+        try:
+            reward: Reward = factory(**arguments)
+        except TexforceError:
+            raise
+        except Exception as error:
+            raise TexforceError(
+                f"reward '{self.name}' could not start: {worker.describe(error)}", "check its options"
+            ) from error
+        return reward
+
+    def load(self) -> Any:
+        """The class, imported into this process.
+
+        Raises:
+            TexforceError: it cannot be.
+        """
+        try:
+            return worker.load(self.factory)
         except (
             Exception
         ) as error:  # the plugin boundary: whatever a third party raises is named, not thrown at the user
             raise TexforceError(
-                f"reward '{self.name}' ({self.origin}) could not be imported: {_short(error)}",
+                f"reward '{self.name}' ({self.origin}) could not be imported: {worker.describe(error)}",
                 f"repair or reinstall {self.origin}",
             ) from error
-        arguments = _typed_options(self.name, factory, options) if options else {}
+
+    def options(self) -> list[dict[str, str]]:
+        """Name, type and default of each option; an isolated reward is asked in its own environment.
+
+        Raises:
+            TexforceError: the class cannot be imported.
+        """
+        if self.environment is None:
+            return worker.list_options(self.load())
+        from texforce_cli.rewards.isolation import RewardFailure, WorkerFailure, ask_once
+
         try:
-            reward: Reward = factory(**arguments)
-        except Exception as error:
-            raise TexforceError(
-                f"reward '{self.name}' could not start: {_short(error)}", "check its options"
-            ) from error
-        return reward
+            with self.environment.in_use():
+                answer = ask_once(self.environment.place, {"type": "options", "factory": self.factory})
+        except (WorkerFailure, RewardFailure) as error:
+            raise TexforceError(f"reward '{self.name}' could not be asked for its options: {error}") from error
+        return list(answer["options"])
+
+    def _isolated(self, options: Mapping[str, str], workers: WorkerSettings | None, places: Sequence[Place]) -> Reward:
+        from texforce_cli.rewards.isolation import IsolatedReward, WorkerSettings
+
+        held = contextlib.ExitStack()
+        if self.environment:
+            held.enter_context(self.environment.in_use())
+        try:
+            return IsolatedReward(
+                self.name,
+                self.factory,
+                options,
+                places or [cast("Environment", self.environment).place],
+                workers or WorkerSettings(),
+                on_close=held.close,
+            )
+        except BaseException:
+            held.close()
+            raise
 
 
-_ABOUT = frozenset(RewardInfo.__dataclass_fields__) - {"name", "factory", "origin", "version"}
+_ABOUT = frozenset(RewardInfo.__dataclass_fields__) - {"name", "factory", "origin", "version", "environment"}
 
 
 @dataclass
 class Registry:
-    """All rewards by name, and the plugins that failed with the reason."""
+    """All rewards by (name, backend), and the plugins that failed with the reason."""
 
-    rewards: dict[str, RewardInfo] = field(default_factory=dict)
+    rewards: dict[tuple[str, str], RewardInfo] = field(default_factory=dict)
     broken: dict[str, str] = field(default_factory=dict)
+    slow: dict[str, float] = field(default_factory=dict)
 
-    def find(self, name: str) -> RewardInfo:
-        """The reward of that name.
+    @property
+    def names(self) -> list[str]:
+        """The names of all rewards, each once, sorted."""
+        return sorted({name for name, _ in self.rewards})
+
+    def find(self, name: str, backend: str = "") -> RewardInfo:
+        """The reward of that name: with that backend, else the one without a name for its backend, else the first.
 
         Raises:
-            UsageError: there is none; the sentence names the nearest and the plugins that failed to load.
+            UsageError: there is none; the sentence names the nearest, how to install it, and plugins that failed to load.
         """
-        if name in self.rewards:
-            return self.rewards[name]
-        close = difflib.get_close_matches(name, self.rewards, n=1)
+        if (name, backend) in self.rewards:
+            return self.rewards[name, backend]
+        others = [info for (known, _), info in self.rewards.items() if known == name]
+        if others and not backend:
+            return others[0]
+        from texforce_cli.rewards.environments import OURS
+
+        if name in OURS and (backend == "original" or not others):
+            what = f"reward '{name}'" + (f" with backend={backend}" if others else "")
+            raise UsageError(f"{what} is not installed", f"install it: texforce rewards install {name}")
+        if others:
+            known = ", ".join(repr(info.backend) for info in others if info.backend) or "none by name"
+            raise UsageError(f"reward '{name}' has no backend '{backend}'", f"its backends: {known}")
+        close = difflib.get_close_matches(name, [*self.names, *OURS], n=1)
         hint = f"did you mean '{close[0]}'? " if close else ""
-        hint += f"Rewards: {', '.join(sorted(self.rewards))}"
+        hint += f"Rewards: {', '.join(self.names)}"
         if self.broken:
             hint += ". Not loaded: " + "; ".join(f"{origin} ({why})" for origin, why in self.broken.items())
         raise UsageError(f"unknown reward '{name}'", hint)
 
+    def add(self, calls: Sequence[Mapping[str, Any]], origin: str, version: str, environment: Any = None) -> None:
+        """Take over what one plugin registers, all of it or nothing.
+
+        Raises:
+            ValueError: an API version that is not ours, a near miss of a known key, a value of the wrong kind, or a name
+                that another distribution has.
+        """
+        found: dict[tuple[str, str], RewardInfo] = {}
+        for call in calls:
+            info = _info(call, origin, version, environment)
+            key = info.name, info.backend
+            other = self.rewards.get(key) or found.get(key)
+            if other and not (
+                other.origin == origin and environment
+            ):  # an environment goes before the same package here
+                raise ValueError(f"reward '{info.name}' is registered by both '{other.origin}' and '{origin}'")
+            found[key] = info
+        self.rewards.update(found)
+
+
+def _info(call: Mapping[str, Any], origin: str, version: str, environment: Any) -> RewardInfo:
+    name, factory, api_version = call.get("name"), call.get("factory"), call.get("api_version")
+    if not (isinstance(name, str) and name and not set(name) & set(":=/ \n") and isinstance(factory, str)):
+        raise ValueError(f"it registers the reward {name!r} with the factory {factory!r}")
+    if api_version != hookspecs.API_VERSION:
+        raise ValueError(f"reward '{name}' wants API version {api_version}, this is {hookspecs.API_VERSION}")
+    # keys of later versions of the contract are passed over; a near miss of a known one is a mistake
+    about = {key: value for key, value in call.items() if key in _ABOUT}
+    for key in call.keys() - about.keys() - {"name", "factory", "api_version", "distribution"}:
+        if close := difflib.get_close_matches(key, _ABOUT, n=1, cutoff=0.8):
+            raise ValueError(f"reward '{name}' is registered with '{key}'; is '{close[0]}' meant?")
+    for key, value in about.items():
+        kind = bool if key in ("higher_is_better", "differentiable") else (list, tuple) if key == "range" else str
+        if not isinstance(value, kind):
+            raise ValueError(f"reward '{name}' is registered with {key}={value!r}")
+    if "range" in about:
+        low, high = about["range"]
+        about["range"] = (float(low), float(high))
+    return RewardInfo(name=name, factory=factory, origin=origin, version=version, environment=environment, **about)
+
+
+SLOW_SECONDS = 0.5
+"""A plugin that takes longer to register is named: the list of rewards waits for it."""
+
 
 def load_registry() -> Registry:
-    """Collect the built-ins, then every plugin of the entry-point group `texforce`.
+    """Collect the built-ins, then every plugin of the entry-point group `texforce`, then the environments.
 
     TEXFORCE_BLOCK_PLUGINS=name,... leaves plugins out; TEXFORCE_STRICT_PLUGINS=1 makes a broken one fatal.
     """
+    from texforce_cli.rewards.environments import installed
+
     registry = Registry()
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
-    _register(registry, manager, builtin, "texforce", __version__)
+    registry.add(_calls(manager, builtin, "texforce"), "texforce", __version__)
     blocked = {name.strip() for name in os.environ.get("TEXFORCE_BLOCK_PLUGINS", "").split(",")}
     for entry in importlib.metadata.entry_points(group=hookspecs.PROJECT):
         if entry.name in blocked:
             continue
-        origin = entry.dist.name if entry.dist else entry.name
+        origin = _normal(entry.dist.name) if entry.dist else entry.name
+        begun = time.perf_counter()
         try:
-            _register(registry, manager, entry.load(), origin, entry.dist.version if entry.dist else "")
+            calls = _calls(manager, entry.load(), origin)
+            registry.add(calls, origin, entry.dist.version if entry.dist else "")
         except Exception as error:  # one broken plugin must not take the others with it
-            if os.environ.get("TEXFORCE_STRICT_PLUGINS") == "1":
-                raise TexforceError(f"plugin '{origin}' is broken: {_short(error)}", "repair or remove it") from error
-            registry.broken[origin] = _short(error)
+            _broken(registry, origin, error)
+        if (seconds := time.perf_counter() - begun) > SLOW_SECONDS:
+            registry.slow[origin] = seconds
+    environments, damaged = installed()
+    for package, reason in damaged.items():
+        _broken(registry, package, ValueError(reason))
+    for environment in environments:
+        if environment.package in blocked:
+            continue
+        try:
+            registry.add(environment.rewards, environment.package, environment.version, environment)
+        except ValueError as error:
+            _broken(registry, environment.package, error)
     return registry
 
 
-def _register(registry: Registry, manager: pluggy.PluginManager, module: Any, origin: str, version: str) -> None:
-    found: dict[str, RewardInfo] = {}
+def _broken(registry: Registry, origin: str, error: Exception) -> None:
+    if os.environ.get("TEXFORCE_STRICT_PLUGINS") == "1":
+        raise TexforceError(f"plugin '{origin}' is broken: {worker.describe(error)}", "repair or remove it") from error
+    registry.broken[origin] = worker.describe(error)
 
-    def register(name: str, factory: str, *, api_version: int, **about: Any) -> None:
-        if api_version != hookspecs.API_VERSION:
-            raise ValueError(f"reward '{name}' wants API version {api_version}, this is {hookspecs.API_VERSION}")
-        # keys of later versions of the contract are passed over; a near miss of a known one is a mistake
-        known = {key: value for key, value in about.items() if key in _ABOUT}
-        for key in about.keys() - known.keys():
-            if close := difflib.get_close_matches(key, _ABOUT, n=1, cutoff=0.8):
-                raise ValueError(f"reward '{name}' is registered with '{key}'; is '{close[0]}' meant?")
-        if name in registry.rewards or name in found:
-            other = (registry.rewards.get(name) or found[name]).origin
-            raise ValueError(f"reward '{name}' is registered by both '{other}' and '{origin}'")
-        found[name] = RewardInfo(name=name, factory=factory, origin=origin, version=version, **known)
+
+def _calls(manager: pluggy.PluginManager, module: Any, origin: str) -> list[dict[str, Any]]:
+    """The arguments of each call of `register` that a plugin makes; after a failure it is as if it had not been there."""
+    calls: list[dict[str, Any]] = []
+
+    def register(name: str, factory: str, **about: Any) -> None:
+        calls.append({"name": name, "factory": factory, **about})
 
     name = manager.register(module, name=f"{origin}:{getattr(module, '__name__', id(module))}")
     try:
@@ -143,40 +288,8 @@ def _register(registry: Registry, manager: pluggy.PluginManager, module: Any, or
     except BaseException:
         manager.unregister(name=name)
         raise
-    registry.rewards.update(found)
+    return calls
 
 
-def _typed_options(reward: str, factory: Any, options: Mapping[str, str]) -> dict[str, Any]:
-    try:
-        parameters = inspect.signature(factory, eval_str=True).parameters
-    except (NameError, ValueError, TypeError) as error:
-        raise TexforceError(
-            f"the options of reward '{reward}' cannot be read: {_short(error)}", "leave them out"
-        ) from error
-    typed = {}
-    for key, text in options.items():
-        if key not in parameters:
-            known = ", ".join(parameters) or "none"
-            raise UsageError(f"reward '{reward}' has no option '{key}'", f"its options: {known}")
-        kind = parameters[key].annotation
-        try:
-            typed[key] = _convert(text, kind)
-        except ValueError as error:
-            name = getattr(kind, "__name__", kind)
-            raise UsageError(
-                f"'{text}' is no value for option '{key}' of reward '{reward}'", f"give a {name}"
-            ) from error
-    return typed
-
-
-def _convert(text: str, kind: Any) -> Any:
-    if kind is bool:
-        if text.lower() not in ("true", "false"):
-            raise ValueError(text)
-        return text.lower() == "true"
-    return kind(text) if kind in (int, float) else text
-
-
-def _short(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+def _normal(distribution: str) -> str:
+    return re.sub(r"[-_.]+", "-", distribution).lower()

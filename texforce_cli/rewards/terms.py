@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from texforce_cli.errors import TexforceError, UsageError
+from texforce_cli.rewards import worker
+from texforce_cli.rewards.isolation import IsolatedReward, WorkerSettings
+from texforce_cli.rewards.places import Place
 from texforce_cli.rewards.registry import Registry, Reward, RewardInfo
 
 
@@ -81,11 +85,32 @@ class _Term:
 class RewardSet:
     """The rewards of a run, imported and made; callable on a batch of pictures."""
 
-    def __init__(self, specs: Sequence[TermSpec], registry: Registry, *, normalize: bool = False) -> None:
+    def __init__(
+        self,
+        specs: Sequence[TermSpec],
+        registry: Registry,
+        *,
+        normalize: bool = False,
+        workers: WorkerSettings | None = None,
+        hosts: Mapping[str, Sequence[Place]] | None = None,
+    ) -> None:
         self.specs = tuple(specs)
         self.normalize = normalize
-        infos = [registry.find(spec.name) for spec in specs]  # every name is checked before anything is imported
-        self._terms = [_Term(spec, info, info.create(spec.options)) for spec, info in zip(specs, infos)]
+        infos = [find(spec, registry) for spec in specs]  # every name is checked before anything is imported
+        self._terms: list[_Term] = []
+        self._ahead: ThreadPoolExecutor | None = None
+        try:
+            for spec, info in zip(specs, infos):
+                options = {key: value for key, value in spec.options.items() if key != "backend"}
+                places = (hosts or {}).get(spec.name) or ((hosts or {}).get("", ()) if info.environment else ())
+                reward = info.create(options, workers, places)
+                self._terms.append(_Term(spec, info, reward))
+        except BaseException:
+            self.close()
+            raise
+        if all(isinstance(term.reward, IsolatedReward) for term in self._terms):
+            # all scoring happens in other processes, so that this one can go on drawing meanwhile
+            self._ahead = ThreadPoolExecutor(1, thread_name_prefix="texforce-rewards")
 
     def __str__(self) -> str:
         return " + ".join(map(str, self.specs))
@@ -94,6 +119,14 @@ class RewardSet:
     def unit(self) -> str:
         """The unit of the total, when there is one term and it has one."""
         return self._terms[0].info.unit if len(self._terms) == 1 and not self.normalize else ""
+
+    def submit(
+        self, images: NDArray[np.uint8], prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    ) -> Future[dict[str, NDArray[np.float64]]]:
+        """`score`, begun: done when this returns, unless all rewards are isolated; batches are finished in order."""
+        if self._ahead is not None:
+            return self._ahead.submit(self.score, images, prompts, metadata)
+        return finished(self.score(images, prompts, metadata))
 
     def score(
         self, images: NDArray[np.uint8], prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
@@ -130,8 +163,28 @@ class RewardSet:
         weighted = [sign * t.spec.weight * terms[t.spec.name] for sign, t in zip(signs, self._terms)]
         return np.asarray(np.sum(weighted, axis=0))
 
+    def counts(self) -> dict[str, int]:
+        """What the rewards count since they were made, as `NAME.what`: pictures without a face, say."""
+        return {
+            f"{term.spec.name}.{what}": int(number)
+            for term in self._terms
+            for what, number in (getattr(term.reward, "counts", None) or {}).items()
+        }
+
+    def warnings(self) -> list[str]:
+        """What isolated rewards have to say since the last call."""
+        return [
+            text for term in self._terms if isinstance(term.reward, IsolatedReward) for text in term.reward.warnings()
+        ]
+
+    def memory(self) -> dict[str, int]:
+        """Bytes that the workers of each isolated reward have had at most."""
+        return {term.spec.name: term.reward.memory for term in self._terms if isinstance(term.reward, IsolatedReward)}
+
     def close(self) -> None:
         """End every reward that has something to end."""
+        if self._ahead is not None:
+            self._ahead.shutdown(wait=False, cancel_futures=True)
         for term in self._terms:
             close = getattr(term.reward, "close", None)
             if close is not None:
@@ -143,16 +196,16 @@ class RewardSet:
     ) -> NDArray[np.float64]:
         name = term.spec.name
         try:
-            values = np.asarray(list(term.reward.score(images, list(prompts), list(metadata))), dtype=np.float64)
+            values = np.asarray(worker.score(term.reward, images, prompts, metadata), dtype=np.float64)
+        except TexforceError:
+            raise
+        except worker.WrongCount as error:
+            message, _, remedy = str(error).partition("; ")
+            raise TexforceError(f"reward '{name}' {message}", remedy) from error
         except Exception as error:  # the plugin boundary
             raise TexforceError(
                 f"reward '{name}' failed: {type(error).__name__}: {error}", "see it with --debug"
             ) from error
-        if values.shape != (len(prompts),):
-            raise TexforceError(
-                f"reward '{name}' returned {values.size} values for {len(prompts)} images",
-                "it must return one an image",
-            )
         bad = np.flatnonzero(~np.isfinite(values))
         if bad.size:
             raise TexforceError(
@@ -160,3 +213,36 @@ class RewardSet:
                 "a reward must be finite; the epochs before this one are saved",
             )
         return values
+
+
+def finished(scores: dict[str, NDArray[np.float64]]) -> Future[dict[str, NDArray[np.float64]]]:
+    """`scores` as the result of something that is done."""
+    done: Future[dict[str, NDArray[np.float64]]] = Future()
+    done.set_result(scores)
+    return done
+
+
+def find(spec: TermSpec, registry: Registry) -> RewardInfo:
+    """The registered reward that a term names, with the backend that its options ask for.
+
+    Raises:
+        UsageError: there is none.
+    """
+    return registry.find(spec.name, spec.options.get("backend", ""))
+
+
+def parse_hosts(hosts: Sequence[str], specs: Sequence[TermSpec]) -> dict[str, list[Place]]:
+    """`--reward-host [NAME=]user@host[:PYTHON]`: where each reward's workers run, by its name; `""` stands for all rewards
+    that have an environment of their own.
+
+    Raises:
+        UsageError: a name that is no reward of this run, or no such place.
+    """
+    names = [spec.name for spec in specs]
+    found: dict[str, list[Place]] = {}
+    for text in hosts:
+        name, equals, place = text.partition("=")
+        if equals and name not in names:
+            raise UsageError(f"the reward host '{text}' belongs to no reward of this run", f"add --reward {name}")
+        found.setdefault(name if equals else "", []).append(Place.parse(place if equals else text))
+    return found

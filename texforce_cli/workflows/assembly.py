@@ -19,14 +19,17 @@ from texforce_cli.diffusion.policy import Denoising, Policy
 from texforce_cli.lora.files import read_lora
 from texforce_cli.lora.spec import parse_lora
 from texforce_cli.prompts import Prompt
+from texforce_cli.rewards.isolation import WorkerSettings
 from texforce_cli.rewards.registry import Registry
-from texforce_cli.rewards.terms import RewardSet, parse_terms
+from texforce_cli.rewards.terms import RewardSet, parse_hosts, parse_terms
 
 
 def make_rewards(config: TrainConfig, registry: Registry) -> RewardSet:
     """The rewards of the run, imported and made."""
     terms = parse_terms(config.reward, config.reward_option)
-    return RewardSet(terms, registry, normalize=config.normalize_rewards)
+    workers = WorkerSettings(config.reward_timeout, workers=config.reward_workers, memory_gb=config.reward_memory)
+    hosts = parse_hosts(config.reward_host, terms)
+    return RewardSet(terms, registry, normalize=config.normalize_rewards, workers=workers, hosts=hosts)
 
 
 def make_adapter(pipeline: Any, config: TrainConfig, *, begin: bool = True) -> Adapter:

@@ -21,8 +21,8 @@ from texforce_cli.lora.files import find_lora
 from texforce_cli.lora.spec import parse_lora
 from texforce_cli.presets import computed_hours, computed_memory_gb, computed_micro_batch, computed_petaflop
 from texforce_cli.prompts import PromptSet, load_prompts
-from texforce_cli.rewards.registry import Registry, load_registry
-from texforce_cli.rewards.terms import parse_terms
+from texforce_cli.rewards.registry import Registry, RewardInfo, load_registry
+from texforce_cli.rewards.terms import find, parse_hosts, parse_terms
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,22 @@ class Plan:
     source: ModelSource
     prompts: PromptSet
     registry: Registry
+    rewards: tuple[RewardInfo, ...]
+
+    def advice(self) -> list[str]:
+        """What is worth saying of these rewards before they are trained on: chosen prompts, and strangers to drawings."""
+        said = []
+        if self.origins.get("prompts", "").startswith("reward "):
+            said.append(
+                f"prompts: '{self.config.prompts}', which go with {self.origins['prompts']}; others with --prompts"
+            )
+        photo = [info.name for info in self.rewards if info.domain == "photo"] if self.source.family == "tiny" else []
+        if photo:
+            said.append(
+                f"{', '.join(photo)} was made for photographs: of the embedded model's drawings its number means little. "
+                "tiny-clip, brightness and jpeg-incompressibility teach something there"
+            )
+        return said
 
     def cost(self) -> dict[str, float]:
         """Images and U-Net calls (one image, one branch, one step) of the whole run.
@@ -72,20 +88,26 @@ def plan(flags: Mapping[str, Any], config_file: Path | None = None) -> Plan:
     """
     first = resolve(flags, config_file)  # all mistakes before anything is looked up
     source = resolve_model(first.config.model)
-    resolved = resolve(flags, config_file, family=source.family)
-    config, origins = resolved.config, dict(resolved.origins)
-    if not config.reward:
+    if not first.config.reward:
         raise UsageError("no reward was given", "add --reward jpeg-incompressibility, or another of: texforce rewards")
     registry = load_registry()
-    for spec in parse_terms(config.reward, config.reward_option):
-        registry.find(spec.name)
+    terms = parse_terms(first.config.reward, first.config.reward_option)
+    parse_hosts(first.config.reward_host, terms)
+    infos = [find(spec, registry) for spec in terms]
+    wanting = [info for info in infos if info.prompts] if first.origins["prompts"] == "default" else []
+    if wanting:
+        flags = {**flags, "prompts": wanting[0].prompts}
+    resolved = resolve(flags, config_file, family=source.family)
+    config, origins = resolved.config, dict(resolved.origins)
+    if wanting:
+        origins["prompts"] = f"reward {wanting[0].name}"
     prompts = load_prompts(config.prompts, source.family)
     chosen = _chosen(config, origins, source)
     for name, value in chosen.items():
         if getattr(config, name) != value:
             origins[name] = f"{origins[name]}, resolved"
             config = replace(config, **{name: value})
-    return Plan(config, origins, source, prompts, registry)
+    return Plan(config, origins, source, prompts, registry, tuple(infos))
 
 
 def _chosen(config: TrainConfig, origins: Mapping[str, str], source: ModelSource) -> dict[str, Any]:

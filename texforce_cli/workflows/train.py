@@ -14,6 +14,7 @@ from texforce_cli.errors import TexforceError, UsageError
 from texforce_cli.files import write_text
 from texforce_cli.prompts import read_prompts
 from texforce_cli.rewards.registry import load_registry
+from texforce_cli.rewards.terms import find, parse_terms
 from texforce_cli.workflows import checkpoint as checkpoints
 from texforce_cli.workflows.assembly import make_rewards
 from texforce_cli.workflows.events import (
@@ -39,6 +40,8 @@ def train(
     made = plan(flags, config_file)
     _warn_of_broken_plugins(made, listener)
     listener(Note(f"model: {made.source.name} ({made.source.reason}), on {made.config.device}"))
+    for sentence in made.advice():
+        listener(Note(sentence))
     rewards = make_rewards(made.config, made.registry)
     reward = made.config.reward[0].partition(":")[0]
     folder = RunFolder.create(made.config.out, stem or f"{reward}-{made.source.short_name}")
@@ -94,12 +97,16 @@ def recorded_plan(folder: RunFolder) -> Plan:
     except (KeyError, TypeError) as error:
         raise folder.damaged(error) from error
     resolve_device(config.device)
-    return Plan(config, origins, replace(resolve_model(config.model), reason=reason), prompts, load_registry())
+    registry = load_registry()
+    infos = tuple(find(spec, registry) for spec in parse_terms(config.reward, config.reward_option))
+    return Plan(config, origins, replace(resolve_model(config.model), reason=reason), prompts, registry, infos)
 
 
 def _warn_of_broken_plugins(made: Plan, listener: Listener) -> None:
     for origin, reason in made.registry.broken.items():
         listener(Warned(f"plugin '{origin}' could not be loaded: {reason}"))
+    for origin, seconds in made.registry.slow.items():
+        listener(Warned(f"plugin '{origin}' takes {seconds:.1f} s to register its rewards"))
 
 
 def _refuse_other_options(folder: RunFolder, config: TrainConfig, wanted: dict[str, Any]) -> None:

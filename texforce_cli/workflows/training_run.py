@@ -239,6 +239,7 @@ class TrainingRun:
     def _row(self, report: EpochReport) -> dict[str, Any]:
         seconds = dict(report.seconds)
         total = sum(seconds.values())
+        memory = {name: round(number / 1e6) for name, number in self.rewards.memory().items()}
         row = {
             "epoch": report.epoch + 1,
             "images": (report.epoch + 1) * self.config.samples_per_epoch,
@@ -256,6 +257,8 @@ class TrainingRun:
                     "reference_kl",
                 )
             },
+            **({"reward_counts": dict(report.counts)} if report.counts else {}),
+            **({"reward_memory_mb": memory} if memory else {}),
             **{f"seconds_{phase}": round(value, 3) for phase, value in seconds.items()},
             "seconds_total": round(total, 3),
             "images_per_second": round(report.images / total, 2) if total else None,

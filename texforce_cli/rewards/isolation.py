@@ -1,0 +1,391 @@
+"""Rewards in processes of their own: started once, kept warm, timed, restarted, and asked again.
+
+To the trainer an `IsolatedReward` is a reward like any other. What one picture does to a worker costs that picture, not the
+run: the batch is asked again, then halved until the picture is found; it gets the lowest score of its batch and is named.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import queue
+import signal
+import subprocess
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from texforce_cli.errors import TexforceError
+from texforce_cli.rewards import worker
+from texforce_cli.rewards.places import Place
+from texforce_cli.rewards.worker import FrameError, read_frame, write_frame
+
+_BACK_OFF = (0.0, 0.5, 2.0)
+"""Seconds before the first, second, third start in a row; then no more."""
+_MOST_POISONED = 3
+"""So many pictures of one batch may fail alone; then it is the reward that is at fault, not they."""
+_REMEMBERED_LINES = 30
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """How workers are run."""
+
+    timeout: float = 120.0
+    start_timeout: float = 900.0
+    workers: int = 1
+    memory_gb: float | None = None
+
+
+class WorkerFailure(Exception):
+    """A worker that died, hung, or spoke nonsense: the process is gone."""
+
+
+class RewardFailure(Exception):
+    """The reward raised; the process lives."""
+
+
+class Worker:
+    """One process with one reward in it."""
+
+    def __init__(self, place: Place, start: Mapping[str, Any], settings: WorkerSettings) -> None:
+        self.place, self.settings = place, settings
+        self.memory = 0
+        self.counts: Mapping[str, int] = {}
+        self._start = start
+        self._process: subprocess.Popen[bytes] | None = None
+        self._said: deque[str] = deque(maxlen=_REMEMBERED_LINES)
+        self._listener: threading.Thread | None = None
+        self._io = ThreadPoolExecutor(1, thread_name_prefix="texforce-worker")
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process (of ssh, on another machine), while there is one."""
+        return self._process.pid if self._process else None
+
+    def ensure(self) -> None:
+        """Start the process unless it runs.
+
+        Raises:
+            WorkerFailure, RewardFailure: it did not come up.
+        """
+        if self._process is not None and self._process.poll() is None:
+            return
+        self.kill()
+        self._said.clear()
+        self._process = _spawn(self.place)
+        self._listener = threading.Thread(target=self._remember, args=(self._process,), daemon=True)
+        self._listener.start()
+        if self._start:
+            try:
+                self.ask(self._start, timeout=self.settings.start_timeout, noise=2**16 if self.place.host else 0)
+            except RewardFailure:
+                self.kill()
+                raise
+
+    def ask(self, header: Mapping[str, Any], payload: Any = b"", *, timeout: float, noise: int = 0) -> dict[str, Any]:
+        """Send a request and wait for its answer.
+
+        Raises:
+            WorkerFailure: no answer in `timeout` seconds, the process ended, or it answered nonsense; it is killed.
+            RewardFailure: the reward raised.
+        """
+        future = self._io.submit(self._exchange, header, payload, noise)
+        try:
+            answer = future.result(timeout)
+        except TimeoutError:
+            self.kill()
+            raise WorkerFailure(f"did not answer within {timeout:g} seconds{self.last_words}") from None
+        except (EOFError, OSError):
+            raise WorkerFailure(self._how_it_ended()) from None
+        except FrameError as error:
+            self.kill()
+            raise WorkerFailure(str(error)) from error
+        self.memory = max(self.memory, int(answer.get("memory") or 0))
+        if answer.get("type") == "error":
+            message = str(answer.get("error"))[:2000]
+            if answer.get("wrong_count"):
+                raise TexforceError(f"a reward {message.partition(': ')[2]}", "it breaks the contract; see its author")
+            raise RewardFailure(message)
+        return answer
+
+    def score(
+        self, images: NDArray[np.uint8], prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    ) -> list[float]:
+        """One batch, the process started where it is not."""
+        self.ensure()
+        header = {"type": "score", "shape": images.shape, "prompts": list(prompts), "metadata": list(metadata)}
+        payload = np.ascontiguousarray(images).data.cast("B")
+        answer = self.ask(header, payload, timeout=self.settings.timeout)
+        scores = answer.get("scores")
+        if not isinstance(scores, list) or len(scores) != len(prompts):
+            self.kill()
+            raise WorkerFailure("answered without one score an image")
+        counts = answer.get("counts")
+        self.counts = counts if isinstance(counts, dict) else {}
+        return [float(value) for value in scores]
+
+    @property
+    def last_words(self) -> str:
+        """The last line it wrote to stderr, to be put behind a sentence."""
+        if self._listener is not None:
+            self._listener.join(0.5)  # what a dying process wrote is still on its way
+        line = next((line for line in reversed(self._said) if line.strip()), "")
+        return f"; it said last: {line.strip()[:300]}" if line else ""
+
+    def close(self) -> None:
+        """Let the reward end, then the process."""
+        if self._process is not None and self._process.poll() is None:
+            with contextlib.suppress(WorkerFailure, RewardFailure, TexforceError):
+                self.ask({"type": "stop"}, timeout=5)
+        self.kill()
+        self._io.shutdown(wait=False, cancel_futures=True)
+
+    def kill(self) -> None:
+        """End the process now."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        process.kill()
+        process.wait()
+        for stream in (process.stdin, process.stdout):
+            with contextlib.suppress(OSError, ValueError):
+                if stream:
+                    stream.close()
+
+    def _exchange(self, header: Mapping[str, Any], payload: Any, noise: int) -> dict[str, Any]:
+        process = self._process
+        if process is None or process.stdin is None or process.stdout is None:
+            raise EOFError
+        write_frame(process.stdin, header, payload)  # type: ignore[arg-type]
+        return read_frame(process.stdout, noise=noise)[0]  # type: ignore[arg-type]
+
+    def _how_it_ended(self) -> str:
+        process = self._process
+        if process is None:
+            return "was ended"
+        try:
+            code = process.wait(5)
+        except subprocess.TimeoutExpired:
+            code = None
+        said = self.last_words
+        self.kill()
+        if code is None:
+            return f"closed its output{said}"
+        if code < 0:
+            with contextlib.suppress(ValueError):
+                return f"was killed by {signal.Signals(-code).name}{said}"
+        return f"ended with exit code {code}{said}"
+
+    def _remember(self, process: subprocess.Popen[bytes]) -> None:
+        assert process.stderr is not None
+        with process.stderr as stream:
+            for line in iter(lambda: stream.readline(4096), b""):
+                self._said.append(line.decode("utf-8", "replace"))
+
+
+# A worker dies with the thread that started it (Linux), so they are all started by one that lives as long as the process.
+_spawner = ThreadPoolExecutor(1, thread_name_prefix="texforce-spawner")
+
+
+def _spawn(place: Place) -> subprocess.Popen[bytes]:
+    def start() -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            place.command if place.host else [*place.command, str(os.getpid())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C is for the trainer, which ends its workers in good order
+        )
+
+    try:
+        return _spawner.submit(start).result()
+    except OSError as error:
+        what = "ssh" if place.host else place.python
+        raise WorkerFailure(f"could not be started ({what}: {error.strerror})") from error
+
+
+def ask_once(place: Place, header: Mapping[str, Any], *, timeout: float = 300.0) -> dict[str, Any]:
+    """The answer of a fresh worker to one request that needs no reward.
+
+    Raises:
+        WorkerFailure, RewardFailure: there is none.
+    """
+    asked = Worker(place, {}, WorkerSettings())
+    try:
+        asked.ensure()
+        return asked.ask(header, timeout=timeout)
+    finally:
+        asked.close()
+
+
+@dataclass
+class _Batch:
+    images: NDArray[np.uint8]
+    prompts: Sequence[str]
+    metadata: Sequence[Mapping[str, Any]]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def part(self, start: int, stop: int) -> _Batch:
+        return _Batch(self.images[start:stop], self.prompts[start:stop], self.metadata[start:stop])
+
+
+@dataclass
+class _Verdict:
+    """Scores in order, None for pictures that fail alone; and why they do."""
+
+    scores: list[float | None] = field(default_factory=list)
+    poisoned: list[str] = field(default_factory=list)
+
+    def __add__(self, other: _Verdict) -> _Verdict:
+        return _Verdict(self.scores + other.scores, self.poisoned + other.poisoned)
+
+
+class IsolatedReward:
+    """A reward whose score comes from worker processes."""
+
+    input = "uint8"
+
+    def __init__(
+        self,
+        name: str,
+        factory: str,
+        options: Mapping[str, str],
+        places: Sequence[Place],
+        settings: WorkerSettings,
+        *,
+        on_close: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.name, self.settings, self._on_close = name, settings, on_close
+        self._warnings: queue.SimpleQueue[str] = queue.SimpleQueue()
+        start: dict[str, Any] = {
+            "type": "start",
+            "protocol": worker.PROTOCOL,
+            "factory": factory,
+            "options": dict(options),
+        }
+        if settings.memory_gb:
+            start["memory_limit"] = int(settings.memory_gb * 1e9)
+        self._workers = [Worker(place, start, settings) for place in places for _ in range(settings.workers)]
+        self._pool = ThreadPoolExecutor(len(self._workers), thread_name_prefix=f"texforce-{name}")
+        self._earlier: Counter[str] = Counter()
+        try:
+            for started in [self._pool.submit(self._start, one) for one in self._workers]:
+                started.result()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def memory(self) -> int:
+        """Bytes that all workers together have had at most, as far as they said."""
+        return sum(one.memory for one in self._workers)
+
+    @property
+    def pids(self) -> list[int]:
+        """The processes that run now."""
+        return [pid for one in self._workers if (pid := one.pid)]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What the reward counts, over all workers and their restarts."""
+        return dict(sum((Counter(one.counts) for one in self._workers), self._earlier))
+
+    def warnings(self) -> list[str]:
+        """What has happened since the last call and cost no more than a sentence."""
+        found = []
+        while not self._warnings.empty():
+            found.append(self._warnings.get())
+        return found
+
+    def score(
+        self, images: NDArray[np.uint8], prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    ) -> list[float]:
+        """One score an image [N], the batch split over the workers.
+
+        Raises:
+            TexforceError: no worker can be kept alive, or too many pictures fail.
+        """
+        batch = _Batch(images, prompts, metadata)
+        bounds = np.linspace(0, len(batch), min(len(self._workers), len(batch)) + 1).round().astype(int).tolist()
+        parts = [batch.part(start, stop) for start, stop in itertools.pairwise(bounds)]
+        futures: list[Future[_Verdict]] = [
+            self._pool.submit(self._judge, one, part) for one, part in zip(self._workers, parts)
+        ]
+        verdict = sum((future.result() for future in futures), _Verdict())
+        known = [value for value in verdict.scores if value is not None and np.isfinite(value)]
+        if verdict.poisoned and not known:
+            raise TexforceError(
+                f"reward '{self.name}' fails on every picture of a batch: {verdict.poisoned[0]}",
+                f"try it alone: texforce rewards check {self.name}",
+            )
+        for sentence in verdict.poisoned:
+            self._warnings.put(f"reward '{self.name}' {sentence}; it got the lowest score of its batch")
+        lowest = min(known, default=0.0)
+        return [lowest if value is None else value for value in verdict.scores]
+
+    def close(self) -> None:
+        """End all workers."""
+        for one in self._workers:
+            one.close()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._on_close()
+
+    def _judge(self, one: Worker, batch: _Batch) -> _Verdict:
+        """Ask; ask again where the process failed; then halve, to find which picture it is."""
+        reason = ""
+        for _ in range(2):
+            try:
+                return _Verdict([*one.score(batch.images, batch.prompts, batch.metadata)])
+            except RewardFailure as error:
+                reason = f"raised {error}"
+                break  # the same picture raises again
+            except WorkerFailure as error:
+                reason = str(error)
+                self._warnings.put(f"reward '{self.name}': its process {reason}; started again")
+                self._start(one)
+        if len(batch) == 1:
+            return _Verdict([None], [f"failed on a picture of the prompt '{batch.prompts[0][:80]}' ({reason})"])
+        middle = len(batch) // 2
+        verdict = self._judge(one, batch.part(0, middle))
+        if len(verdict.poisoned) < _MOST_POISONED:
+            verdict += self._judge(one, batch.part(middle, len(batch)))
+        if len(verdict.poisoned) >= _MOST_POISONED:
+            raise TexforceError(
+                f"reward '{self.name}' {verdict.poisoned[0]}, and on more of the same batch",
+                f"try it alone: texforce rewards check {self.name}",
+            )
+        return verdict
+
+    def _start(self, one: Worker) -> None:
+        """Bring a worker up, waiting longer before each new try; what it had counted is kept."""
+        self._earlier += Counter(one.counts)
+        one.counts = {}
+        reason = ""
+        for seconds in _BACK_OFF:
+            time.sleep(seconds)
+            try:
+                one.ensure()
+                return
+            except RewardFailure as error:
+                raise TexforceError(
+                    f"reward '{self.name}' could not start: {error}",
+                    f"see its options: texforce rewards info {self.name}",
+                ) from error
+            except WorkerFailure as error:
+                reason = str(error)
+        where = f" on {one.place.host}" if one.place.host else ""
+        raise TexforceError(
+            f"the process of reward '{self.name}'{where} {reason}, {len(_BACK_OFF)} times in a row",
+            f"try it alone: texforce rewards check {self.name}",
+        )
