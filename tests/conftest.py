@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-for name in [name for name in os.environ if name.startswith("TEXFORCE_")]:
+for name in [name for name in os.environ if name.startswith("TEXFORCE_") and not name.startswith("TEXFORCE_TEST_")]:
     del os.environ[name]
+# what is installed or cached on this machine is none of the tests' business
+os.environ["TEXFORCE_HOME"] = tempfile.mkdtemp(prefix="texforce-tests-")
 
 import pytest
 import torch

@@ -87,7 +87,18 @@ def test_nothing_prints_outside_the_command_line() -> None:
         assert not any(isinstance(c.func, ast.Name) and c.func.id == "print" for c in calls), path
 
 
-@pytest.mark.parametrize("folder", ["cli", "config.py", "presets.py", "errors.py", "rewards/registry.py", "rewards/environments.py", "rewards/places.py"])
+@pytest.mark.parametrize(
+    "folder",
+    [
+        "cli",
+        "config.py",
+        "presets.py",
+        "errors.py",
+        "rewards/registry.py",
+        "rewards/environments.py",
+        "rewards/places.py",
+    ],
+)
 def test_what_help_needs_imports_nothing_heavy(folder: str) -> None:
     target = ROOT / folder
     for path in [target] if target.is_file() else target.glob("*.py"):

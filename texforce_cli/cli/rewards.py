@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
@@ -18,6 +19,7 @@ app = typer.Typer(
     epilog="Example: [bold]texforce rewards info jpeg-incompressibility[/bold]",
 )
 
+_PIPE_WIDTH = 200  # columns where there is no terminal
 _JSON = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 _NAME = Annotated[str, typer.Argument(help="A reward of the list.", show_default=False)]
 _BACKEND = Annotated[str, typer.Option("--backend", help="Which way to compute it, where there are several.")]
@@ -44,15 +46,18 @@ def rewards(context: typer.Context, json: _JSON = False) -> None:
         rows = [{**dataclasses.asdict(info), "environment": None, "state": info.state} for info in found]
         write_json({"rewards": rows, "broken": registry.broken, "not_installed": {name: OURS[name] for name in absent}})
         return
-    table = Table("name", "state", "origin", "licence", "summary", box=None, header_style="bold")
+    table = Table(box=None, header_style="bold")
+    for title in ("name", "state", "origin", "licence", "summary"):
+        table.add_column(title, no_wrap=title in ("name", "state"))
     for info in found:
         name = f"{info.name} ({info.backend})" if info.backend else info.name
         unit = f" ({info.unit})" if info.unit else ""
         origin = f"{info.origin} {info.version}"
         table.add_row(*map(printable, (name, info.state, origin, info.licence, info.summary + unit)))
     for name in absent:
-        table.add_row(name, "[dim]not installed[/dim]", OURS[name], "", f"[dim]texforce rewards install {name}[/dim]")
-    Console().print(table)
+        label = f"{name} (original)" if name in registry.names else name
+        table.add_row(label, "[dim]not installed[/dim]", OURS[name], "", f"[dim]texforce rewards install {name}[/dim]")
+    Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH).print(table)
 
 
 @app.command(epilog="Example: [bold]texforce rewards info jpeg-incompressibility[/bold]")
@@ -204,8 +209,6 @@ def _registry() -> Registry:
 
 
 def _confirm(question: str) -> None:
-    import sys
-
     from texforce_cli.errors import TexforceError, UsageError
 
     if not sys.stdin.isatty():

@@ -1,0 +1,275 @@
+"""Environments of rewards: whole or not at all, listed without importing, kept apart from each other."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from texforce_cli.errors import TexforceError, UsageError
+from texforce_cli.rewards import environments
+from texforce_cli.rewards.registry import load_registry
+from texforce_cli.rewards.scaffold import write_plugin
+from texforce_cli.rewards.terms import RewardSet, parse_terms
+from texforce_cli.testing import pictures
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An own TEXFORCE_HOME, pip as the installer."""
+    monkeypatch.setenv("TEXFORCE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("TEXFORCE_INSTALLER", "pip")
+    return tmp_path / "home"
+
+
+def manifest(package: str, *names: str, **about: object) -> Path:
+    """An environment with the interpreter of the tests, as an install leaves it."""
+    folder = environments.root() / package / "env-0"
+    (folder / "bin").mkdir(parents=True)
+    (folder / "bin" / "python").symlink_to(sys.executable)
+    rewards = [
+        {"name": n, "factory": "texforce_cli.rewards.builtin.pictures:Brightness", "api_version": 1} for n in names
+    ]
+    content = {
+        "texforce_environment": 1,
+        "package": package,
+        "version": "1.2",
+        "folder": "env-0",
+        "python": "3.11.7",
+        "rewards": rewards,
+        **about,
+    }
+    path = folder.parent / "manifest.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_an_environment_is_listed_from_its_manifest_alone() -> None:
+    manifest("some-package", "glow")
+    found = load_registry().find("glow")
+    assert (found.origin, found.version, found.state) == ("some-package", "1.2", "isolated")
+    assert found.environment is not None
+    assert found.environment.python == environments.root() / "some-package" / "env-0" / "bin" / "python"
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        ({"texforce_environment": 2}, "another version of texforce"),
+        ({"rewards": 7}, "manifest is damaged"),
+        ({"folder": "../../elsewhere"}, "interpreter is gone"),
+        ({"rewards": [{"name": "x", "factory": "y:Z", "api_version": 9}]}, "API version 9"),
+        (
+            {"rewards": [{"name": "brightness", "factory": "y:Z", "api_version": 1}]},
+            "registered by both 'texforce' and",
+        ),
+    ],
+)
+def test_a_damaged_manifest_breaks_only_its_own_package(damage: dict[str, object], why: str) -> None:
+    manifest("good", "glow")
+    manifest("bad", "gloom", **damage)
+    registry = load_registry()
+    assert registry.find("glow").origin == "good"
+    assert registry.find("brightness").origin == "texforce"
+    assert why in registry.broken["bad"]
+
+
+def test_a_manifest_that_is_no_json_is_said(home: Path) -> None:
+    path = manifest("bad", "gloom")
+    path.write_text("{")
+    assert list(load_registry().broken) == ["bad"]
+
+
+def test_removing_one_leaves_the_others_and_refuses_what_is_in_use() -> None:
+    manifest("one", "a-one")
+    manifest("two", "a-two")
+    environment = load_registry().find("a-one").environment
+    assert environment is not None
+    with environment.in_use(), pytest.raises(TexforceError, match="'one' is in use by a run"):
+        environments.remove("one")
+    assert environments.remove("one") > 0
+    registry = load_registry()
+    assert registry.find("a-two")
+    with pytest.raises(UsageError, match="unknown reward 'a-one'"):
+        registry.find("a-one")
+    with pytest.raises(UsageError, match=r"no environment of 'one'; there are: two"):
+        environments.remove("one")
+
+
+@pytest.mark.parametrize(
+    ("asked", "sentence"),
+    [
+        ("face-iqua", "unknown reward 'face-iqua'; did you mean 'face-iqa'"),
+        ("texforce-handd", "did you mean 'texforce-hand'"),
+        ("./nothing", "holds no Python package"),
+        ("--index-url=x", "is no name of a package"),
+        ("a b", "is no name of a package"),
+    ],
+)
+def test_a_name_is_never_guessed_at(asked: str, sentence: str) -> None:
+    with pytest.raises(UsageError, match=sentence):
+        environments.resolve(asked)
+
+
+def test_names_of_ours_come_from_the_table_and_strangers_are_strangers(tmp_path: Path) -> None:
+    assert environments.resolve("mean-colour").ours
+    assert Path(environments.resolve("texforce-example").requirement).name == "texforce-example"
+    assert not environments.resolve("somebodys-reward>=2").ours
+    folder = write_plugin("sharp-edges", tmp_path / "p")
+    assert environments.resolve(str(folder)) == environments.Source(str(folder), False, "p")
+
+
+@pytest.mark.parametrize(
+    ("output", "sentence"),
+    [
+        ("ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device", "no space left"),
+        (
+            "WARNING: Retrying ... NewConnectionError ... \nERROR: Could not find a version that satisfies x",
+            r"index could not be reached \(ERROR: Could not find a version",
+        ),
+        ("ERROR: nope from https://me:secret@host/simple", r"refused: ERROR: nope from https://\*\*\*@host"),
+        ("", "refused: no output"),
+    ],
+)
+def test_what_the_installer_says_becomes_one_sentence_without_passwords(output: str, sentence: str) -> None:
+    with pytest.raises(TexforceError, match=sentence):
+        raise environments._refusal(output)
+
+
+def fake_interpreter(tmp_path: Path, body: str) -> str:
+    """An "interpreter" whose every call runs `body` (Python), to see what a failed install leaves."""
+    path = tmp_path / "python-fake"
+    path.write_text(f"#!{sys.executable}\nimport sys, os\n{textwrap.dedent(body)}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        ("sys.exit('OSError: [Errno 28] No space left on device')", "no space left on the disk"),
+        ("sys.exit('error: NewConnectionError')", "could not be reached"),
+        ("sys.exit('fatal: something else')", "the installer refused: fatal: something else"),
+    ],
+)
+def test_nothing_half_made_stays(tmp_path: Path, body: str, sentence: str) -> None:
+    source = environments.Source("whatever", True, "whatever")
+    python = fake_interpreter(tmp_path, f"os.makedirs(sys.argv[3]); open(sys.argv[3] + '/half', 'w').close(); {body}")
+    with pytest.raises(TexforceError, match=sentence):
+        environments.install_isolated(source, python=python, variant="cpu", say=lambda text: None)
+    assert list(environments.root().iterdir()) == []
+
+
+def test_an_install_that_was_killed_is_swept_away_by_the_next(tmp_path: Path) -> None:
+    python = fake_interpreter(
+        tmp_path, "os.makedirs(sys.argv[3]); print('made', flush=True); import time; time.sleep(60)"
+    )
+    program = (
+        "import sys; from texforce_cli.rewards import environments as e\n"
+        f"e.install_isolated(e.Source('x', True, 'x'), python={python!r}, variant='cpu', say=print)"
+    )
+    child = subprocess.Popen([sys.executable, "-c", program], start_new_session=True, stdout=subprocess.DEVNULL)
+    for _ in range(200):
+        if list(environments.root().glob(".new-*/env-*")):
+            break
+        time.sleep(0.05)
+    environments._sweep()
+    assert len(list(environments.root().glob(".new-*"))) == 1  # its install is alive
+    os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+    environments._sweep()
+    assert list(environments.root().iterdir()) == []
+
+
+def test_an_interpreter_that_is_none_is_named() -> None:
+    source = environments.Source("x", True, "x")
+    for python in ("3.99", "/nowhere/python"):
+        with pytest.raises(UsageError, match=r"on the PATH|is no interpreter"):
+            environments.install_isolated(source, python=python, variant="cpu", say=lambda text: None)
+
+
+@pytest.mark.parametrize(("line", "fits"), [("# python >=3.10,<3.20", True), ("# python <3.10", False), ("", True)])
+def test_a_lock_says_which_pythons_it_is_for(tmp_path: Path, line: str, fits: bool) -> None:
+    lock = tmp_path / "cpu.txt"
+    lock.write_text(f"{line}\npluggy==1.6.0\n")
+    (tmp_path / "pyvenv.cfg").write_text("version = 3.11.7\n")
+    if fits:
+        environments._check_python(lock, tmp_path)
+    else:
+        with pytest.raises(UsageError, match=r"need Python <3.10, this is 3.11"):
+            environments._check_python(lock, tmp_path)
+
+
+# the whole way, with pip --------------------------------------------------------------------------------------------
+
+
+def install(what: str) -> environments.Environment:
+    return environments.install_isolated(environments.resolve(what), python=None, variant="cpu", say=lambda text: None)
+
+
+def test_a_new_plugin_installs_scores_and_goes(tmp_path: Path) -> None:
+    folder = write_plugin("sharp-edges", tmp_path / "texforce-sharp-edges")
+    (folder / "pyproject.toml").write_text(
+        (folder / "pyproject.toml").read_text().replace('"pluggy>=1.5"', '"pluggy>=1.5", "numpy"')
+    )
+    made = install(str(folder))
+    assert (made.package, made.version) == ("texforce-sharp-edges", "0.1.0")
+    registry = load_registry()
+    assert [option["name"] for option in registry.find("sharp-edges").options()] == ["threshold"]
+    rewards = RewardSet(parse_terms(["sharp-edges"], ["sharp-edges.threshold=0.4"]), registry)
+    try:
+        images = pictures(3)
+        found = rewards.score(images, ["a", "b", "c"], [{}] * 3)["sharp-edges"]
+        assert found.tolist() == pytest.approx((images.mean(-1) > 255 * 0.4).mean((1, 2)).tolist())
+        with pytest.raises(TexforceError, match="in use"):
+            environments.remove("texforce-sharp-edges")
+    finally:
+        rewards.close()
+    again = install(str(folder))  # an update replaces the environment
+    assert again.folder != made.folder and not made.folder.exists()
+    environments.remove("texforce-sharp-edges")
+    assert not list(environments.root().glob("*"))
+
+
+@pytest.mark.slow
+def test_a_package_without_a_reward_is_refused(tmp_path: Path) -> None:
+    folder = write_plugin("nothing", tmp_path / "p")
+    (folder / "texforce_nothing" / "__init__.py").write_text("")
+    with pytest.raises(UsageError, match="registers no reward"):
+        install(str(folder))
+    (folder / "texforce_nothing" / "__init__.py").write_text("raise RuntimeError('moon')")
+    with pytest.raises(TexforceError, match="its registration fails: RuntimeError: moon"):
+        install(str(folder))
+    assert not list(environments.root().glob("*"))
+
+
+def test_the_written_plugin_passes_its_own_tests(tmp_path: Path) -> None:
+    folder = write_plugin("sharp-edges", tmp_path / "texforce-sharp-edges")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(folder / "tests")],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(Path(__file__).parents[1])])},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "2 passed" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", ["Sharp", "a_b", "-x", "../evil", "a--b", ""])
+def test_names_that_cannot_be_are_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot be the name of a reward"):
+        write_plugin(name, tmp_path / "p")
+
+
+def test_a_folder_that_holds_something_is_not_written_into(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("")
+    with pytest.raises(UsageError, match="not empty"):
+        write_plugin("fine", tmp_path)
