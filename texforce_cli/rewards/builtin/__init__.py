@@ -1,4 +1,4 @@
-"""The rewards that need nothing but Pillow and NumPy; registered through the door that plugins use."""
+"""The rewards that need no package of their own, registered through the door that plugins use."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from texforce_cli.rewards.hookspecs import hookimpl
 
-_PICTURES = "texforce_cli.rewards.builtin.pictures"
+_HERE = "texforce_cli.rewards.builtin"
+_PICTURES = f"{_HERE}.pictures"
 
 
 @hookimpl
@@ -30,5 +31,54 @@ def texforce_register_rewards(register: Callable[..., None]) -> None:
         "brightness",
         f"{_PICTURES}:Brightness",
         summary="mean luminance, 0 (black) to 1 (white): the plainest check that learning works",
+        api_version=1,
+    )
+    register(
+        "scores-file",
+        f"{_HERE}.scores_file:ScoresFile",
+        summary="what a table says of each picture: the door for other tools and for people",
+        api_version=1,
+    )
+    register(
+        "clip-score",
+        f"{_HERE}.clip:ClipScore",
+        summary="CLIPScore of a picture and its prompt: 2.5 * max(cosine, 0), CLIP ViT-B/32",
+        range=(0.0, 2.5),
+        licence="MIT",
+        differentiable=True,
+        api_version=1,
+    )
+    register(
+        "pickscore",
+        f"{_HERE}.clip:PickScore",
+        summary="PickScore: which picture people would pick for a prompt",
+        licence="MIT (code)",
+        differentiable=True,
+        api_version=1,
+    )
+    register(
+        "aesthetic",
+        f"{_HERE}.clip:Aesthetic",
+        summary="LAION aesthetic score of a picture, about 1 to 10, whatever its prompt",
+        licence="Apache-2.0; CLIP: MIT",
+        differentiable=True,
+        api_version=1,
+    )
+    for name, factory, version in (("hpsv2", "Hpsv2", "2.0"), ("hpsv2.1", "Hpsv21", "2.1")):
+        register(
+            name,
+            f"{_HERE}.hps:{factory}",
+            summary=f"Human Preference Score {version}: the cosine of a picture and its prompt, about 0.27",
+            range=(-1.0, 1.0),
+            licence="Apache-2.0",
+            differentiable=True,
+            api_version=1,
+        )
+    register(
+        "image-reward",
+        f"{_HERE}.image_reward:ImageReward",
+        summary="ImageReward: what people would prefer for a prompt; mean 0, deviation 1",
+        licence="Apache-2.0",
+        differentiable=True,
         api_version=1,
     )
