@@ -25,6 +25,8 @@ from texforce_cli.errors import TexforceError, UsageError
 from texforce_cli.rewards import worker
 from texforce_cli.rewards.isolation import IsolatedReward, RewardFailure, WorkerFailure, WorkerSettings, ask_once
 from texforce_cli.rewards.places import Place
+from texforce_cli.rewards.registry import Registry, RewardInfo
+from texforce_cli.rewards.terms import RewardSet, TermSpec
 
 Make = Callable[..., IsolatedReward]
 
@@ -363,3 +365,16 @@ def test_the_worker_is_one_file_of_the_standard_library(tmp_path: Path) -> None:
         worker.write_frame(process.stdin, {"type": "stop"})  # type: ignore[arg-type]
         header, _ = worker.read_frame(process.stdout)  # type: ignore[arg-type]
     assert header["type"] == "stopped"
+
+
+def test_scoring_goes_on_while_the_trainer_draws(make: Make) -> None:
+    slow = make("time.sleep(0.7); " + MEAN)._workers[0]
+    registry = Registry({("slow", ""): RewardInfo("slow", slow._start["factory"], "somebody", "1")})
+    rewards = RewardSet([TermSpec("slow")], registry, hosts={"slow": [slow.place]})
+    try:
+        begun = time.monotonic()
+        futures = [rewards.submit(images(level), ["p"], [{}]) for level in (3, 4)]
+        assert time.monotonic() - begun < 0.5
+        assert [future.result()["slow"].tolist() for future in futures] == [[3.0], [4.0]]
+    finally:
+        rewards.close()

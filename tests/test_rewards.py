@@ -6,6 +6,7 @@ import importlib.metadata
 import io
 import math
 import sys
+import time
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,7 +20,8 @@ from PIL import Image
 from texforce_cli.errors import TexforceError, UsageError
 from texforce_cli.rewards.hookspecs import hookimpl
 from texforce_cli.rewards.registry import Registry, RewardInfo, load_registry
-from texforce_cli.rewards.terms import RewardSet, TermSpec, parse_terms
+from texforce_cli.rewards.terms import RewardSet, TermSpec, parse_hosts, parse_terms
+from texforce_cli.workflows.plan import plan
 
 
 def pictures(*levels: int) -> np.ndarray:  # type: ignore[type-arg]
@@ -233,3 +235,80 @@ def test_what_a_reward_is_given(fake: type[Fake]) -> None:
     assert (prompts, metadata) == (["a", "b"], [{"k": 1}, {}])
     rewards.close()
     assert fake.closed
+
+
+# where rewards run
+
+
+def test_hosts_belong_to_a_reward_or_to_all_isolated_ones() -> None:
+    terms = parse_terms(["a", "b:2"])
+    hosts = parse_hosts(["a=ann@one:/x/python", "bob@two", "a=three"], terms)
+    assert [(place.host, place.python) for place in hosts["a"]] == [("ann@one", "/x/python"), ("three", "python3")]
+    assert [(place.host, place.python) for place in hosts[""]] == [("bob@two", "python3")]
+    with pytest.raises(UsageError, match=r"'c=x' belongs to no reward of this run; add --reward c"):
+        parse_hosts(["c=x"], terms)
+
+
+def test_a_reward_has_several_backends_under_one_name(plugins: Callable[..., None]) -> None:
+    plugins("authors", registers("brightness", "nowhere:Original", backend="original"))
+    registry = load_registry()
+    assert registry.broken == {}
+    assert registry.find("brightness").origin == "texforce"
+    assert registry.find("brightness", "original").origin == "authors"
+    with pytest.raises(UsageError, match=r"has no backend 'other'; its backends: 'original'"):
+        registry.find("brightness", "other")
+    spec = parse_terms(["brightness"], ["brightness.backend=original"])
+    with pytest.raises(TexforceError, match="could not be imported"):
+        RewardSet(spec, registry)
+
+
+def test_the_only_backend_needs_no_naming(plugins: Callable[..., None]) -> None:
+    plugins("authors", registers("glow", backend="original"))
+    assert load_registry().find("glow").backend == "original"
+
+
+@pytest.mark.parametrize(
+    "about", [{"range": 3}, {"summary": 7}, {"higher_is_better": "yes"}, {"range": (0, "x")}, {"range": (1,)}]
+)
+def test_what_a_plugin_says_of_its_reward_is_checked(plugins: Callable[..., None], about: dict[str, Any]) -> None:
+    plugins("odd", registers("glow", **about))
+    assert set(load_registry().broken) == {"odd"}
+
+
+@pytest.mark.parametrize("name", ["a:b", "a=b", "", "a b", "../x"])
+def test_a_name_that_the_command_line_could_not_say_is_refused(plugins: Callable[..., None], name: str) -> None:
+    plugins("odd", registers(name))
+    assert set(load_registry().broken) == {"odd"}
+
+
+def test_a_plugin_that_is_slow_to_register_is_named(
+    plugins: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("texforce_cli.rewards.registry.SLOW_SECONDS", 0.01)
+
+    def slow(register: Callable[..., None]) -> None:
+        time.sleep(0.02)
+        register("glow", "x:Y", api_version=1)
+
+    plugins("sleepy", slow)
+    assert load_registry().slow["sleepy"] > 0.01
+
+
+def test_rewards_choose_their_prompts_and_warn_of_drawings(plugins: Callable[..., None]) -> None:
+    plugins("faces", registers("beauty", prompts="face", domain="photo"))
+    made = plan({"reward": ["brightness", "beauty"], "model": "tiny"})
+    assert (made.config.prompts, made.origins["prompts"]) == ("face", "reward beauty")
+    first, second = made.advice()
+    assert "prompts: 'face', which go with reward beauty" in first
+    assert "beauty was made for photographs" in second
+    asked = plan({"reward": ["beauty"], "model": "tiny", "prompts": "animals"})
+    assert asked.config.prompts == "animals"
+    assert len(asked.advice()) == 1
+
+
+def test_batches_that_are_submitted_finish_in_order(fake: type[Fake]) -> None:
+    fake.answer = staticmethod(lambda images, prompts, metadata: [float(np.asarray(image).mean()) for image in images])
+    rewards = RewardSet(parse_terms(["fake"]), load_registry())
+    futures = [rewards.submit(pictures(i), ["p"], [{}]) for i in range(3)]
+    assert all(future.done() for future in futures)  # in this process nothing is left for later
+    assert [future.result()["fake"].tolist() for future in futures] == [[0.0], [1.0], [2.0]]
