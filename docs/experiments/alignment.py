@@ -1,9 +1,10 @@
-"""Both judges on the pictures of `texforce sample --prompts SET --lora RUN --compare --out FOLDER`.
+"""Both judges on the pictures of alignment.sh, and what is made of their scores.
 
-    python docs/experiments/alignment.py SET FOLDER...
+    python docs/experiments/alignment.py score SET FOLDER...        one JSON line a folder of pictures
+    python docs/experiments/alignment.py report SCORES.jsonl RUNS FIGURE.png
 
-One JSON line a folder: the change of each judge's score from base to tuned on seen and unseen prompts, with the paired
-95 % interval over prompts (the seeds of a prompt are averaged first: they are not independent).
+A line holds the change of each judge's score from base to tuned on seen and unseen prompts, with the paired 95 % interval
+over prompts (the seeds of a prompt are averaged first: they are not independent), and the change of every prompt.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from __future__ import annotations
 import json
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -20,11 +23,15 @@ from texforce_cli.core.statistics import paired_interval
 from texforce_cli.prompts import load_prompts
 from texforce_cli.rewards.builtin.emoji import TinyClip, TinyJudge
 
+SETS = ("color", "count", "composition", "location")
+JUDGES = {"TinyClip": "tiny-clip", "TinyJudge": "tiny-judge"}
+COLOURS = ("#c2410c", "#1d4ed8", "#15803d", "#7e22ce")
 
-def change(folder: Path, prompt_set: str) -> dict[str, object]:
-    """Judge -> split -> base mean, tuned mean, difference and half width of its interval."""
+
+def change(folder: Path, prompt_set: str) -> dict[str, Any]:
+    """Judge -> split -> base mean, tuned mean, difference, half width of its interval, and the difference by prompt."""
     splits = load_prompts(prompt_set, "tiny")
-    result: dict[str, object] = {"folder": folder.name}
+    result: dict[str, Any] = {"set": prompt_set, "folder": folder.name}
     for judge in (TinyClip(), TinyJudge()):
         scores: dict[tuple[str, str], list[float]] = defaultdict(list)
         for path in sorted(folder.glob("*-seed*.png")):
@@ -42,11 +49,71 @@ def change(folder: Path, prompt_set: str) -> dict[str, object]:
                 "tuned": round(float(np.mean(tuned)), 4),
                 "difference": round(interval.mean, 4),
                 "half_width": round(interval.half_width, 4),
+                "by_prompt": {p.text: round(b - a, 4) for p, a, b in zip(prompts, base, tuned)},
             }
         result[type(judge).__name__] = rows
     return result
 
 
+def table(lines: Sequence[dict[str, Any]]) -> str:
+    """A Markdown table: a line a run, and for each set how many of its intervals lie above zero."""
+    columns = [(judge, split) for split in ("seen", "unseen") for judge in JUDGES]
+    counts = {split: lines[0]["TinyClip"][split]["prompts"] for split in ("seen", "unseen")}
+    heads = [f"{JUDGES[judge]}, {split} ({counts[split]})" for judge, split in columns]
+    rows = [f"| prompts | seed | {' | '.join(heads)} |", "|---" * (2 + len(heads)) + "|"]
+    for name in SETS:
+        of_set = [line for line in lines if line["set"] == name]
+        for line in of_set:
+            cells = [line[judge][split] for judge, split in columns]
+            shown = [f"{cell['difference']:+.3f} ± {cell['half_width']:.3f}" for cell in cells]
+            rows.append(f"| {name} | {line['folder'].split('-')[1]} | {' | '.join(shown)} |")
+        if of_set:
+            above = [sum(line[j][s]["difference"] > line[j][s]["half_width"] for line in of_set) for j, s in columns]
+            means = [float(np.mean([line[j][s]["difference"] for line in of_set])) for j, s in columns]
+            summary = [f"{mean:+.3f}; {n} of {len(of_set)} above 0" for mean, n in zip(means, above)]
+            rows.append(f"| **{name}** | **mean** | {' | '.join(f'**{text}**' for text in summary)} |")
+    return "\n".join(rows)
+
+
+def figure(lines: Sequence[dict[str, Any]], runs: Path, path: Path) -> None:
+    """Held-out reward over images, a line a run (left); what each judge says at the end, seen prompts (right)."""
+    from matplotlib.figure import Figure
+
+    made = Figure(figsize=(10.5, 4.2), layout="constrained")
+    left, right = made.subplots(1, 2)
+    for name, colour in zip(SETS, COLOURS):
+        for i, run in enumerate(sorted(runs.glob(f"{name}-[0-9]*/evaluations.jsonl"))):
+            rows = [json.loads(line) for line in run.read_text().splitlines()]
+            points = [(0, 0.0), *((row["images"], row["difference"]["mean"]) for row in rows)]
+            left.plot(*zip(*points), color=colour, linewidth=1.2, alpha=0.8, label=name if i == 0 else None)
+        for line in (line for line in lines if line["set"] == name):
+            for judge, marker in (("TinyClip", "o"), ("TinyJudge", "s")):
+                cell = line[judge]["seen"]
+                x = (
+                    SETS.index(name)
+                    + (0.0 if judge == "TinyClip" else 0.35)
+                    + 0.1 * (int(line["folder"].split("-")[1]) - 10)
+                )
+                right.errorbar(
+                    x, cell["difference"], cell["half_width"], fmt=marker, color=colour, markersize=4, capsize=2
+                )
+    left.set_xlabel("images")
+    left.set_title("tiny-clip above the base, held-out pairs", fontsize=10)
+    left.legend(frameon=False)
+    right.set_xticks([i + 0.25 for i in range(len(SETS))], SETS)
+    right.set_title("after the run, seen prompts: tiny-clip (o), tiny-judge (□), three seeds each", fontsize=10)
+    for axes in (left, right):
+        axes.axhline(0, color="#57534e", linewidth=0.8)
+        axes.grid(alpha=0.25, linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    made.savefig(path, dpi=110)
+
+
 if __name__ == "__main__":
-    for name in sys.argv[2:]:
-        print(json.dumps(change(Path(name), sys.argv[1])), flush=True)
+    if sys.argv[1] == "score":
+        for folder_name in sys.argv[3:]:
+            print(json.dumps(change(Path(folder_name), sys.argv[2])), flush=True)
+    else:
+        read = [json.loads(line) for line in Path(sys.argv[2]).read_text().splitlines()]
+        print(table(read))
+        figure(read, Path(sys.argv[3]), Path(sys.argv[4]))

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# A reward that is hacked on purpose: jpeg-incompressibility for 25,600 images on the embedded model, four times the usual;
+# then pictures of the training prompts with every tenth epoch's LoRA and with none, judged by tiny-clip and tiny-judge.
+# Started again, it goes on where it was.   Usage: docs/experiments/hacking.sh FOLDER
+set -euo pipefail
+out=${1:?give a folder for the run}
+here=$(cd "$(dirname "$0")" && pwd)
+export HF_HUB_OFFLINE=1
+mkdir -p "$out"
+run=$out/run
+if [ -e "$run/run.json" ]; then
+  texforce train --resume "$run"
+else
+  texforce train --reward jpeg-incompressibility --prompts animals --model tiny --images 25600 --seed 10 --save-every 10 --out "$run"
+fi
+python "$here/hacking.py" "$run" "$out/judged.jsonl" "$out/hacking.png"
