@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from safetensors import SafetensorError, safe_open
 
 from texforce_cli import tiny
+from texforce_cli.devices import device_memory_gb
 from texforce_cli.diffusion import single_file
 from texforce_cli.diffusion.quiet import quiet
 from texforce_cli.errors import TexforceError, UsageError
@@ -164,35 +165,6 @@ def _automatic() -> ModelSource:
         why = f"the GPU has {memory:.0f} GB of memory, sd15 wants {MEMORY_FOR_SD15_GB:.0f}"
         return ModelSource("tiny", "tiny", str(tiny.WEIGHTS), reason=why)
     return ModelSource("sd15", "hub", *_HUB["sd15"], reason=f"a GPU with {memory:.0f} GB was found")
-
-
-def resolve_device(name: str) -> torch.device:
-    """`auto` is CUDA/ROCm, then Apple's GPU, then the CPU.
-
-    Raises:
-        UsageError: a device that torch does not know or this machine does not have.
-    """
-    import torch
-
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(f"the device '{name}' is not available here", "use --device cpu or --device auto") from error
-    return device
-
-
-def device_memory_gb(device: torch.device) -> float | None:
-    """The memory of a CUDA or ROCm GPU in GB; None for other devices."""
-    import torch
-
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return None
-    return float(torch.cuda.get_device_properties(device).total_memory) / 1e9
 
 
 def gpu_precision() -> Precision:

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from texforce_cli.errors import TexforceError, UsageError
+from texforce_cli.errors import TexforceError
 from texforce_cli.files import atomic_path, sha256, user_folder
 
 Tensors = dict[str, torch.Tensor]
@@ -164,19 +164,3 @@ def load_strictly(module: torch.nn.Module, tensors: Tensors, path: Path) -> None
 def _first(names: list[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
-
-
-def choose_device(name: str) -> torch.device:
-    """`auto` is CUDA (or ROCm) if there is a GPU, else the CPU.
-
-    Raises:
-        UsageError: a device that torch does not know or this machine does not have.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(f"the device '{name}' is not available here", "use auto, cpu or cuda") from error
-    return device

@@ -9,11 +9,10 @@ from typing import Any
 
 from texforce_cli.config import TrainConfig, resolve
 from texforce_cli.core.train_steps import TrainSteps
+from texforce_cli.devices import device_memory_gb, resolve_device
 from texforce_cli.diffusion.models import (
     ModelSource,
-    device_memory_gb,
     gpu_precision,
-    resolve_device,
     resolve_model,
 )
 from texforce_cli.errors import UsageError

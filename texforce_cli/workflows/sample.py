@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from texforce_cli.devices import resolve_device
 from texforce_cli.diffusion.adapters import base_model, stack
 from texforce_cli.diffusion.models import (
     ModelSource,
@@ -21,7 +22,6 @@ from texforce_cli.diffusion.models import (
     fingerprint,
     known_model,
     load_pipeline,
-    resolve_device,
     resolve_model,
 )
 from texforce_cli.diffusion.policy import Denoising, Policy

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from texforce_cli.config import TrainConfig, differences, given
-from texforce_cli.diffusion.models import fingerprint, resolve_device, resolve_model
+from texforce_cli.devices import resolve_device
+from texforce_cli.diffusion.models import fingerprint, resolve_model
 from texforce_cli.errors import TexforceError, UsageError
 from texforce_cli.files import write_text
 from texforce_cli.prompts import read_prompts

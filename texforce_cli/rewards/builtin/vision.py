@@ -16,8 +16,9 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from texforce_cli.devices import resolve_device
 from texforce_cli.errors import UsageError
-from texforce_cli.rewards.weights import Tensors, choose_device
+from texforce_cli.rewards.weights import Tensors
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 """Of the pictures that CLIP was trained on (Radford et al. 2021); HPSv2 and ImageReward took them over."""
@@ -82,7 +83,7 @@ class PictureReward(ABC):
     def __init__(self, reading: Reading, device: str, batch: int) -> None:
         if batch < 1:
             raise UsageError(f"the option batch is {batch}", "give 1 or more")
-        self._reading, self._device, self._batch = reading, choose_device(device), batch
+        self._reading, self._device, self._batch = reading, resolve_device(device), batch
 
     @abstractmethod
     def values(self, pixels: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
