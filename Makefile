@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.texforce-installed
 
-.PHONY: setup demo test test-full lint clean
+.PHONY: setup demo test test-full test-rewards lint clean
 
 setup: $(STAMP)
 
@@ -23,6 +23,13 @@ test: setup
 
 test-full: setup
 	$(BIN)/python -m pytest -m "slow or not slow"
+
+# installs the four reward packages of ours (some gigabytes) and trains on two that cannot live together
+test-rewards: export TEXFORCE_HOME = $(CURDIR)/build/rewards
+test-rewards: export TEXFORCE_TEST_HOME = $(TEXFORCE_HOME)
+test-rewards: setup
+	for name in hand face-iqa image-reward hpsv2; do $(BIN)/texforce rewards install $$name || exit 1; done
+	$(BIN)/python -m pytest -m "slow or not slow" tests/test_our_plugins.py tests/test_parity.py
 
 lint: setup
 	$(BIN)/ruff check .

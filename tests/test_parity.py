@@ -1,7 +1,7 @@
 """Our backends against their authors' packages on one checkpoint: the scores agree to 1e-5.
 
-The packages live in environments of their own (`texforce rewards install image-reward`, `hpsv2`); TEXFORCE_TEST_IMAGE_REWARD
-and TEXFORCE_TEST_HPSV2 name their interpreters, which run the plugins of this repository. Without them these tests are skipped.
+The packages live in environments of their own (`make test-rewards` installs them and sets TEXFORCE_TEST_HOME), whose
+interpreters run the plugins of this repository. Without them these tests are skipped.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from PIL import Image
 from texforce_cli.files import write_json
 from texforce_cli.rewards.builtin.hps import Hpsv2, Hpsv21
 from texforce_cli.rewards.builtin.image_reward import ImageReward
+from texforce_cli.rewards.environments import installed
 from tools import reward_weights
 
 pytestmark = pytest.mark.slow
 
-INTERPRETERS = {name: os.environ.get(f"TEXFORCE_TEST_{name}", "") for name in ("IMAGE_REWARD", "HPSV2")}
-"""Read before conftest.py, which is imported with us, clears what begins with TEXFORCE_."""
+HOME = os.environ.get("TEXFORCE_TEST_HOME", "")
 PLUGINS = Path(__file__).parents[1] / "plugins"
 PROMPTS = [
     "a cat",
@@ -50,11 +50,13 @@ print("\\n" + json.dumps([float(score) for score in scores]))
 """
 
 
-def interpreter(name: str) -> str:
+def interpreter(package: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """The interpreter of the package's environment, or the test is skipped."""
-    if not INTERPRETERS[name]:
-        pytest.skip(f"TEXFORCE_TEST_{name} names no interpreter")
-    return INTERPRETERS[name]
+    if not HOME:
+        pytest.skip("TEXFORCE_TEST_HOME is not set")
+    with monkeypatch.context() as patch:
+        patch.setenv("TEXFORCE_HOME", HOME)
+        return next(str(found.python) for found in installed()[0] if found.package == package)
 
 
 @pytest.fixture
@@ -86,8 +88,10 @@ def opened(cases: list[tuple[str, str]]) -> tuple[list[Image.Image], list[str], 
     return [Image.open(file) for file, _ in cases], [prompt for _, prompt in cases], [{} for _ in cases]
 
 
-def test_image_reward_agrees_with_its_authors_package(tmp_path: Path, cases: list[tuple[str, str]]) -> None:
-    python = interpreter("IMAGE_REWARD")
+def test_image_reward_agrees_with_its_authors_package(
+    tmp_path: Path, cases: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = interpreter("texforce-image-reward", monkeypatch)
     reward_weights.make_image_reward(tmp_path / "weights", full=False)
     options = {"weights": str(tmp_path / "weights"), "allow_pickle": True, "device": "cpu"}
     theirs = original(python, "texforce-image-reward", "image-reward", options, cases)
@@ -98,9 +102,9 @@ def test_image_reward_agrees_with_its_authors_package(tmp_path: Path, cases: lis
 
 @pytest.mark.parametrize(("name", "reward"), [("hpsv2", Hpsv2), ("hpsv2.1", Hpsv21)])
 def test_hpsv2_agrees_with_its_authors_package(
-    tmp_path: Path, cases: list[tuple[str, str]], name: str, reward: type[Hpsv2]
+    tmp_path: Path, cases: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch, name: str, reward: type[Hpsv2]
 ) -> None:
-    python, folder = interpreter("HPSV2"), tmp_path / "weights"
+    python, folder = interpreter("texforce-hpsv2", monkeypatch), tmp_path / "weights"
     folder.mkdir()
     write_vocabulary(python, folder)
     vision = {"image_size": 224, "layers": 2, "width": 80, "head_width": 40, "patch_size": 14}

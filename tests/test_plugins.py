@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 
 from texforce_cli.cli.app import run
 from texforce_cli.rewards import environments
-from texforce_cli.testing import check_reward, pictures
+from texforce_cli.testing import check_registration, check_reward, pictures
 
 TRAIN = (
     "train --model tiny --samples-per-epoch 8 --group-size 4 --micro-batch 4 --grad-accum 1 --steps 3 "
@@ -137,3 +138,31 @@ def test_test_pictures_differ() -> None:
     images = pictures(4)
     assert len({image.tobytes() for image in images}) == 4
     assert images.dtype == np.uint8
+
+
+@pytest.mark.parametrize("name", ["_torchvision.py", "_loading.py"])
+def test_what_our_packages_share_is_the_same_file(name: str) -> None:
+    """Each depends on pluggy alone, so that each carries its own copy."""
+    copies = list((Path(__file__).parents[1] / "plugins").glob(f"*/texforce_*/{name}"))
+    assert len(copies) > 1
+    assert len({path.read_bytes() for path in copies}) == 1
+
+
+@pytest.mark.parametrize("package", sorted(set(environments.OURS.values())))
+def test_every_package_of_ours_registers_what_the_table_says_and_depends_on_pluggy_alone(
+    package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(environments.resolve(package).requirement)
+    project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
+    assert project["dependencies"] == ["pluggy>=1.5"]
+    (module,) = project["entry-points"]["texforce"].values()
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    for name in (name for name, owner in environments.OURS.items() if owner == package):
+        info = check_registration(module, name)
+        assert info.licence
+    for variant in ("cpu", "cuda"):
+        lines = (folder / module / "locks" / f"{variant}.txt").read_text().splitlines()
+        assert lines[0].startswith("# python ")
+        assert all("==" in line or line.startswith("#") for line in lines)
+        assert any(line.startswith("pluggy==") for line in lines)

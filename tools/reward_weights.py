@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import math
 import shlex
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from texforce_cli import tiny
 from texforce_cli.files import write_json, write_text
 from texforce_cli.rewards.builtin.scores_file import picture_hash
 from texforce_cli.rewards.builtin.vision import MEAN, STD
+from texforce_cli.rewards.environments import OURS, installed
 from tools.tiny.tokenizer import text_options, words
 
 _HEAD = {0: 1024, 2: 128, 4: 64, 6: 16, 7: 1}  # the linear layers of LAION's predictor; ImageReward took them over
@@ -170,6 +173,16 @@ def make_image_reward(folder: Path, full: bool) -> None:
     torch.save(tensors, folder / "ImageReward.pt")
 
 
+def make_faces(folder: Path) -> list[Path]:
+    """The files of face-iqa, made by the packages in its environment; none where it is not installed."""
+    python = [found.python for found in installed()[0] if found.package == OURS["face-iqa"]]
+    if not python:
+        print("face-iqa is left out: texforce rewards install face-iqa", file=sys.stderr)
+        return []
+    subprocess.run([python[0], "-I", Path(__file__).with_name("face_iqa_weights.py"), folder], check=True)
+    return [folder / "topiq_nr_cgfiqa_res50.pth", folder / "detection_Resnet50_Final.pth"]
+
+
 def main() -> None:
     """Make them all."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
@@ -184,6 +197,7 @@ def main() -> None:
     torch.save(filled(head("layers.", 48), 0, torch.float32), folder / "aesthetic" / "sac+logos+ava1-l14-linearMSE.pth")
     make_image_reward(folder / "image-reward", arguments.full)
     write_text(folder / "scores.csv", f"picture,score\n{picture_hash(np.zeros((64, 64, 3), np.uint8))},1\n")
+    faces = make_faces(folder / "face-iqa")
     pickle = {"allow_pickle": "true"}
     commands: dict[str, dict[str, object]] = {
         "clip-score": {"weights": folder / "clip"},
@@ -192,6 +206,7 @@ def main() -> None:
         "hpsv2": {"weights": folder / "hpsv2", **pickle},
         "hpsv2.1": {"weights": folder / "hpsv2", **pickle},
         "image-reward": {"weights": folder / "image-reward", **pickle},
+        **({"face-iqa": {"weights": faces[0], "detector": faces[1], **pickle}} if faces else {}),
         "scores-file": {"path": folder / "scores.csv", "missing": "0"},
     }
     for reward, options in commands.items():

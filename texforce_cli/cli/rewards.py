@@ -160,9 +160,10 @@ def install(
         return
     chosen: Any = environments.automatic_variant() if variant == "auto" else variant
     made = environments.install_isolated(source, python=python, variant=chosen, say=_saying(note))
-    names = dict.fromkeys(str(entry["name"]) for entry in made.rewards)
     note(f"installed {made.package} {made.version} in '{made.folder}'")
-    note("try it: " + "; ".join(f"texforce rewards check {name}" for name in names))
+    for entry in made.rewards:
+        backend = f" --reward-option {entry['name']}.backend={entry['backend']}" if entry.get("backend") else ""
+        note(f"try it: texforce rewards check {entry['name']}{backend}")
 
 
 @app.command(epilog="Example: [bold]texforce rewards remove texforce-hand[/bold]")

@@ -181,6 +181,9 @@ def install_isolated(
             if lock:
                 _check_python(lock, folder)
                 say(f"installing {_count(lock)} pinned packages ({lock.stem})")
+                if torch := _torch(lock):
+                    # by its own requirements: the build that an index offers may want CUDA's packages, or none
+                    installer.install(["-c", str(lock), torch])
                 installer.install(["--no-deps", "-r", str(lock)])
             else:
                 installer.install(["pluggy", source.requirement])
@@ -366,6 +369,14 @@ def _check_python(lock: Path, folder: Path) -> None:
         raise UsageError(
             f"its pinned packages need Python {wanted}, this is 3.{minor}", "choose another with --python 3.11"
         )
+
+
+def _torch(lock: Path) -> str:
+    """The pin of torch in a lock that leaves out what torch itself requires; "" where there is none."""
+    lines = lock.read_text(encoding="utf-8").splitlines()
+    if any(line.startswith("nvidia-") for line in lines):
+        return ""
+    return next((line for line in lines if line.startswith("torch==")), "")
 
 
 def _count(lock: Path) -> int:

@@ -46,7 +46,7 @@ class Plan:
         if photo:
             said.append(
                 f"{', '.join(photo)} was made for photographs: of the embedded model's drawings its number means little. "
-                "tiny-clip, brightness and jpeg-incompressibility teach something there"
+                "brightness and jpeg-incompressibility teach something there"
             )
         return said
 
