@@ -143,3 +143,24 @@ def test_each_package_passes_its_own_tests_in_its_own_environment(package: str, 
         check=False,
     )
     assert done.returncode == 0 and "texforce_cli" not in done.stdout, done.stdout[-3000:] + done.stderr[-1000:]
+
+
+def test_hand_scores_the_same_with_mediapipe_1(tmp_path: Path) -> None:
+    """Its own tests again, in an environment of the other lock, with a .task file made from the models of the first."""
+    (found,) = [found for found in environments.installed()[0] if found.package == "texforce-hand"]
+    subprocess.run([found.python, "-m", "texforce_hand", "hand.task"], cwd=tmp_path, check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "venv", "env"], cwd=tmp_path, check=True)
+    python, plugin = tmp_path / "env" / "bin" / "python", ROOT / "plugins" / "texforce-hand"
+    pip = [python, "-m", "pip", "install", "-q"]
+    subprocess.run([*pip, "--no-deps", "-r", plugin / "texforce_hand" / "locks" / "cpu-1.2.txt"], check=True)
+    subprocess.run([*pip, "--no-deps", plugin], check=True)
+    subprocess.run([*pip, "pytest"], check=True)
+    done = subprocess.run(
+        [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull, plugin / "tests"],
+        env={**os.environ, "TEXFORCE_HAND_TASK": str(tmp_path / "hand.task"), "PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
