@@ -34,7 +34,7 @@ from texforce_hpsv2._loading import (
 from texforce_hpsv2._torchvision import import_torchvision
 
 _REPOSITORY, _REVISION = "xswu/HPSv2", "697403c78157020a1ae59d23f111aa58ced35b0a"
-# SHA-256 as in the Git LFS pointers of that revision
+# SHA-256 of v2.1's file as public tools pin it; of v2.0's the one of the compressed checkpoint in the authors' Space
 _V20 = Published(
     _REPOSITORY,
     _REVISION,

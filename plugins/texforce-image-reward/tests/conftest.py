@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,8 +76,6 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
     from transformers import BertConfig
 
     original = reward._import_original()
-    import sys
-
     vit = sys.modules["ImageReward.models.BLIP.vit"].VisionTransformer
     med = sys.modules["ImageReward.models.BLIP.med"]
     torch.manual_seed(0)

@@ -13,9 +13,9 @@ import pytest
 import torch
 from texforce_image_reward.reward import ImageReward
 
-PROMPTS = ["a red cat", "dogs on the moon", "blue"]
-# [CLS] ... [SEP] by the places in the vocabulary of conftest.py; "dogs" is "dog" and "##s"
-TOKENS = [[2, 5, 6, 8, 3], [2, 9, 13, 10, 11, 12, 3], [2, 7, 3]]
+PROMPTS = ["a red cat", "dogs on the moon", "blue " * 50]
+# [CLS] ... [SEP] by the places in the vocabulary of conftest.py; "dogs" is "dog" and "##s", and 35 is the most
+TOKENS = [[2, 5, 6, 8, 3], [2, 9, 13, 10, 11, 12, 3], [2, *[7] * 33, 3]]
 NOTHING = [{}, {}, {}]
 
 

@@ -23,7 +23,13 @@ from texforce_cli.rewards.builtin.vision import as_tensor, normalised
 from texforce_cli.rewards.weights import Published, Tensors, layers, load_strictly, locate, read_tensors, shape
 
 _REPOSITORY, _REVISION = "xswu/HPSv2", "697403c78157020a1ae59d23f111aa58ced35b0a"
-_V20 = Published(_REPOSITORY, _REVISION, "HPS_v2_compressed.pt")
+# SHA-256 of v2.1's file as public tools pin it; of v2.0's the one of the compressed checkpoint in the authors' Space
+_V20 = Published(
+    _REPOSITORY,
+    _REVISION,
+    "HPS_v2_compressed.pt",
+    "07cb0d20626232204ca3a6ec53ff5984e7e53212a8a7b0e0ec2bac1bdaf125a1",
+)
 _V21 = Published(
     _REPOSITORY,
     _REVISION,
