@@ -19,7 +19,7 @@ from texforce_cli.diffusion.sampler import draw, rollout
 from texforce_cli.errors import TexforceError
 from texforce_cli.prompts import Prompt
 from texforce_cli.rewards.registry import load_registry
-from texforce_cli.rewards.terms import RewardSet, parse_terms
+from texforce_cli.rewards.terms import RewardSet, finished, parse_terms
 
 PROMPTS = [Prompt("a cat"), Prompt("a red dog"), Prompt("two foxes")]
 
@@ -222,7 +222,7 @@ def test_brightness_rises_on_pictures_that_training_never_saw(
 
 def test_rewards_that_do_not_vary_change_nothing_and_say_so(pipeline: Any) -> None:
     algorithm = make(pipeline)
-    algorithm._score = lambda drawn, batch: {"brightness": np.full(len(batch), 0.5)}  # type: ignore[method-assign]
+    algorithm._score = lambda drawn, batch: finished({"brightness": np.full(len(batch), 0.5)})  # type: ignore[method-assign]
     before = algorithm.policy.adapter.export()  # type: ignore[union-attr]
     report = algorithm.run_epoch(0)
     assert report.flat and "did not vary" in report.warnings[0]
@@ -232,7 +232,7 @@ def test_rewards_that_do_not_vary_change_nothing_and_say_so(pipeline: Any) -> No
 def test_rewards_that_vary_between_prompts_only_teach_a_group_nothing(pipeline: Any) -> None:
     algorithm = make(pipeline)
     level = {prompt.text: float(i) for i, prompt in enumerate(PROMPTS)}
-    algorithm._score = lambda drawn, batch: {"brightness": np.array([level[p.text] for p in batch])}  # type: ignore[method-assign]
+    algorithm._score = lambda drawn, batch: finished({"brightness": np.array([level[p.text] for p in batch])})  # type: ignore[method-assign]
     before = {k: v.clone() for k, v in algorithm.policy.adapter.export().items()}  # type: ignore[union-attr]
     report = algorithm.run_epoch(0)
     assert report.flat and "among the images of a prompt" in report.warnings[0]
