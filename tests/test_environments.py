@@ -66,6 +66,7 @@ def test_an_environment_is_listed_from_its_manifest_alone() -> None:
         ({"rewards": 7}, "manifest is damaged"),
         ({"folder": "../../elsewhere"}, "interpreter is gone"),
         ({"rewards": [{"name": "x", "factory": "y:Z", "api_version": 9}]}, "API version 9"),
+        ({"rewards": [{"name": "x", "factory": "y:Z", "api_version": 1, "range": [None, 1]}]}, "range="),
         (
             {"rewards": [{"name": "brightness", "factory": "y:Z", "api_version": 1}]},
             "registered by both 'texforce' and",
@@ -101,6 +102,30 @@ def test_removing_one_leaves_the_others_and_refuses_what_is_in_use() -> None:
         registry.find("a-one")
     with pytest.raises(UsageError, match=r"no environment of 'one'; there are: two"):
         environments.remove("one")
+
+
+@pytest.mark.parametrize("package", ["", ".", "..", "../data", ".new-1", "/", "ABSOLUTE"])
+def test_remove_touches_nothing_but_an_environment(package: str, tmp_path: Path) -> None:
+    manifest("one", "a-one")
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    with pytest.raises(UsageError, match="no environment of"):
+        environments.remove(str(precious) if package == "ABSOLUTE" else package)
+    assert precious.exists()
+    assert load_registry().find("a-one")
+
+
+def test_what_no_manifest_names_is_swept_away_unless_the_manifest_cannot_be_read(tmp_path: Path) -> None:
+    good, torn = manifest("good", "glow"), manifest("torn", "gloom")
+    torn.write_text("{")
+    for home in (good.parent, torn.parent, environments.root() / "left"):
+        (home / "env-old").mkdir(parents=True)
+    environments._sweep()
+    assert sorted(path.parent.name + "/" + path.name for path in environments.root().glob("*/env-*")) == [
+        "good/env-0",
+        "torn/env-0",
+        "torn/env-old",
+    ]
 
 
 @pytest.mark.parametrize(

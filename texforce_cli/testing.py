@@ -114,6 +114,8 @@ def check_reward(
     if info.range:
         low, high = info.range
         assert all(low - scale <= value <= high + scale for value in scores), f"{scores} leave the range {info.range}"
+    for what, number in (getattr(reward, "counts", None) or {}).items():
+        assert isinstance(what, str) and int(number) == number, f"counts must be whole numbers by name, not {what!r}"
     if info.differentiable:
         _check_gradient(reward, batch, texts)
     close = getattr(reward, "close", None)

@@ -35,6 +35,7 @@ OURS: Mapping[str, str] = {
 }
 """Reward names that `install` knows, and the package that comes with texforce for each."""
 
+_NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?")
 _PACKAGE = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?(?:\[[^]]*\])?(?:[=<>!~].*)?")
 Variant = Literal["cpu", "cuda"]
 
@@ -187,14 +188,15 @@ def install_isolated(
                 installer.install(["--no-deps", "-r", str(lock)])
             else:
                 installer.install(["pluggy", source.requirement])
-            return _adopt(staging, folder, lock.stem if lock else "")
+            return _adopt(folder, lock.stem if lock else "")
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _adopt(staging: Path, folder: Path, lock: str) -> Environment:
+def _adopt(folder: Path, lock: str) -> Environment:
     """Ask the new environment what it registers, move it to its place, write the manifest."""
     from texforce_cli.rewards.isolation import RewardFailure, WorkerFailure, ask_once
+    from texforce_cli.rewards.registry import Registry
 
     try:
         told = ask_once(Place(str(_python(folder))), {"type": "describe"})
@@ -206,31 +208,38 @@ def _adopt(staging: Path, folder: Path, lock: str) -> Environment:
     if not rewards:
         raise UsageError("the package registers no reward", "it needs an entry point in the group 'texforce'")
     package = re.sub(r"[-_.]+", "-", str(rewards[0]["distribution"])).lower()
-    home = root() / package
+    if not _NAME.fullmatch(package):
+        raise UsageError(f"the package calls itself {package!r}", "see its author")
     try:
-        home.mkdir(parents=True, exist_ok=True)
-        final = home / folder.name
-        folder.rename(final)
-    except OSError as error:
-        raise write_error(home, error) from error
-    version = _version(final, package)
-    write_json(
-        home / "manifest.json",
-        {
-            "texforce_environment": MANIFEST_VERSION,
-            "package": package,
-            "version": version,
-            "folder": final.name,
-            "python": told["python"],
-            "lock": lock,
-            "rewards": rewards,
-        },
-    )
-    for other in home.glob("env-*"):
-        if other != final:
-            with _lock(other, shared=False) as held:
-                if held:
-                    shutil.rmtree(other, ignore_errors=True)
+        Registry().add(rewards, package, "")
+    except ValueError as error:
+        raise UsageError(f"the package breaks the contract: {error}", "see its author") from error
+    home = root() / package
+    final, version = home / folder.name, _version(folder, package)
+    with _lock(folder, shared=True):  # which stays with the folder when it is renamed: nobody sweeps it meanwhile
+        try:
+            home.mkdir(parents=True, exist_ok=True)
+            folder.rename(final)
+            write_json(
+                home / "manifest.json",
+                {
+                    "texforce_environment": MANIFEST_VERSION,
+                    "package": package,
+                    "version": version,
+                    "folder": final.name,
+                    "python": told["python"],
+                    "lock": lock,
+                    "rewards": rewards,
+                },
+            )
+        except BaseException as error:
+            shutil.rmtree(final, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                home.rmdir()
+            if isinstance(error, OSError):
+                raise write_error(home, error) from error
+            raise
+    _sweep()
     return Environment(package, version, final, str(told["python"]), tuple(rewards), lock)
 
 
@@ -242,7 +251,7 @@ def remove(package: str) -> int:
         TexforceError: a run uses it, or it cannot be deleted.
     """
     home = root() / package
-    if not home.is_dir():
+    if not _NAME.fullmatch(package) or not home.is_dir():
         names = ", ".join(environment.package for environment in installed()[0]) or "none"
         raise UsageError(f"there is no environment of '{package}'", f"there are: {names}")
     with contextlib.ExitStack() as stack:
@@ -391,11 +400,24 @@ def _version(folder: Path, package: str) -> str:
 
 
 def _sweep() -> None:
-    """Delete what installs that were killed have left."""
-    for folder in root().glob(".new-*"):
+    """Delete what no manifest names and nobody holds: what killed installs have left, and environments replaced."""
+    for folder in [*root().glob(".new-*"), *root().glob("*/env-*")]:
+        if folder.name.startswith("env-") and _may_be_named(folder):
+            continue
         with _lock(folder, shared=False) as held:
             if held:
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _may_be_named(folder: Path) -> bool:
+    """Whether the manifest beside `folder` names it, or cannot be read and so might."""
+    try:
+        manifest = json.loads((folder.parent / "manifest.json").read_text(encoding="utf-8"))
+        return bool(manifest["folder"] == folder.name)
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, KeyError, TypeError):
+        return True
 
 
 @contextlib.contextmanager

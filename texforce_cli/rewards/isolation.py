@@ -53,6 +53,10 @@ class RewardFailure(Exception):
     """The reward raised; the process lives."""
 
 
+class WrongCount(Exception):
+    """The reward does not return one value an image; the process lives."""
+
+
 class Worker:
     """One process with one reward in it."""
 
@@ -64,6 +68,9 @@ class Worker:
         self._process: subprocess.Popen[bytes] | None = None
         self._said: deque[str] = deque(maxlen=_REMEMBERED_LINES)
         self._listener: threading.Thread | None = None
+        self._asked: Future[dict[str, Any]] | None = None
+        self.closed = False
+        """Set by `close`, also from another thread: from then on no process is started."""
         self._io = ThreadPoolExecutor(1, thread_name_prefix="texforce-worker")
 
     @property
@@ -71,17 +78,26 @@ class Worker:
         """Of the process (of ssh, on another machine), while there is one."""
         return self._process.pid if self._process else None
 
+    @property
+    def alive(self) -> bool:
+        """Whether the process runs."""
+        process = self._process
+        return process is not None and process.poll() is None
+
     def ensure(self) -> None:
         """Start the process unless it runs.
 
         Raises:
             WorkerFailure, RewardFailure: it did not come up.
         """
-        if self._process is not None and self._process.poll() is None:
+        if self.alive:
             return
         self.kill()
         self._said.clear()
         self._process = _spawn(self.place)
+        if self.closed:
+            self.kill()
+            raise WorkerFailure("was closed")
         self._listener = threading.Thread(target=self._remember, args=(self._process,), daemon=True)
         self._listener.start()
         if self._start:
@@ -96,11 +112,14 @@ class Worker:
 
         Raises:
             WorkerFailure: no answer in `timeout` seconds, the process ended, or it answered nonsense; it is killed.
-            RewardFailure: the reward raised.
+            RewardFailure, WrongCount: the reward raised, or returned another number of values.
         """
-        future = self._io.submit(self._exchange, header, payload, noise)
         try:
-            answer = future.result(timeout)
+            self._asked = self._io.submit(self._exchange, header, payload, noise)
+        except RuntimeError:
+            raise WorkerFailure("was closed") from None
+        try:
+            answer = self._asked.result(timeout)
         except TimeoutError:
             self.kill()
             raise WorkerFailure(f"did not answer within {timeout:g} seconds{self.last_words}") from None
@@ -109,29 +128,34 @@ class Worker:
         except FrameError as error:
             self.kill()
             raise WorkerFailure(str(error)) from error
-        self.memory = max(self.memory, int(answer.get("memory") or 0))
+        memory = answer.get("memory")
+        self.memory = max(self.memory, memory if isinstance(memory, int) else 0)
         if answer.get("type") == "error":
             message = str(answer.get("error"))[:2000]
             if answer.get("wrong_count"):
-                raise TexforceError(f"a reward {message.partition(': ')[2]}", "it breaks the contract; see its author")
+                raise WrongCount(message.partition(": ")[2])
             raise RewardFailure(message)
         return answer
 
     def score(
         self, images: NDArray[np.uint8], prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> list[float]:
-        """One batch, the process started where it is not."""
-        self.ensure()
+        """One batch.
+
+        Raises:
+            WorkerFailure, RewardFailure, WrongCount: as in `ask`.
+        """
         header = {"type": "score", "shape": images.shape, "prompts": list(prompts), "metadata": list(metadata)}
         payload = np.ascontiguousarray(images).data.cast("B")
         answer = self.ask(header, payload, timeout=self.settings.timeout)
         scores = answer.get("scores")
-        if not isinstance(scores, list) or len(scores) != len(prompts):
+        listed = scores if isinstance(scores, list) else []
+        if len(listed) != len(prompts) or not all(isinstance(value, (int, float)) for value in listed):
             self.kill()
             raise WorkerFailure("answered without one score an image")
         counts = answer.get("counts")
         self.counts = counts if isinstance(counts, dict) else {}
-        return [float(value) for value in scores]
+        return [float(value) for value in listed]
 
     @property
     def last_words(self) -> str:
@@ -142,18 +166,24 @@ class Worker:
         return f"; it said last: {line.strip()[:300]}" if line else ""
 
     def close(self) -> None:
-        """Let the reward end, then the process."""
-        if self._process is not None and self._process.poll() is None:
-            with contextlib.suppress(WorkerFailure, RewardFailure, TexforceError):
-                self.ask({"type": "stop"}, timeout=5)
-        self.kill()
-        self._io.shutdown(wait=False, cancel_futures=True)
+        """Let the reward end, then the process; one that is at work is ended at once."""
+        self.closed = True
+        try:
+            if self.alive and (self._asked is None or self._asked.done()):
+                with contextlib.suppress(WorkerFailure, RewardFailure, WrongCount):
+                    self.ask({"type": "stop"}, timeout=5)
+        finally:
+            self.kill()
+            self._io.shutdown(wait=False, cancel_futures=True)
 
     def kill(self) -> None:
-        """End the process now."""
+        """End the process now, and whatever it has started: such children would keep its pipes open."""
         process, self._process = self._process, None
         if process is None:
             return
+        if hasattr(os, "killpg"):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)  # it leads a session of its own
         process.kill()
         process.wait()
         for stream in (process.stdin, process.stdout):
@@ -267,6 +297,10 @@ class IsolatedReward:
         on_close: Callable[[], None] = lambda: None,
     ) -> None:
         self.name, self.settings, self._on_close = name, settings, on_close
+        self.worst: Callable[..., float] = min
+        """Of several scores the one that is paid least: min, or max where less is better."""
+        self._worst_seen: float | None = None
+        self._failed_in_a_row = 0
         self._warnings: queue.SimpleQueue[str] = queue.SimpleQueue()
         start: dict[str, Any] = {
             "type": "start",
@@ -324,48 +358,68 @@ class IsolatedReward:
         ]
         verdict = sum((future.result() for future in futures), _Verdict())
         known = [value for value in verdict.scores if value is not None and np.isfinite(value)]
-        if verdict.poisoned and not known:
-            raise TexforceError(
-                f"reward '{self.name}' fails on every picture of a batch: {verdict.poisoned[0]}",
-                f"try it alone: texforce rewards check {self.name}",
-            )
+        self._failed_in_a_row = len(verdict.poisoned) + (0 if known else self._failed_in_a_row)
+        if known and self._worst_seen is not None:
+            self._worst_seen = self.worst(self._worst_seen, *known)
+        elif known:
+            self._worst_seen = self.worst(known)
+        if verdict.poisoned and (self._failed_in_a_row >= _MOST_POISONED or self._worst_seen is None):
+            raise self._too_many(verdict)
         for sentence in verdict.poisoned:
-            self._warnings.put(f"reward '{self.name}' {sentence}; it got the lowest score of its batch")
-        lowest = min(known, default=0.0)
-        return [lowest if value is None else value for value in verdict.scores]
+            self._warnings.put(f"reward '{self.name}' {sentence}; it got the worst score of its batch")
+        substitute = self.worst(known) if known else self._worst_seen
+        return [float(substitute) if value is None else value for value in verdict.scores]  # type: ignore[arg-type]
 
     def close(self) -> None:
         """End all workers."""
         for one in self._workers:
-            one.close()
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        self._on_close()
+            one.closed = True
+        try:
+            for one in self._workers:
+                one.close()
+        finally:
+            for one in self._workers:
+                one.kill()
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._on_close()
 
-    def _judge(self, one: Worker, batch: _Batch) -> _Verdict:
+    def _judge(self, one: Worker, batch: _Batch, tries: int = 2) -> _Verdict:
         """Ask; ask again where the process failed; then halve, to find which picture it is."""
         reason = ""
-        for _ in range(2):
+        if not one.alive:
+            self._warnings.put(f"reward '{self.name}': its process had ended between two batches; started again")
+            self._start(one)
+        for _ in range(tries):
             try:
                 return _Verdict([*one.score(batch.images, batch.prompts, batch.metadata)])
+            except WrongCount as error:
+                raise TexforceError(
+                    f"reward '{self.name}' {error}", "it breaks the contract; see its author"
+                ) from error
             except RewardFailure as error:
                 reason = f"raised {error}"
                 break  # the same picture raises again
             except WorkerFailure as error:
+                if one.closed:
+                    raise TexforceError(f"reward '{self.name}' was closed") from error
                 reason = str(error)
                 self._warnings.put(f"reward '{self.name}': its process {reason}; started again")
                 self._start(one)
         if len(batch) == 1:
             return _Verdict([None], [f"failed on a picture of the prompt '{batch.prompts[0][:80]}' ({reason})"])
         middle = len(batch) // 2
-        verdict = self._judge(one, batch.part(0, middle))
+        verdict = self._judge(one, batch.part(0, middle), tries=1)
         if len(verdict.poisoned) < _MOST_POISONED:
-            verdict += self._judge(one, batch.part(middle, len(batch)))
+            verdict += self._judge(one, batch.part(middle, len(batch)), tries=1)
         if len(verdict.poisoned) >= _MOST_POISONED:
-            raise TexforceError(
-                f"reward '{self.name}' {verdict.poisoned[0]}, and on more of the same batch",
-                f"try it alone: texforce rewards check {self.name}",
-            )
+            raise self._too_many(verdict)
         return verdict
+
+    def _too_many(self, verdict: _Verdict) -> TexforceError:
+        more = ", and on more" if len(verdict.poisoned) > 1 or self._failed_in_a_row > 1 else ""
+        return TexforceError(
+            f"reward '{self.name}' {verdict.poisoned[0]}{more}", f"try it alone: texforce rewards check {self.name}"
+        )
 
     def _start(self, one: Worker) -> None:
         """Bring a worker up, waiting longer before each new try; what it had counted is kept."""
@@ -374,6 +428,8 @@ class IsolatedReward:
         reason = ""
         for seconds in _BACK_OFF:
             time.sleep(seconds)
+            if one.closed:
+                raise TexforceError(f"reward '{self.name}' was closed")
             try:
                 one.ensure()
                 return

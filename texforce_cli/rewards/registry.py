@@ -120,7 +120,9 @@ class RewardInfo:
             with self.environment.in_use():
                 answer = ask_once(self.environment.place, {"type": "options", "factory": self.factory})
         except (WorkerFailure, RewardFailure) as error:
-            raise TexforceError(f"reward '{self.name}' could not be asked for its options: {error}") from error
+            raise TexforceError(
+                f"reward '{self.name}' could not be asked for its options: {error}", f"reinstall {self.origin}"
+            ) from error
         return list(answer["options"])
 
     def _isolated(self, options: Mapping[str, str], workers: WorkerSettings | None, places: Sequence[Place]) -> Reward:
@@ -174,7 +176,9 @@ class Registry:
 
         if name in OURS and (backend == "original" or not others):
             what = f"reward '{name}'" + (f" with backend={backend}" if others else "")
-            raise UsageError(f"{what} is not installed", f"install it: texforce rewards install {name}")
+            why = f" ({self.broken[OURS[name]]})" if OURS[name] in self.broken else ""
+            state = "cannot be used" if why else "is not installed"
+            raise UsageError(f"{what} {state}{why}", f"install it: texforce rewards install {name}")
         if others:
             known = ", ".join(repr(info.backend) for info in others if info.backend) or "none by name"
             raise UsageError(f"reward '{name}' has no backend '{backend}'", f"its backends: {known}")
@@ -221,8 +225,11 @@ def _info(call: Mapping[str, Any], origin: str, version: str, environment: Any) 
         if not isinstance(value, kind):
             raise ValueError(f"reward '{name}' is registered with {key}={value!r}")
     if "range" in about:
-        low, high = about["range"]
-        about["range"] = (float(low), float(high))
+        try:
+            low, high = about["range"]
+            about["range"] = (float(low), float(high))
+        except (TypeError, ValueError):
+            raise ValueError(f"reward '{name}' is registered with range={about['range']!r}") from None
     return RewardInfo(name=name, factory=factory, origin=origin, version=version, environment=environment, **about)
 
 
@@ -243,14 +250,14 @@ def load_registry() -> Registry:
     registry.add(_calls(manager, builtin, "texforce"), "texforce", __version__)
     blocked = {name.strip() for name in os.environ.get("TEXFORCE_BLOCK_PLUGINS", "").split(",")}
     for entry in importlib.metadata.entry_points(group=hookspecs.PROJECT):
-        if entry.name in blocked:
-            continue
         origin = _normal(entry.dist.name) if entry.dist else entry.name
+        if {entry.name, origin} & blocked:
+            continue
         begun = time.perf_counter()
         try:
             calls = _calls(manager, entry.load(), origin)
             registry.add(calls, origin, entry.dist.version if entry.dist else "")
-        except Exception as error:  # one broken plugin must not take the others with it
+        except (Exception, SystemExit) as error:  # one broken plugin must not take the others with it
             _broken(registry, origin, error)
         if (seconds := time.perf_counter() - begun) > SLOW_SECONDS:
             registry.slow[origin] = seconds
@@ -262,12 +269,12 @@ def load_registry() -> Registry:
             continue
         try:
             registry.add(environment.rewards, environment.package, environment.version, environment)
-        except ValueError as error:
+        except Exception as error:
             _broken(registry, environment.package, error)
     return registry
 
 
-def _broken(registry: Registry, origin: str, error: Exception) -> None:
+def _broken(registry: Registry, origin: str, error: BaseException) -> None:
     if os.environ.get("TEXFORCE_STRICT_PLUGINS") == "1":
         raise TexforceError(f"plugin '{origin}' is broken: {worker.describe(error)}", "repair or remove it") from error
     registry.broken[origin] = worker.describe(error)

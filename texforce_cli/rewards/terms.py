@@ -99,11 +99,18 @@ class RewardSet:
         infos = [find(spec, registry) for spec in specs]  # every name is checked before anything is imported
         self._terms: list[_Term] = []
         self._ahead: ThreadPoolExecutor | None = None
+        if "" in (hosts or {}) and not any(info.environment for info in infos):
+            raise UsageError(
+                "--reward-host names no reward, and none of this run has an environment of its own",
+                f"name one: {infos[0].name}=user@host",
+            )
         try:
             for spec, info in zip(specs, infos):
                 options = {key: value for key, value in spec.options.items() if key != "backend"}
                 places = (hosts or {}).get(spec.name) or ((hosts or {}).get("", ()) if info.environment else ())
                 reward = info.create(options, workers, places)
+                if isinstance(reward, IsolatedReward) and info.higher_is_better != (spec.weight > 0):
+                    reward.worst = max
                 self._terms.append(_Term(spec, info, reward))
         except BaseException:
             self.close()

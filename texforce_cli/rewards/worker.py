@@ -21,6 +21,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, BinaryIO
 
 PROTOCOL = 1
@@ -169,6 +170,7 @@ def main(arguments: Sequence[str]) -> None:
         header, payload = requests.get()
         try:
             answer = worker.answer(header, payload)
+            json.dumps(answer)  # what cannot be said is a failure of the reward too
         except BaseException as error:  # the plugin boundary: the other side decides what a failure means
             if isinstance(error, (KeyboardInterrupt, SystemExit)):
                 error = RuntimeError(f"it tried to end the process ({type(error).__name__})")
@@ -219,7 +221,7 @@ class _Worker:
         started = time.perf_counter()
         images = decode(payload, header["shape"], getattr(self.reward, "input", "pil"))
         values = score(self.reward, images, header["prompts"], header["metadata"])
-        counts = dict(getattr(self.reward, "counts", None) or {})
+        counts = {str(name): int(number) for name, number in (getattr(self.reward, "counts", None) or {}).items()}
         return {"type": "scores", "scores": values, "counts": counts, "seconds": time.perf_counter() - started}
 
 
@@ -276,6 +278,9 @@ def registered() -> dict[str, Any]:
 
 def peak_memory() -> int:
     """Bytes of memory that this process has had at most; 0 where the system does not say."""
+    with contextlib.suppress(OSError, ValueError, IndexError):  # getrusage's figure begins with the parent's
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
     try:
         import resource
     except ImportError:
@@ -297,8 +302,8 @@ def _listen(reader: BinaryIO, requests: queue.Queue[tuple[dict[str, Any], bytes]
     try:
         while True:
             requests.put(read_frame(reader))
-    except (EOFError, FrameError, OSError):
-        os._exit(0)  # the other side is gone: nobody wants the batch under way
+    except BaseException:  # whatever it is, without this thread nothing is heard any more
+        os._exit(0)  # mostly the other side is gone: nobody wants the batch under way
 
 
 def _die_with(parent: int) -> None:
@@ -308,7 +313,7 @@ def _die_with(parent: int) -> None:
 
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))
-    if os.getppid() != parent:
+    if sys.platform != "win32" and os.getppid() != parent:  # there a launcher stands between
         os._exit(0)
 
 

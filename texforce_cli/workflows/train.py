@@ -45,7 +45,11 @@ def train(
         listener(Note(sentence))
     rewards = make_rewards(made.config, made.registry)
     reward = made.config.reward[0].partition(":")[0]
-    folder = RunFolder.create(made.config.out, stem or f"{reward}-{made.source.short_name}")
+    try:
+        folder = RunFolder.create(made.config.out, stem or f"{reward}-{made.source.short_name}")
+    except BaseException:
+        rewards.close()
+        raise
     config = replace(made.config, out=str(folder.path))
     try:
         run = TrainingRun(folder, replace(made, config=config), rewards, listener)
@@ -79,7 +83,12 @@ def resume(
     if found is None:
         listener(Warned("there is no whole checkpoint: beginning again"))
         checkpoints.remove_after(folder.checkpoints, 0)
-    run = TrainingRun(folder, made, make_rewards(made.config, made.registry), listener, checkpoint=found)
+    rewards = make_rewards(made.config, made.registry)
+    try:
+        run = TrainingRun(folder, made, rewards, listener, checkpoint=found)
+    except BaseException:
+        rewards.close()
+        raise
     return run.run()
 
 
