@@ -1,7 +1,7 @@
 """What a worker process costs: one reward scored in this process and in its environment, in turns, 64 images of 512x512.
 
     texforce rewards install mean-colour
-    python benchmarks/isolation.py --out FILE.json
+    python -m benchmarks.isolation --out FILE.json
 
 The share of an epoch is taken of the smallest epoch there is: 64 images of the embedded model, drawn and learnt from in the
 same turns. An epoch of Stable Diffusion takes minutes, so that there the share is smaller still.
