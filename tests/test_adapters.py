@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from lora_files import Made
 
 from texforce_cli.diffusion.adapters import Adapter, stack
 from texforce_cli.diffusion.models import load_pipeline, resolve_model
 from texforce_cli.diffusion.policy import Denoising, Policy
 from texforce_cli.diffusion.sampler import draw
 from texforce_cli.errors import TexforceError
-from texforce_cli.lora.files import lora_bytes, read_lora
+from texforce_cli.lora.read import read_lora
+from texforce_cli.lora.write import lora_bytes
 from texforce_cli.tiny import WEIGHTS
 
 PROMPTS, SEEDS = ["a cat", "two red dogs"], [3, 4]
@@ -34,6 +36,10 @@ def pictures(pipeline: Any, adapter: Adapter | None = None) -> np.ndarray:  # ty
     return draw(Policy(pipeline, Denoising(4, 2.0), adapter=adapter), PROMPTS, SEEDS, batch=2).astype(int)
 
 
+def scaled(weights: Any, weight: float) -> tuple[str, Any]:
+    return "x", {key: value * weight if "lora_B" in key else value for key, value in weights.items()}
+
+
 def fresh() -> Any:
     return load_pipeline(resolve_model("tiny"), device=torch.device("cpu"), precision="fp32")
 
@@ -49,7 +55,7 @@ def test_diffusers_loads_the_file_with_exactly_the_trained_effect(pipeline: Any,
     plain.load_lora_weights(tmp_path)
     assert np.abs(pictures(plain) - live).max() <= 1
     ours = fresh()
-    stack(ours, [(read_lora(str(tmp_path)).weights, 1.0)])
+    stack(ours, [("x", read_lora(str(tmp_path)).arrays())])
     assert np.abs(pictures(ours) - live).max() <= 1
 
 
@@ -78,13 +84,13 @@ def test_starting_from_a_lora_of_smaller_rank_is_exact(pipeline: Any) -> None:
     live = pictures(pipeline, adapter)
     second = fresh()
     started = Adapter.insert(second, "both", rank=5, alpha=10, seed=1)
-    started.import_(adapter.export(), 1.0, "x")
+    started.import_(adapter.export(), "x")
     assert np.abs(pictures(second, started) - live).max() <= 1
     small = Adapter.insert(fresh(), "both", rank=2, alpha=2, seed=1)
     with pytest.raises(TexforceError, match="has rank 3, this run has rank 2; use --rank 3"):
-        small.import_(adapter.export(), 1.0, "x")
+        small.import_(adapter.export(), "x")
     with pytest.raises(TexforceError, match="holds no layer"):
-        small.import_({}, 1.0, "x")
+        small.import_({}, "x")
 
 
 def test_loras_stack_with_weights_that_add_up(pipeline: Any) -> None:
@@ -92,11 +98,11 @@ def test_loras_stack_with_weights_that_add_up(pipeline: Any) -> None:
     live = pictures(pipeline, adapter)
     weights = adapter.export()
     halves = fresh()
-    stack(halves, [(weights, 0.25), (weights, 0.75)])
+    stack(halves, [scaled(weights, 0.25), scaled(weights, 0.75)])
     assert np.abs(pictures(halves) - live).max() <= 2
     cancelled = fresh()
     base = pictures(cancelled)
-    stack(cancelled, [(weights, 1.0), (weights, -1.0)])
+    stack(cancelled, [scaled(weights, 1.0), scaled(weights, -1.0)])
     assert np.abs(pictures(cancelled) - base).max() <= 2
 
 
@@ -108,7 +114,55 @@ def test_a_lora_of_another_model_is_refused(key: str) -> None:
     good = tuned(fresh()).export()
     stray = {f"{key}.lora_A.weight": torch.ones(2, 128), f"{key}.lora_B.weight": torch.ones(128, 2)}
     with pytest.raises(TexforceError, match="another base model"):
-        stack(pipeline, [(good | stray, 1.0)])
+        stack(pipeline, [("x", good | stray)])
     wrong = {name: torch.ones(3, 77) if "lora_A" in name else value for name, value in good.items()}
     with pytest.raises(TexforceError, match="another base model"):
-        stack(fresh(), [(wrong, 1.0)])
+        stack(fresh(), [("x", wrong)])
+
+
+def test_an_official_folder_changes_the_encoder_by_exactly_what_it_encodes(tmp_path: Path) -> None:
+    """The published form (`base_model.model.text_model...`, r = alpha = 16) loads nothing in peft under transformers 5.6."""
+    ours, encoder = fresh(), fresh().text_encoder
+    width = encoder.config.hidden_size
+    made = Made()
+    for layer in range(len(encoder_layers(encoder))):
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            key = f"text_model.encoder.layers.{layer}.self_attn.{name}"
+            made.add(
+                f"text_encoder.{key}",
+                *(f"base_model.model.{key}.lora_{x}.weight" for x in "AB"),
+                rank=16,
+                shape=(width, width),
+            )
+    made.tensors = {key: value * np.float32(0.05) for key, value in made.tensors.items()}
+    made.save(tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 16, "lora_alpha": 16}')
+    ids = torch.arange(16)[None]
+    before = encoder(ids).last_hidden_state
+    for layer, block in enumerate(encoder_layers(encoder)):
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            delta = made.wanted[f"text_encoder.text_model.encoder.layers.{layer}.self_attn.{name}"] * 0.05**2
+            block.self_attn.get_submodule(name).weight.data += torch.from_numpy(delta)
+    stack(ours, [("x", read_lora(str(tmp_path)).arrays())])
+    after = encoder(ids).last_hidden_state
+    assert (after - before).abs().max() > 0.1
+    assert torch.allclose(ours.text_encoder(ids).last_hidden_state, after, rtol=0, atol=1e-5)
+
+
+def encoder_layers(encoder: Any) -> Any:
+    return getattr(encoder, "text_model", encoder).encoder.layers
+
+
+def test_a_layer_that_loads_but_at_another_scale_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    good = tuned(fresh()).export()
+    pipeline = fresh()
+    put = type(pipeline).set_adapters
+
+    def half(self: Any, *arguments: Any) -> None:
+        put(self, *arguments)
+        layer = self.unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
+        layer.scaling["lora0"] = 0.5
+
+    monkeypatch.setattr(type(pipeline), "set_adapters", half)
+    with pytest.raises(TexforceError, match=r"attn1.to_q' of 'x' did not arrive"):
+        stack(pipeline, [("x", good)])

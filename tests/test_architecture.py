@@ -16,7 +16,7 @@ LAYERS = [
     {"workflows"},
     {"algorithms"},
     {"diffusion", "lora", "rewards", "prompts", "report"},
-    {"tiny", "presets", "config", "files", "devices"},
+    {"tiny", "presets", "config", "files", "devices", "tensorfile"},
     {"core"},
     {"errors"},
 ]

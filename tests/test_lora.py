@@ -1,21 +1,30 @@
-"""LoRA files: the syntax of a weight, exact reading and writing, refusals."""
+"""LoRA files: the syntax of a weight, every format read to the change that it encodes, refusals."""
 
 from __future__ import annotations
 
 import json
+import math
+import pickle
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lora_files import FORMATS, TEXT, UNET, Made, close, deltas, factors, kohya, peft_folder
 
 from texforce_cli.errors import TexforceError, UsageError
-from texforce_cli.lora.files import find_lora, lora_bytes, read_lora
+from texforce_cli.lora.lora import Lora, common_bases
+from texforce_cli.lora.names import parse_key
+from texforce_cli.lora.read import find_lora, read_lora
 from texforce_cli.lora.spec import LoraSpec, parse_lora
+from texforce_cli.lora.write import lora_bytes
 
-KEY = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+KEY = f"text_encoder.{TEXT}"
 
 
 @pytest.mark.parametrize(
@@ -28,13 +37,17 @@ KEY = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
         ("a:b.safetensors", "a:b.safetensors", 1.0),
         ("x:.5", "x", 0.5),
         ("org/repo:1e-1", "org/repo", 0.1),
+        ("a:te", "a:te", 1.0),
     ],
 )
 def test_a_source_with_a_weight(text: str, source: str, weight: float) -> None:
     assert parse_lora(text) == LoraSpec(source, weight)
 
 
-@pytest.mark.parametrize("text", ["x:nan", "x:inf", "x:0,7", "x:", ":0.5", ""])
+@pytest.mark.parametrize(
+    "text",
+    ["x:nan", "x:inf", "x:0,7", "x:", ":0.5", "", "x:te=", "x:te=nan", "x:te=0.7,te=0.3", "x:te=0.7,unet=inf", ":te=1"],
+)
 def test_what_looks_like_a_weight_and_is_none_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="is no LoRA with a weight"):
         parse_lora(text)
@@ -45,73 +58,217 @@ def test_any_path_with_any_weight_is_read_back(path: str, weight: float) -> None
     assert parse_lora(f"{path}:{weight!r}") == LoraSpec(path, weight)
 
 
-def weights(rank: int = 2, level: str = "text_model.") -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    key = KEY.replace("text_model.", level)
-    return {
-        f"{key}.lora_A.weight": torch.randn(rank, 4, generator=generator),
-        f"{key}.lora_B.weight": torch.randn(3, rank, generator=generator),
-    }
+@given(st.dictionaries(st.sampled_from(["te", "te2", "unet"]), st.floats(-10, 10), min_size=1))
+def test_weights_of_components_are_read_back(parts: dict[str, float]) -> None:
+    text = ",".join(f"{name}={value!r}" for name, value in parts.items())
+    assert parse_lora(f"C:\\a.safetensors:{text}") == LoraSpec("C:\\a.safetensors", 1.0, parts)
 
 
-def test_what_is_written_is_read_back_and_is_the_same_bytes_each_time(tmp_path: Path) -> None:
-    metadata = {f"key{i}": str(i) for i in range(20)}
-    data = lora_bytes(weights(), metadata)
-    assert data == lora_bytes(weights(), dict(reversed(metadata.items())))
-    (tmp_path / "a.safetensors").write_bytes(data)
-    found = read_lora(str(tmp_path / "a.safetensors"))
-    assert {**metadata, "format": "pt"} == found.metadata
-    assert all(torch.equal(found.weights[key], value) for key, value in weights().items())
+def test_the_weight_of_each_component() -> None:
+    spec = parse_lora("a:te=0.7,unet=0.3")
+    assert [spec.weight_of(c) for c in ("text_encoder", "text_encoder_2", "unet")] == [0.7, 0.7, 0.3]
+    spec = parse_lora("a:te2=0.2,te=0.7")
+    assert [spec.weight_of(c) for c in ("text_encoder", "text_encoder_2", "unet")] == [0.7, 0.2, 1.0]
+    assert parse_lora("a:0.4").weight_of("unet") == 0.4
 
 
-def test_text_encoder_keys_are_given_their_level(tmp_path: Path) -> None:
-    safetensors.torch.save_file(weights(level=""), tmp_path / "a.safetensors")
-    assert set(read_lora(str(tmp_path / "a.safetensors")).weights) == set(weights())
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_gives_the_change_that_it_encodes(name: str, tmp_path: Path) -> None:
+    path, wanted = FORMATS[name](tmp_path / "x")
+    lora = read_lora(str(path))
+    assert lora.format.startswith(name.partition(",")[0])
+    assert close(deltas(lora), wanted)
 
 
-def test_alpha_of_the_header_is_folded_into_b(tmp_path: Path) -> None:
-    header = {"lora_adapter_metadata": json.dumps({"text_encoder.lora_alpha": 8, "text_encoder.r": 2})}
-    safetensors.torch.save_file(weights(), tmp_path / "a.safetensors", header)
-    found = read_lora(str(tmp_path / "a.safetensors")).weights
-    assert torch.equal(found[f"{KEY}.lora_B.weight"], 4 * weights()[f"{KEY}.lora_B.weight"])
-    assert torch.equal(found[f"{KEY}.lora_A.weight"], weights()[f"{KEY}.lora_A.weight"])
+def test_names_of_kohya_and_of_the_original_code_are_told_apart(tmp_path: Path) -> None:
+    assert "sgm" in read_lora(str(FORMATS["kohya, sgm names"](tmp_path / "x")[0])).format
+    assert read_lora(str(kohya(tmp_path / "y")[0])).format == "kohya"
 
 
-def test_a_lora_is_found_in_its_run_adapter_and_checkpoint_folder(tmp_path: Path) -> None:
+@pytest.mark.parametrize("depth", [1, 2, 10])
+def test_any_layer_of_a_unet_comes_back_from_its_name_in_kohyas_form(depth: int) -> None:
+    for block in ("down_blocks.0", "up_blocks.10", "mid_block"):
+        for inside in ("attn1.to_q", "attn2.to_out.0", "ff.net.0.proj", "ff.net.2"):
+            path = f"{block}.attentions.1.transformer_blocks.{depth}.{inside}"
+            place = parse_key(f"lora_unet_{path.replace('.', '_')}.lora_down.weight")
+            assert place is not None
+            assert place.path == path
+
+
+def test_a_pickle_is_refused_unless_allowed_and_then_only_tensors_are_made(tmp_path: Path) -> None:
+    folder, wanted = peft_folder(tmp_path / "x")
+    weights = safetensors.torch.load_file(folder / "adapter_model.safetensors")
+    (folder / "adapter_model.safetensors").unlink()
+    torch.save(weights, folder / "adapter_model.bin")
+    with pytest.raises(UsageError, match="is a pickle, which can run code"):
+        read_lora(str(folder))
+    assert close(deltas(read_lora(str(folder), allow_pickle=True)), wanted)
+
+
+class _Hostile:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return (open, (str(self.path), "w"))
+
+
+def test_a_malicious_pickle_makes_nothing(tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    (tmp_path / "a.bin").write_bytes(pickle.dumps({"x.lora_A.weight": _Hostile(trace)}))
+    torch.save({"x.lora_A.weight": _Hostile(trace)}, tmp_path / "b.bin")
+    trace.unlink(missing_ok=True)
+    for name in ("a.bin", "b.bin"):
+        with pytest.raises(TexforceError, match="cannot be read as tensors alone"):
+            read_lora(str(tmp_path / name), allow_pickle=True)
+    assert not trace.exists()
+
+
+def test_a_lora_is_found_in_its_run_adapter_checkpoint_and_hub_folder(tmp_path: Path) -> None:
     file = tmp_path / "run" / "adapter" / "pytorch_lora_weights.safetensors"
     file.parent.mkdir(parents=True)
-    file.write_bytes(lora_bytes(weights(), {}))
+    file.write_bytes(lora_bytes(Made().add(KEY, f"{KEY}.lora_A.weight", f"{KEY}.lora_B.weight").tensors, {}))
     for path in (file, file.parent, tmp_path / "run"):
-        assert find_lora(str(path)) == file
+        assert find_lora(str(path)) == [file]
     with pytest.raises(UsageError, match="holds no LoRA"):
         find_lora(str(tmp_path))
     with pytest.raises(UsageError, match="there is no LoRA"):
         find_lora(str(tmp_path / "none"))
+    (tmp_path / "style.safetensors").write_bytes(file.read_bytes())
+    assert find_lora(str(tmp_path)) == [tmp_path / "style.safetensors"]
+    (tmp_path / "other.safetensors").write_bytes(file.read_bytes())
+    with pytest.raises(UsageError, match=r"holds several files \(other.safetensors, style.safetensors\)"):
+        find_lora(str(tmp_path))
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(UsageError, match="there is no LoRA"):
+        find_lora(str(tmp_path / "loop"))
+
+
+ONE = torch.ones(2, 2)
+PAIR = {f"{KEY}.lora_A.weight": ONE, f"{KEY}.lora_B.weight": ONE}
+STEM = "lora_unet_mid_block_attentions_0_proj_in"
+REFUSED: list[tuple[dict[str, torch.Tensor], str]] = [
+    ({}, "holds no tensors"),
+    ({f"{KEY}.lora_A.weight": ONE}, "without its lora_B"),
+    ({f"{KEY}.lora_B.weight": ONE}, "without its lora_A"),
+    ({f"{STEM}.alpha": torch.tensor(1.0)}, "without its lora_A .down. and lora_B"),
+    ({"model.diffusion_model.input_blocks.0.0.weight": ONE}, "is no LoRA .key 'model.diffusion.*--unet"),
+    ({"text_model.encoder.layers.0.self_attn.q_proj.weight": ONE}, "is no LoRA"),
+    ({**PAIR, "transformer.blocks.0.attn.lora_A.weight": ONE}, "is of no LoRA of Stable Diffusion"),
+    ({**PAIR, "something": ONE}, "holds 'something', which"),
+    ({**PAIR, f"text_encoder.{TEXT}.lora_linear_layer.down.weight": ONE}, "which are the same"),
+    ({f"{STEM}.hada_w1_a": ONE}, "is a LoHa"),
+    ({f"{STEM}.lokr_w1": ONE}, "is a LoKr"),
+    ({f"{STEM}.lora_mid.weight": ONE}, "Tucker"),
+    ({f"{STEM}.dora_scale": ONE}, "is a DoRA"),
+    ({f"{KEY}.lora_magnitude_vector": ONE}, "is a DoRA"),
+    ({f"{KEY}.lora_B.bias": ONE}, "with a bias"),
+    ({f"{STEM}.diff": ONE}, "full differences"),
+    ({f"{STEM}.diff_b": ONE}, "full differences"),
+    ({f"{STEM}.w_norm": ONE}, "changed norms"),
+    ({"emb_params": ONE}, "textual inversion"),
+    ({"bundle_emb.x.string_to_param.*": ONE, **PAIR}, "textual inversion"),
+    ({f"{KEY}.lora_A.weight": torch.ones(2, 3), f"{KEY}.lora_B.weight": torch.ones(3, 4)}, "cannot be multiplied"),
+    ({f"{KEY}.lora_A.weight": torch.ones(0, 3), f"{KEY}.lora_B.weight": torch.ones(3, 0)}, "cannot be multiplied"),
+    ({f"{KEY}.lora_A.weight": torch.ones(2), f"{KEY}.lora_B.weight": torch.ones(2)}, "cannot be multiplied"),
+    (
+        {f"{KEY}.lora_A.weight": torch.ones(2, 3), f"{KEY}.lora_B.weight": torch.ones(3, 2, 3, 3)},
+        "cannot be multiplied",
+    ),
+    ({f"{STEM}.lora_down.weight": ONE, f"{STEM}.lora_up.weight": ONE, f"{STEM}.alpha": ONE}, "alpha is one number"),
+    ({f"{STEM}.lora_down.weight": ONE, f"{STEM}.lora_up.weight": ONE, f"{STEM}.alpha": torch.tensor(math.nan)}, "NaN"),
+    ({"lora_unet_nowhere_3.lora_down.weight": ONE, "lora_unet_nowhere_3.lora_up.weight": ONE}, "of no LoRA of Stable"),
+    ({"lora_unet_input_blocks_1_0_nothing.lora_down.weight": ONE}, "of no LoRA of Stable"),
+]
+
+
+@pytest.mark.parametrize(("tensors", "sentence"), REFUSED, ids=[sentence for _, sentence in REFUSED])
+def test_what_cannot_be_merged_is_refused_with_file_and_key(
+    tmp_path: Path, tensors: dict[str, torch.Tensor], sentence: str
+) -> None:
+    safetensors.torch.save_file({key: value.clone() for key, value in tensors.items()}, tmp_path / "a.safetensors")
+    with pytest.raises(TexforceError, match=sentence) as caught:
+        read_lora(str(tmp_path / "a.safetensors"))
+    assert "a.safetensors" in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("tensors", "sentence"),
+    ("config", "sentence"),
     [
-        ({}, "holds no tensors"),
-        ({f"{KEY}.lora_A.weight": torch.ones(1, 1)}, "without"),
-        ({"lora_te_x.lora_down.weight": torch.ones(1, 1)}, "is a kohya LoRA"),
-        ({"model.weight": torch.ones(1)}, "no LoRA of diffusers' form"),
-        ({**weights(), f"{KEY}.lora_B.weight": torch.full((3, 2), torch.nan)}, "NaN or infinite"),
+        ({"peft_type": "LOHA"}, "of the type LOHA"),
+        ({"use_dora": True}, "made with use_dora"),
+        ({"bias": "all"}, "made with bias"),
+        ({"modules_to_save": ["x"]}, "made with modules_to_save"),
+        ({"lora_alpha": "much"}, "an alpha of 'much'"),
+        ({"lora_alpha": 1e999}, "an alpha of"),
+        ({"lora_alpha": 4, "alpha_pattern": {"(a+)+$": 1}}, "only names of modules"),
     ],
 )
-def test_what_is_no_lora_is_refused_with_its_key(
-    tmp_path: Path, tensors: dict[str, torch.Tensor], sentence: str
-) -> None:
-    safetensors.torch.save_file(tensors, tmp_path / "a.safetensors")
+def test_a_config_that_means_something_else_is_refused(tmp_path: Path, config: dict[str, Any], sentence: str) -> None:
+    folder, _ = peft_folder(tmp_path / "x")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(TexforceError, match=sentence):
-        read_lora(str(tmp_path / "a.safetensors"))
+        read_lora(str(folder))
 
 
-@pytest.mark.parametrize("content", [b"", b"<!doctype html>", b"version https://git-lfs", b"\xff" * 64])
-def test_a_damaged_file_is_one_sentence(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "a.safetensors").write_bytes(content)
-    with pytest.raises(TexforceError, match="is not a readable safetensors file"):
-        read_lora(str(tmp_path / "a.safetensors"))
-    (tmp_path / "a.bin").write_bytes(content)
-    with pytest.raises(UsageError, match="can run code"):
-        read_lora(str(tmp_path / "a.bin"))
+@pytest.mark.parametrize("text", ["{", "[]", "\xff", "{" * 5000])
+def test_a_config_that_cannot_be_read_is_one_sentence(tmp_path: Path, text: str) -> None:
+    folder, _ = peft_folder(tmp_path / "x")
+    (folder / "adapter_config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(TexforceError, match=r"adapter_config.json' cannot be read"):
+        read_lora(str(folder))
+
+
+def attention(
+    width: int, path: str = f"{UNET}.to_k", component: str = "unet", **metadata: str
+) -> Callable[[Path], Lora]:
+    def make(path_of_file: Path) -> Lora:
+        a, b = factors(0, 2, width, 3)
+        key = f"{component}.{path}"
+        path_of_file.write_bytes(lora_bytes({f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}, metadata))
+        return read_lora(str(path_of_file))
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("make", "base"),
+    [
+        (attention(768), "SD 1.x"),
+        (attention(1024), "SD 2.x"),
+        (attention(2048), "SDXL"),
+        (attention(96), "a model of text width 96"),
+        (attention(768, TEXT, "text_encoder"), "SD 1.x or SDXL"),
+        (attention(768, TEXT, "text_encoder", **{"modelspec.architecture": "stable-diffusion-v1/lora"}), "SD 1.x"),
+        (attention(768, TEXT, "text_encoder", ss_base_model_version="sdxl_base_v1-0"), "SDXL"),
+        (attention(768, TEXT, "text_encoder", ss_base_model_version="sd_v2"), "SD 1.x or SDXL"),
+        (attention(1024, TEXT, "text_encoder"), "SD 2.x"),
+        (attention(1280, TEXT, "text_encoder_2"), "SDXL"),
+        (attention(320, f"{UNET}.to_q"), "unknown"),
+        (attention(320, f"{UNET}.to_q", ss_base_model_version="sd_v1"), "SD 1.x"),
+    ],
+)
+def test_the_base_model_is_told_by_widths_then_by_headers(tmp_path: Path, make: Any, base: str) -> None:
+    assert make(tmp_path / "a.safetensors").base == base
+
+
+def test_loras_of_different_bases_are_told_apart(tmp_path: Path) -> None:
+    one, two = attention(768)(tmp_path / "a.safetensors"), attention(1024)(tmp_path / "b.safetensors")
+    with pytest.raises(TexforceError, match=r"'.*b.safetensors' and '.*a.safetensors' were made for different base"):
+        common_bases([one, two])
+    text = attention(1024, TEXT, "text_encoder")(tmp_path / "c.safetensors")
+    with pytest.raises(TexforceError, match=r"c.safetensors' was made for SD 2.x, '.*a.safetensors' for SD 1.x"):
+        common_bases([one, text])
+    either = attention(768, TEXT, "text_encoder")(tmp_path / "d.safetensors")
+    assert common_bases([either, one]) == {"SD 1.x"}
+
+
+def test_arrays_have_scale_and_weight_in_b(tmp_path: Path) -> None:
+    path, wanted = kohya(tmp_path / "x")
+    arrays = read_lora(str(path)).arrays(lambda component: 0.5 if component == "unet" else -2.0)
+    for name, delta in wanted.items():
+        a, b = arrays[f"{name}.lora_A.weight"], arrays[f"{name}.lora_B.weight"]
+        assert a.ndim == b.ndim
+        weight = 0.5 if name.startswith("unet") else -2.0
+        found = b.reshape(b.shape[:2]).astype(float) @ a.reshape(len(a), -1)
+        assert np.allclose(found, weight * delta, rtol=0, atol=1e-5)

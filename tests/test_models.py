@@ -762,7 +762,7 @@ def _inpainting(path: Path) -> None:
 @pytest.mark.parametrize(
     ("write", "says"),
     [
-        (_bytes(b""), "is empty; download it again"),
+        (_bytes(b""), "is empty; copy or download it again"),
         (_bytes(b"\n<!DOCTYPE html><html>"), "is a web page"),
         (_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n"), "git-lfs pointer"),
         (_bytes(b"PK\x03\x04" + bytes(40)), "is a pickle"),

@@ -14,7 +14,7 @@ from texforce_cli.cli.app import run
 from texforce_cli.diffusion.adapters import Adapter
 from texforce_cli.diffusion.models import load_pipeline, resolve_model
 from texforce_cli.errors import UsageError
-from texforce_cli.lora.files import lora_bytes
+from texforce_cli.lora.write import lora_bytes
 from texforce_cli.workflows.sample import SCHEDULERS, parse_seeds
 
 FAST = ["--model", "tiny", "--steps", "3"]
@@ -195,3 +195,27 @@ def test_equal_prompts_and_seeds_are_drawn_once() -> None:
 def test_a_prompt_set_by_name_fits_the_model() -> None:
     assert run(["sample", "--prompts", "hand", "--out", "p", "--model", "tiny", "--steps", "1", "--batch", "32"]) == 0
     assert len(list(Path("p").iterdir())) == 38
+
+
+def test_a_fused_file_draws_what_its_sources_draw_stacked(tmp_path: Path) -> None:
+    """fuse == stack, to a level of rounding of one of 255."""
+    sources = []
+    for seed in (1, 2):
+        pipeline = load_pipeline(resolve_model("tiny"), device=torch.device("cpu"), precision="fp32")
+        adapter = Adapter.insert(pipeline, "both", rank=2, alpha=2, seed=seed)
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in adapter.parameters():
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+        (tmp_path / f"{seed}.safetensors").write_bytes(lora_bytes(adapter.export(), {}))
+        sources.append(str(tmp_path / f"{seed}.safetensors"))
+    weighted = [f"{sources[0]}:0.7", f"{sources[1]}:te=-0.3,unet=0.5"]
+    fused = str(tmp_path / "fused.safetensors")
+    assert run(["fuse", *weighted, "--out", fused]) == 0
+    pictures = {}
+    for name, loras in (("stack", weighted), ("fused", [fused]), ("one", weighted[:1])):
+        flags = [flag for lora in loras for flag in ("--lora", lora)]
+        assert run(["sample", "a cat", "--model", "tiny", "--seeds", "0:3", "--out", str(tmp_path / name), *flags]) == 0
+        files = sorted((tmp_path / name).glob("*.png"))
+        pictures[name] = np.stack([np.asarray(Image.open(file)) for file in files]).astype(int)
+    assert np.abs(pictures["stack"] - pictures["fused"]).max() <= 1
+    assert np.abs(pictures["stack"] - pictures["one"]).max() > 20

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from texforce_cli.cli.app import run
-from texforce_cli.lora.files import FILE_NAME
+from texforce_cli.lora.read import FILE_NAME
 
 SMALL = (
     "--samples-per-epoch 8 --group-size 4 --micro-batch 4 --grad-accum 1 --steps 3 --train-steps first:2 "

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import typer
 from rich.console import Console
 from rich.markup import escape
 
@@ -16,9 +17,19 @@ from texforce_cli.errors import TexforceError
 stderr = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
 
 
+def clean(text: str) -> str:
+    """Text without control characters, which prompts and file names may hold."""
+    return "".join(c if c.isprintable() or c == "\n" else "�" for c in text)
+
+
 def printable(text: str) -> str:
-    """Text for a terminal: no control characters, which prompts and file names may hold, and no markup of rich."""
-    return escape("".join(c if c.isprintable() or c == "\n" else "�" for c in text))
+    """Text for a terminal: no control characters and no markup of rich."""
+    return escape(clean(text))
+
+
+def data(text: str) -> None:
+    """A line of what was asked for, on stdout."""
+    typer.echo(clean(text))
 
 
 def note(text: str) -> None:

@@ -26,6 +26,14 @@ def sample(
             "--lora", help="PATH[:WEIGHT] of a file, adapter, checkpoint or run; repeatable.", rich_help_panel=_WHAT
         ),
     ] = None,
+    unet: Annotated[
+        Optional[str],
+        typer.Option(help="Whole weights in place of the model's: folder or file.", rich_help_panel=_WHAT),
+    ] = None,
+    text_encoder: Annotated[Optional[str], typer.Option(help="The same.", rich_help_panel=_WHAT)] = None,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read .bin, .pt: tensors alone.", rich_help_panel=_WHAT)
+    ] = False,
     seeds: Annotated[str, typer.Option(help="7, 0:8 or 1,5,9: each prompt with each.", rich_help_panel=_WHAT)] = "0",
     compare: Annotated[
         bool, typer.Option("--compare", help="Also the base, same seeds.", rich_help_panel=_WHAT)
@@ -74,6 +82,9 @@ def sample(
         out=out,
         model=model,
         loras=lora or [],
+        unet=unet,
+        text_encoder=text_encoder,
+        allow_pickle=allow_pickle,
         steps=steps,
         guidance=guidance,
         eta=eta,

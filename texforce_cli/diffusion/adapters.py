@@ -6,9 +6,10 @@ LoRA: W' = W + (alpha / r) B A (Hu et al. 2022; sec. 2.2 of the paper).
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -18,10 +19,12 @@ from torch import Tensor, nn
 from texforce_cli.core.seeds import derive
 from texforce_cli.diffusion.quiet import quiet
 from texforce_cli.errors import TexforceError
+from texforce_cli.tensorfile import Array
 
 Trained = Literal["text-encoder", "unet", "both"]
 
 _NAME = "texforce"
+_OTHER_BASE = "it was made for another base model"
 _TARGETS = {
     "text_encoder": ["q_proj", "k_proj", "v_proj", "out_proj"],
     "unet": ["to_q", "to_k", "to_v", "to_out.0"],
@@ -108,8 +111,8 @@ class Adapter:
             result[f"{name}.lora_B.weight"] = layer.lora_B[_NAME].weight.detach().cpu().float() * scale
         return result
 
-    def import_(self, weights: Mapping[str, Tensor], weight: float, source: str) -> None:
-        """Start from a LoRA with alpha = rank, times `weight`; a smaller rank than ours is completed.
+    def import_(self, weights: Mapping[str, Array], source: str) -> None:
+        """Start from a LoRA with alpha = rank, its factors by their keys in diffusers' form; a smaller rank is completed.
 
         Raises:
             TexforceError: a larger rank, other shapes, or no layer in common.
@@ -117,9 +120,9 @@ class Adapter:
         scale = self.alpha / self.rank
         used = 0
         for name, layer in self.layers():
-            a, b = weights.get(f"{name}.lora_A.weight"), weights.get(f"{name}.lora_B.weight")
-            if a is None or b is None:
+            if f"{name}.lora_A.weight" not in weights:
                 continue
+            a, b = (torch.as_tensor(weights[f"{name}.lora_{factor}.weight"]).flatten(1) for factor in "AB")
             ours_a, ours_b = layer.lora_A[_NAME].weight.data, layer.lora_B[_NAME].weight.data
             rank = a.shape[0]
             if rank > self.rank:
@@ -129,7 +132,7 @@ class Adapter:
                     f"'{source}' does not fit this model ({name})", "it was made for another base model"
                 )
             ours_a[:rank].copy_(a)
-            ours_b[:, :rank].copy_(b * (weight / scale))
+            ours_b[:, :rank].copy_(b / scale)
             used += 1
         present = sum(key.endswith(".lora_A.weight") for key in weights)
         if not used:
@@ -154,32 +157,65 @@ def base_model(pipeline: Any) -> Iterator[None]:
             layer._disable_adapters = False
 
 
-def stack(pipeline: Any, loras: Sequence[tuple[Mapping[str, Tensor], float]]) -> None:
-    """Put LoRAs (alpha = rank) on a pipeline, each with its weight, and check that every layer arrived.
+def stack(pipeline: Any, loras: Sequence[tuple[str, Mapping[str, Array]]]) -> None:
+    """Put LoRAs (their source's name, their factors by diffusers' keys) on a pipeline, and check that every layer arrived.
+
+    alpha = rank and the weights are in the factors, so that every scale is 1, whatever a loader makes of scales.
 
     Raises:
         TexforceError: a layer of a LoRA does not exist in this pipeline, or has other shapes.
     """
     names = [f"lora{index}" for index in range(len(loras))]
-    for name, (weights, _) in zip(names, loras):
+    for name, (source, arrays) in zip(names, loras):
+        weights = _fitted(pipeline, source, arrays)
         try:
             with quiet():  # what matters is checked below
-                pipeline.load_lora_weights(dict(weights), adapter_name=name)
+                pipeline.load_lora_weights(weights, adapter_name=name)
         except (RuntimeError, ValueError, KeyError) as error:
             first = str(error).strip().splitlines()[0][:200]
-            raise TexforceError(
-                f"a LoRA does not fit this model ({first})", "it was made for another base model"
-            ) from error
-        expected = sum(key.endswith(".lora_A.weight") for key in weights)
-        found = sum(
-            isinstance(layer, LoraLayer) and name in layer.lora_A
-            for module in (pipeline.unet, pipeline.text_encoder)
-            for layer in module.modules()
-        )
-        if found != expected:
-            raise TexforceError(
-                f"{expected - found} of {expected} layers of a LoRA found no place in this model",
-                "it was made for another base model",
-            )
+            raise TexforceError(f"'{source}' does not fit this model ({first})", _OTHER_BASE) from error
     if names:
-        pipeline.set_adapters(names, [weight for _, weight in loras])
+        pipeline.set_adapters(names, [1.0] * len(names))
+    for name, (source, arrays) in zip(names, loras):
+        for layer_name in dict.fromkeys(key.rpartition(".lora_")[0] for key in arrays):
+            layer = _layer(pipeline, layer_name)
+            arrived = isinstance(layer, LoraLayer) and name in layer.lora_A and name in layer.active_adapters
+            if not arrived or cast(LoraLayer, layer).scaling[name] != 1:
+                raise TexforceError(
+                    f"the layer '{layer_name}' of '{source}' did not arrive in the model", "report this as a bug"
+                )
+
+
+def _fitted(pipeline: Any, source: str, arrays: Mapping[str, Array]) -> dict[str, Tensor]:
+    """The factors as tensors of the shapes that the layers want: a 1 x 1 convolution may be stored as a linear layer."""
+    fitted = {}
+    for key, value in arrays.items():
+        array = torch.as_tensor(value)
+        name, _, factor = key.rpartition(".lora_")
+        layer = _layer(pipeline, name)
+        weight = getattr(layer, "weight", None)
+        if weight is None:
+            raise TexforceError(f"the layer '{name}' of '{source}' does not exist in this model", _OTHER_BASE)
+        rank, kernel = array.shape[0 if factor == "A.weight" else 1], tuple(weight.shape[2:])
+        if factor == "A.weight":
+            wanted = (rank, *weight.shape[1:])
+        else:
+            wanted = (weight.shape[0], rank, *(1 for _ in kernel))
+        if array.numel() != math.prod(wanted) or tuple(array.shape[:2]) != wanted[:2]:
+            raise TexforceError(
+                f"the layer '{name}' of '{source}' is {list(array.shape)}, this model's is {list(wanted)}", _OTHER_BASE
+            )
+        fitted[key] = array.reshape(wanted)
+    return fitted
+
+
+def _layer(pipeline: Any, name: str) -> nn.Module | None:
+    """The layer that a LoRA names, whatever LoRA is on it already; with and without the level `text_model`."""
+    component, _, path = name.partition(".")
+    module = getattr(pipeline, component, None)
+    for tried in (path, path.removeprefix("text_model.")):
+        try:
+            return cast(nn.Module, module.get_submodule(tried)) if module is not None else None
+        except AttributeError:
+            continue
+    return None

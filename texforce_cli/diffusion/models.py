@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -20,6 +21,7 @@ from texforce_cli.diffusion.quiet import quiet
 from texforce_cli.errors import TexforceError, UsageError
 from texforce_cli.files import sha256
 from texforce_cli.presets import Family
+from texforce_cli.tensorfile import Array
 
 if TYPE_CHECKING:
     import torch
@@ -352,3 +354,32 @@ def _loading_error(source: ModelSource, error: Exception) -> TexforceError:
             f"run {fetch} with a network, or use --model tiny",
         )
     return TexforceError(f"the model '{where}' could not be loaded ({first})", f"try {fetch}, or use --model tiny")
+
+
+def replace_weights(
+    pipeline: Any, component: str, source: str, names: Sequence[str], read: Callable[[str], Array]
+) -> None:
+    """Put whole weights into a component, one tensor at a time. `names` are `unet.conv_in.weight`, `read` gives one.
+
+    Raises:
+        TexforceError: a weight is missing, of another shape, or without a place; the component is then half changed.
+    """
+    import torch
+
+    module = getattr(pipeline, component)
+    level = "text_model." if component == "text_encoder" and not hasattr(module, "text_model") else ""
+    places = {f"{component}.{level}{name}": tensor for name, tensor in module.state_dict().items()}
+    wrong = sorted(places.keys() ^ set(names))
+    if wrong:
+        has, lacks = ("this model", source) if wrong[0] in places else (source, "this model")
+        raise TexforceError(f"'{has}' has '{wrong[0]}' and '{lacks}' has not", "give weights of the same kind of model")
+    for name, place in places.items():
+        value = read(name)
+        same = value.size == place.numel() and value.shape[:2] == tuple(place.shape[:2])
+        if not same:
+            raise TexforceError(
+                f"'{name}' is {list(value.shape)} in '{source}' and {list(place.shape)} in this model",
+                "give weights of the same kind of model",
+            )
+        with torch.no_grad():
+            place.copy_(torch.as_tensor(value).reshape(place.shape))  # a 1 x 1 convolution may be stored as linear

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from safetensors import SafetensorError, safe_open
-
 from texforce_cli.errors import TexforceError
+from texforce_cli.tensorfile import TensorFile
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -37,11 +36,6 @@ _PREDICTIONS: dict[str, Prediction] = {
     "v": "v_prediction",
     "v_prediction": "v_prediction",
     "v-prediction": "v_prediction",
-}
-_IMPOSTORS = {
-    b"version https://git-lfs": ("a git-lfs pointer, not the file itself", "run `git lfs pull`, or download the file"),
-    b"<": ("a web page, not a checkpoint", "download the file itself: on the Hub /resolve/ where the page has /blob/"),
-    b"PK": ("a pickle with the ending of another format", "convert it to .safetensors; pickles can run code"),
 }
 
 
@@ -66,7 +60,11 @@ def inspect(path: Path) -> Checkpoint:
     Raises:
         TexforceError: no whole SD 1.x or 2.x checkpoint; the sentence says what it is instead.
     """
-    shapes, metadata = _header(path)
+    try:
+        file = TensorFile.open(path)
+    except TexforceError as error:  # no path of this machine in a run's record
+        raise type(error)(error.message.replace(str(path), path.name), error.hint) from error
+    shapes, metadata = {key: entry.shape for key, entry in file.entries.items()}, file.metadata
     width = next((shape[-1] for key, shape in shapes.items() if key.startswith(_UNET) and ".attn2.to_k." in key), None)
     _refuse_others(path.name, shapes, width)
     beside = path.with_suffix("")
@@ -119,28 +117,7 @@ def clip_tokenizer(generation: int) -> CLIPTokenizer:
     )
 
 
-def _header(path: Path) -> tuple[dict[str, list[int]], Mapping[str, str]]:
-    """The shape of every tensor, and the metadata."""
-    try:
-        with path.open("rb") as handle:
-            start = handle.read(64).lstrip()
-        if not start:
-            raise TexforceError(f"'{path.name}' is empty", "download it again")
-        for signature, (what, remedy) in _IMPOSTORS.items():
-            if start.startswith(signature):
-                raise TexforceError(f"'{path.name}' is {what}", remedy)
-        with safe_open(path, framework="np") as file:
-            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 - not a mapping
-            return shapes, file.metadata() or {}
-    except SafetensorError as error:
-        raise TexforceError(
-            f"'{path.name}' is cut short or no safetensors file ({error})", "download it again"
-        ) from error
-    except OSError as error:
-        raise TexforceError(f"'{path.name}' could not be read ({error.strerror or error})", "check the file") from error
-
-
-def _refuse_others(name: str, shapes: Mapping[str, list[int]], width: int | None) -> None:
+def _refuse_others(name: str, shapes: Mapping[str, tuple[int, ...]], width: int | None) -> None:
     whole = "give a whole SD 1.x or 2.x checkpoint, or the folder of a diffusers model"
     if not any(key.startswith(_UNET) for key in shapes):
         if any("lora" in key.lower() or key.startswith("lycoris_") for key in shapes):
@@ -152,7 +129,7 @@ def _refuse_others(name: str, shapes: Mapping[str, list[int]], width: int | None
         raise TexforceError(f"'{name}' is SDXL, which cannot be trained yet", "give an SD 1.x or 2.x checkpoint")
     if width is None:
         raise TexforceError(f"'{name}' is of another family than Stable Diffusion 1.x and 2.x", whole)
-    if shapes.get(f"{_UNET}input_blocks.0.0.weight", [0, 0])[1] == 9:
+    if shapes.get(f"{_UNET}input_blocks.0.0.weight", (0, 0))[1] == 9:
         raise TexforceError(f"'{name}' is an inpainting model, which cannot be trained", whole)
     if not any(key in shapes for key in _TEXT_ENCODERS):
         raise TexforceError(f"'{name}' holds no text encoder that can be read", whole)

@@ -4,37 +4,62 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from texforce_cli.errors import UsageError
 
 _NUMERIC = re.compile(r"[-+]?[\d.,]+(e[-+]?\d+)?|[-+]?(nan|inf|infinity)", re.IGNORECASE)
+_PARTS = re.compile(r"(te|te2|unet)=[^=,]*(,(te|te2|unet)=[^=,]*)*")
+_NAMES = {"te": ("text_encoder", "text_encoder_2"), "te2": ("text_encoder_2",), "unet": ("unet",)}
 
 
 @dataclass(frozen=True)
 class LoraSpec:
-    """A file or folder and its weight."""
+    """A file or folder and its weight; `parts` holds the weights of single components where they were given."""
 
     source: str
     weight: float = 1.0
+    parts: Mapping[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return f"{self.source}:{self.weight:g}"
+        return f"{self.source}:{self.weights}"
+
+    @property
+    def weights(self) -> str:
+        """The weights as they are written: `0.7`, `te=0.7,unet=0.3`."""
+        return ",".join(f"{name}={value:g}" for name, value in self.parts.items()) or f"{self.weight:g}"
+
+    def weight_of(self, component: str) -> float:
+        """The weight of text_encoder, text_encoder_2 or unet; what names the component alone decides, then `te`."""
+        fitting = [name for name in self.parts if component in _NAMES[name]]
+        return self.parts[min(fitting, key=lambda name: len(_NAMES[name]))] if fitting else self.weight
 
 
 def parse_lora(text: str) -> LoraSpec:
-    r"""Split at the last colon where a finite number follows: `a.safetensors:0.7`, `C:\loras\a.safetensors:-0.3`.
+    r"""Split at the last colon where weights follow: `a.safetensors:0.7`, `C:\loras\a:-0.3`, `a:te=0.7,unet=0.3`.
+
+    A component that is not named has the weight 1.
 
     Raises:
         UsageError: an empty source or weight, or a weight that looks like a number and is none (`nan`, `0,7`).
     """
     source, colon, tail = text.rpartition(":")
-    if not colon or not (_NUMERIC.fullmatch(tail) or tail == ""):
-        source, tail = text, "1"
+    parts: dict[str, float] = {}
+    weight = 1.0
     try:
-        weight = float(tail)
+        if colon and _PARTS.fullmatch(tail):
+            for part in tail.split(","):
+                name, _, value = part.partition("=")
+                if name in parts:
+                    raise ValueError("given twice")
+                parts[name] = float(value)
+        elif colon and (_NUMERIC.fullmatch(tail) or not tail):
+            weight = float(tail)
+        else:
+            source = text
     except ValueError:
         weight = math.nan
-    if not source or not math.isfinite(weight):
-        raise UsageError(f"'{text}' is no LoRA with a weight", "write PATH or PATH:0.7")
-    return LoraSpec(source, weight)
+    if not source or not all(map(math.isfinite, (weight, *parts.values()))):
+        raise UsageError(f"'{text}' is no LoRA with a weight", "write PATH, PATH:0.7 or PATH:te=0.7,unet=0.3")
+    return LoraSpec(source, weight, parts)

@@ -16,12 +16,11 @@ from texforce_cli.core.ppo import mean_clip_range
 from texforce_cli.core.train_steps import TrainSteps
 from texforce_cli.diffusion.adapters import Adapter
 from texforce_cli.diffusion.policy import Denoising, Policy
-from texforce_cli.lora.files import read_lora
-from texforce_cli.lora.spec import parse_lora
 from texforce_cli.prompts import Prompt
 from texforce_cli.rewards.isolation import WorkerSettings
 from texforce_cli.rewards.registry import Registry
 from texforce_cli.rewards.terms import RewardSet, parse_hosts, parse_terms
+from texforce_cli.workflows.loras import load_lora
 
 
 def make_rewards(config: TrainConfig, registry: Registry) -> RewardSet:
@@ -37,8 +36,8 @@ def make_adapter(pipeline: Any, config: TrainConfig, *, begin: bool = True) -> A
     rank = config.rank
     adapter = Adapter.insert(pipeline, config.train, rank=rank, alpha=config.alpha or rank, seed=config.seed)
     if config.init_lora and begin:
-        lora = parse_lora(config.init_lora)
-        adapter.import_(read_lora(lora.source).weights, lora.weight, lora.source)
+        loaded = load_lora(config.init_lora)
+        adapter.import_(loaded.arrays, loaded.lora.source)
     return adapter
 
 

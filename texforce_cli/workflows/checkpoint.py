@@ -15,7 +15,7 @@ import safetensors.torch
 from torch import Tensor
 
 from texforce_cli.files import sha256, write_bytes, write_error, write_json
-from texforce_cli.lora.files import FILE_NAME
+from texforce_cli.lora.read import FILE_NAME
 
 _STATE, _TENSORS = "state.json", "state.safetensors"
 

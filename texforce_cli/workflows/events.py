@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from texforce_cli.algorithms.base import EpochReport, Phase, Preflight
-from texforce_cli.core.statistics import Interval
+if TYPE_CHECKING:  # what only names a type here would import torch
+    from texforce_cli.algorithms.base import EpochReport, Phase, Preflight
+    from texforce_cli.core.statistics import Interval
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from texforce_cli.diffusion.models import fingerprint
 from texforce_cli.files import write_bytes, write_text
-from texforce_cli.lora.files import FILE_NAME, lora_bytes
+from texforce_cli.lora.read import FILE_NAME
+from texforce_cli.lora.write import lora_bytes
 from texforce_cli.workflows.events import Evaluation
 from texforce_cli.workflows.run_folder import versions
 

@@ -16,7 +16,7 @@ from texforce_cli.diffusion.models import (
     resolve_model,
 )
 from texforce_cli.errors import UsageError
-from texforce_cli.lora.files import find_lora
+from texforce_cli.lora.read import find_lora
 from texforce_cli.lora.spec import parse_lora
 from texforce_cli.presets import computed_hours, computed_memory_gb, computed_micro_batch, computed_petaflop
 from texforce_cli.prompts import PromptSet, load_prompts
@@ -119,7 +119,7 @@ def _chosen(config: TrainConfig, origins: Mapping[str, str], source: ModelSource
     }
     if config.init_lora:
         spec = parse_lora(config.init_lora)
-        chosen["init_lora"] = str(replace(spec, source=str(find_lora(spec.source).absolute())))
+        chosen["init_lora"] = str(replace(spec, source=_absolute(spec.source)))
     memory = device_memory_gb(device)
     if memory is not None and source.family == "sd":
         if origins["precision"] == "default":
@@ -133,3 +133,9 @@ def _chosen(config: TrainConfig, origins: Mapping[str, str], source: ModelSource
             chosen["micro_batch"] = fits
             chosen["grad_accum"] = config.update_batch // fits
     return chosen
+
+
+def _absolute(source: str) -> str:
+    """The file of a LoRA, or its folder where it is made of several, from any folder."""
+    files = find_lora(source)
+    return str(files[0].absolute() if len(files) == 1 else Path(source).expanduser().absolute())

@@ -27,11 +27,10 @@ from texforce_cli.diffusion.models import (
 from texforce_cli.diffusion.policy import Denoising, Policy
 from texforce_cli.diffusion.sampler import draw
 from texforce_cli.errors import UsageError
-from texforce_cli.lora.files import LoraFile, read_lora
-from texforce_cli.lora.spec import parse_lora
 from texforce_cli.prompts import load_prompts
 from texforce_cli.report.pictures import picture_grid, save_png
 from texforce_cli.workflows.events import Listener, Note, Progressed, Warned, silent
+from texforce_cli.workflows.loras import LoadedLora, load_lora, put_weights
 from texforce_cli.workflows.run_folder import versions
 
 
@@ -39,6 +38,7 @@ from texforce_cli.workflows.run_folder import versions
 class SampleRequest:
     """What to draw and where to put it.
 
+    `unet` and `text_encoder` are whole weights, a folder or file, that take the place of the model's own in every picture.
     `steps`, `guidance`, `eta` and `negative_prompt` None: as the first LoRA was trained, or as is usual. `prompt_set` is a
     set or file of more prompts.
     """
@@ -49,6 +49,9 @@ class SampleRequest:
     prompt_set: str | None = None
     model: str = "auto"
     loras: Sequence[str] = ()
+    unet: str | None = None
+    text_encoder: str | None = None
+    allow_pickle: bool = False
     steps: int | None = None
     guidance: float | None = None
     eta: float | None = None
@@ -62,6 +65,11 @@ class SampleRequest:
     grid: bool = False
     compare: bool = False
     force: bool = False
+
+    @property
+    def replaced(self) -> dict[str, str]:
+        """The components that get other weights, with their folder or file."""
+        return {name: path for name, path in (("unet", self.unet), ("text_encoder", self.text_encoder)) if path}
 
 
 @dataclass(frozen=True)
@@ -98,8 +106,8 @@ def sample(request: SampleRequest, listener: Listener = silent) -> SampleResult:
         UsageError: no prompt, files that exist already, unknown names.
         TexforceError: a LoRA or model that cannot be used, a disk that cannot be written.
     """
-    loras = [(spec, read_lora(spec.source)) for spec in map(parse_lora, request.loras)]
-    trained = next((about for _, file in loras if (about := _header(file))), {})
+    loras = [load_lora(text, allow_pickle=request.allow_pickle) for text in request.loras]
+    trained = next((lora.trained for lora in loras if lora.trained), {})
     source = _source(request.model, trained)
     denoising = _denoising(request, trained, source)
     pairs = _pairs(request, source)
@@ -113,9 +121,11 @@ def sample(request: SampleRequest, listener: Listener = silent) -> SampleResult:
     pipeline = load_pipeline(source, device=device, precision=request.precision, safety_checker=request.safety_checker)
     if not request.safety_checker and source.family == "sd":
         listener(Note("the safety checker is off; turn it on with --safety-checker"))
+    for component, weights in request.replaced.items():
+        put_weights(pipeline, component, weights, allow_pickle=request.allow_pickle)
     policy = _policy(pipeline, denoising, trained)
     _warn_of_long_prompts(policy, pairs, listener)
-    stack(pipeline, [(file.weights, spec.weight) for spec, file in loras])  # whether they fit, before anything is drawn
+    stack(pipeline, [(lora.lora.source, lora.arrays) for lora in loras])  # whether they fit, before anything is drawn
     pictures: dict[str, list[Image.Image]] = {}
     withheld = 0
     for variant in variants:
@@ -135,15 +145,6 @@ def sample(request: SampleRequest, listener: Listener = silent) -> SampleResult:
         prompts = list(dict.fromkeys(prompt for prompt, _ in pairs))
         save_png(grid_path, _grid(prompts, request.seeds, pictures, source), {"prompts": json.dumps(prompts)})
     return SampleResult(tuple(path for files in paths.values() for path in files), grid_path, withheld)
-
-
-def _header(file: LoraFile) -> dict[str, Any]:
-    """What texforce wrote into a LoRA about its training; {} for other LoRAs and for nonsense."""
-    try:
-        about = json.loads(file.metadata.get("texforce", "{}"))
-    except ValueError:
-        return {}
-    return about if isinstance(about, dict) else {}
 
 
 def _source(model: str, trained: Mapping[str, Any]) -> ModelSource:
@@ -278,12 +279,17 @@ def _refuse_to_overwrite(request: SampleRequest, paths: Sequence[Path]) -> None:
 
 
 def _about(
-    source: ModelSource, denoising: Denoising, request: SampleRequest, loras: Sequence[tuple[Any, LoraFile]]
+    source: ModelSource, denoising: Denoising, request: SampleRequest, loras: Sequence[LoadedLora]
 ) -> dict[str, str]:
     return {
         "model": source.location if source.kind == "hub" else source.name,
         "model_hash": json.dumps(fingerprint(source)),
-        "loras": json.dumps([{"file": file.path.name, "weight": s.weight, "sha256": file.sha256} for s, file in loras]),
+        "loras": json.dumps([lora.about for lora in loras]),
+        **{
+            name: Path(path).name
+            for name, path in (("unet", request.unet), ("text_encoder", request.text_encoder))
+            if path
+        },
         "steps": str(denoising.steps),
         "guidance": f"{denoising.guidance:g}",
         "eta": f"{denoising.eta:g}",

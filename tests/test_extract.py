@@ -1,0 +1,173 @@
+"""A LoRA of the difference of two models, and whole weights in place of the model's own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from lora_files import deltas
+
+from texforce_cli.cli import app
+from texforce_cli.errors import TexforceError
+from texforce_cli.lora.full import open_full
+from texforce_cli.tiny import WEIGHTS
+from texforce_cli.workflows.extract import ExtractRequest, extract
+
+UNET = WEIGHTS / "unet" / "diffusion_pytorch_model.safetensors"
+QUERY = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"
+CONV = "mid_block.resnets.0.conv1.weight"
+
+
+def changed(folder: Path, changes: dict[str, float], part: str = "unet") -> Path:
+    """A copy of a part of the embedded model in which some weights have noise of a standard deviation."""
+    source = next((WEIGHTS / part).glob("*.safetensors"))
+    weights = {key: value.float() for key, value in safetensors.torch.load_file(source).items()}
+    generator = torch.Generator().manual_seed(0)
+    for name, size in changes.items():
+        weights[name] += size * torch.randn(weights[name].shape, generator=generator)
+    folder.mkdir(parents=True)
+    safetensors.torch.save_file(weights, folder / source.name)
+    return folder
+
+
+def difference(tuned: Path, name: str) -> Any:
+    own, theirs = (safetensors.torch.load_file(path)[name].double() for path in (UNET, tuned / UNET.name))
+    return (theirs - own).numpy()
+
+
+def test_the_difference_becomes_the_closest_lora(tmp_path: Path) -> None:
+    tuned = changed(tmp_path / "tuned", {QUERY: 0.1, CONV: 0.05})
+    result = extract(ExtractRequest(str(UNET), str(tuned), tmp_path / "out.safetensors", rank=8))
+    found = deltas(tmp_path / "out.safetensors")
+    assert found.keys() == {f"unet.{name.removesuffix('.weight')}" for name in (QUERY, CONV)}
+    best = whole = 0.0
+    for name in (QUERY, CONV):
+        exact = difference(tuned, name)
+        exact = exact.reshape(len(exact), -1)
+        off = np.sum((found[f"unet.{name.removesuffix('.weight')}"] - exact) ** 2)
+        optimum = np.sum(np.linalg.svd(exact, compute_uv=False)[8:] ** 2)
+        assert off == pytest.approx(optimum, rel=1e-5)
+        best, whole = best + optimum, whole + np.sum(exact**2)
+    assert result.error == pytest.approx((best / whole) ** 0.5, rel=1e-6)
+    assert (result.modules, result.rest, result.left_out) == (2, 0.0, ())
+
+
+def test_a_change_of_low_rank_is_found_whole_and_draws_the_same(tmp_path: Path, capsys: Any) -> None:
+    """Full weights with --unet, and the LoRA of their difference with --lora, give the same pictures."""
+    tuned = changed(tmp_path / "tuned", {})
+    weights = safetensors.torch.load_file(tuned / UNET.name)
+    generator = torch.Generator().manual_seed(0)
+    name = [name for name in weights if name.endswith("attn2.to_out.0.weight")][-1]
+    rows, columns = weights[name].shape
+    weights[name] += torch.randn(rows, 2, generator=generator) @ torch.randn(2, columns, generator=generator) * 0.5
+    safetensors.torch.save_file(weights, tuned / UNET.name)
+    lora = tmp_path / "lora.safetensors"
+    arguments = ["fuse", "--extract", str(WEIGHTS), str(tuned), "--rank", "2", "--out", str(lora), "--json"]
+    assert app.run(arguments) == 0
+    assert json.loads(capsys.readouterr().out)["result"]["error"] < 1e-6
+    for name, option in (("a", ["--unet", str(tuned)]), ("b", ["--lora", str(lora)]), ("base", [])):
+        draw = ["sample", "a red cat", "--model", "tiny", "--seeds", "3", "--out", str(tmp_path / name), *option]
+        assert app.run(draw) == 0
+    from PIL import Image
+
+    a, b, base = (np.asarray(Image.open(next((tmp_path / n).glob("*.png")))).astype(int) for n in ("a", "b", "base"))
+    assert np.abs(a - b).max() <= 2
+    assert np.abs(a - base).max() > 20
+    with Image.open(next((tmp_path / "a").glob("*.png"))) as image:
+        assert image.info["unet"] == "tuned"
+
+
+def test_what_a_lora_cannot_hold_is_listed_with_its_share_and_refused_above_a_limit(tmp_path: Path) -> None:
+    tuned = changed(tmp_path / "tuned", {QUERY: 0.1, "conv_in.bias": 0.5, "conv_norm_out.weight": 0.1})
+    request = ExtractRequest(str(UNET), str(tuned), tmp_path / "out.safetensors", rank=4)
+    with pytest.raises(
+        TexforceError, match=r"lies in biases, norms and embeddings \(unet.conv_in.bias, unet.conv_norm_out"
+    ):
+        extract(request)
+    assert not (tmp_path / "out.safetensors").exists()
+    result = extract(ExtractRequest(str(UNET), str(tuned), tmp_path / "out.safetensors", rank=4, max_rest=0.5))
+    squares = {name: np.sum(difference(tuned, name) ** 2) for name in (QUERY, "conv_in.bias", "conv_norm_out.weight")}
+    assert [name for name, _ in result.left_out] == ["unet.conv_in.bias", "unet.conv_norm_out.weight"]
+    assert result.left_out[0][1] == pytest.approx(squares["conv_in.bias"] / sum(squares.values()), rel=1e-6)
+
+
+def test_models_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    out = tmp_path / "out.safetensors"
+    encoder = str(WEIGHTS / "text_encoder")
+    same = changed(tmp_path / "same", {})
+    with pytest.raises(TexforceError, match="are the same"):
+        extract(ExtractRequest(str(UNET), str(same), out, rank=4))
+    with pytest.raises(TexforceError, match="give two models with the same part"):
+        extract(ExtractRequest(encoder, str(same), out, rank=4))
+    weights = safetensors.torch.load_file(same / UNET.name)
+    safetensors.torch.save_file({k: v for k, v in weights.items() if k != QUERY}, same / UNET.name)
+    with pytest.raises(TexforceError, match=rf"has 'unet.{QUERY}' and '.*' has not"):
+        extract(ExtractRequest(str(UNET), str(same), out, rank=4))
+    safetensors.torch.save_file({**weights, QUERY: torch.ones(2, 2)}, same / UNET.name)
+    with pytest.raises(TexforceError, match=rf"'unet.{QUERY}' is .* in the two models"):
+        extract(ExtractRequest(str(UNET), str(same), out, rank=4))
+    assert not out.exists()
+
+
+def test_full_weights_are_read_from_every_place(tmp_path: Path) -> None:
+    """A pipeline's folder, a component's, a file, shards, and the original layout with its names."""
+    whole = open_full(str(WEIGHTS))
+    assert whole.components == ("text_encoder", "unet")
+    unet = open_full(str(UNET))
+    assert set(unet.places) == {name for name in whole.places if name.startswith("unet.")}
+    weights = safetensors.torch.load_file(UNET)
+    sharded = tmp_path / "sharded"
+    sharded.mkdir()
+    halves = [dict(list(weights.items())[:100]), dict(list(weights.items())[100:])]
+    for index, half in enumerate(halves):
+        safetensors.torch.save_file(half, sharded / f"part{index}.safetensors")
+    table = {"weight_map": {key: f"part{index}.safetensors" for index, half in enumerate(halves) for key in half}}
+    (sharded / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(table))
+    assert set(open_full(str(sharded)).places) == set(unet.places)
+    table["weight_map"]["x"] = "../../elsewhere.safetensors"
+    (sharded / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(table))
+    with pytest.raises(TexforceError, match="names files outside of its folder"):
+        open_full(str(sharded))
+    original = {
+        "model.diffusion_model.input_blocks.0.0.weight": "unet.conv_in.weight",
+        "model.diffusion_model.input_blocks.1.0.in_layers.0.weight": "unet.down_blocks.0.resnets.0.norm1.weight",
+        "model.diffusion_model.middle_block.1.norm.bias": "unet.mid_block.attentions.0.norm.bias",
+        "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm2.weight": (
+            "unet.up_blocks.3.attentions.2.transformer_blocks.0.norm2.weight"
+        ),
+        "model.diffusion_model.out.0.weight": "unet.conv_norm_out.weight",
+        "cond_stage_model.transformer.text_model.final_layer_norm.bias": "text_encoder.text_model.final_layer_norm.bias",
+    }
+    beside = [
+        "first_stage_model.x.weight",
+        "model_ema.y",
+        "cond_stage_model.transformer.text_model.embeddings.position_ids",
+    ]
+    safetensors.torch.save_file({key: torch.ones(2) for key in [*original, *beside]}, tmp_path / "sd.safetensors")
+    assert set(open_full(str(tmp_path / "sd.safetensors")).places) == set(original.values())
+
+
+@pytest.mark.parametrize("component", ["unet", "text_encoder"])
+def test_weights_that_do_not_fit_the_model_are_one_sentence(tmp_path: Path, capsys: Any, component: str) -> None:
+    flag = f"--{component.replace('_', '-')}"
+    draw = ["sample", "a cat", "--model", "tiny", "--out", str(tmp_path / "out"), flag]
+    other = {"unet": "text_encoder", "text_encoder": "unet"}[component]
+    assert app.run([*draw, str(WEIGHTS / other)]) == 1
+    assert f"holds no {component}, but {other}" in capsys.readouterr().err
+    copy = tmp_path / component
+    shutil.copytree(WEIGHTS / component, copy)
+    file = next(copy.glob("*.safetensors"))
+    weights = safetensors.torch.load_file(file)
+    removed = sorted(weights)[0]
+    safetensors.torch.save_file({key: value for key, value in weights.items() if key != removed}, file)
+    assert app.run([*draw, str(copy)]) == 1
+    assert "and" in (err := capsys.readouterr().err)
+    assert "has not; give weights of the same kind of model" in err
+    assert app.run([*draw, str(tmp_path / "none")]) == 2
+    assert not list((tmp_path / "out").glob("*.png"))

@@ -1,0 +1,393 @@
+"""`texforce fuse` through the real command: exact sums, every format out, provenance, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+import torch
+from diffusers import StableDiffusionPipeline
+from hypothesis import given
+from hypothesis import strategies as st
+from lora_files import FORMATS, SGM, TEXT, UNET, Made, close, deltas, diffusers_old, kohya, kohya_sdxl, peft_folder
+
+from texforce_cli.cli import app
+from texforce_cli.errors import TexforceError, UsageError
+from texforce_cli.lora.read import read_lora
+from texforce_cli.tiny import WEIGHTS
+from texforce_cli.workflows import fuse as fusing
+from texforce_cli.workflows.fuse import FuseRequest, fuse, plan_fuse
+
+
+def fused(out: Path, *sources: Any, **options: Any) -> dict[str, Any]:
+    """The deltas of a fusion of files, through the workflow."""
+    fuse(plan_fuse(FuseRequest([str(source) for source in sources], out=out, **options)))
+    return deltas(out)
+
+
+def simple(path: Path, seed: int = 0, rank: int = 3, shape: tuple[int, int] = (6, 5), **metadata: str) -> Path:
+    """A LoRA of two modules in diffusers' form."""
+    made = Made(metadata=metadata)
+    for _ in range(seed):
+        made.tensors[f"pad{len(made.tensors)}"] = np.zeros(1)
+    for key in (f"text_encoder.{TEXT}", f"unet.{UNET}.to_q"):
+        made.add(key, f"{key}.lora_A.weight", f"{key}.lora_B.weight", rank=rank, shape=shape)
+    made.tensors = {key: value for key, value in made.tensors.items() if not key.startswith("pad")}
+    return made.save(path)
+
+
+def total(*terms: tuple[dict[str, Any], float]) -> dict[str, Any]:
+    """The sum of deltas, where a module is missing it counts as zero."""
+    names = {name for delta, _ in terms for name in delta}
+    return {name: sum(weight * delta[name] for delta, weight in terms if name in delta) for name in names}
+
+
+def test_the_command_of_the_readme_word_for_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    one, two = deltas(simple(Path("a.safetensors"))), deltas(simple(Path("b.safetensors"), seed=1, rank=2))
+    assert app.run("fuse a.safetensors:0.7 b.safetensors:0.3".split()) == 0
+    assert capsys.readouterr().out == "a-0.7+b-0.3.safetensors\n"
+    assert close(deltas("a-0.7+b-0.3.safetensors"), total((one, 0.7), (two, 0.3)))
+    before = Path("a-0.7+b-0.3.safetensors").read_bytes()
+    assert app.run("fuse a.safetensors:0.7 b.safetensors:0.3".split()) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert app.run("fuse a.safetensors:0.7 b.safetensors:0.3 --force".split()) == 0
+    assert Path("a-0.7+b-0.3.safetensors").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "a-0.7+b-0.3.safetensors",
+        "a.safetensors",
+        "b.safetensors",
+    ]
+
+
+@pytest.mark.parametrize("form", ["diffusers", "kohya", "peft"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_goes_into_every_format(name: str, form: Any, tmp_path: Path) -> None:
+    path, wanted = FORMATS[name](tmp_path / "x")
+    out = tmp_path / ("out" if form == "peft" else "out.safetensors")
+    assert close(fused(out, path, format=form), wanted)
+    for precision, bound in (("fp16", 1e-3), ("bf16", 5e-3)):
+        assert close(fused(out, path, format=form, precision=precision, force=True), wanted, bound)
+
+
+def test_kohya_out_has_one_alpha_and_the_names_that_comfyui_looks_up(tmp_path: Path) -> None:
+    """ComfyUI looks up lora_te1_/lora_te2_ for SDXL, lora_te_ elsewhere, and lora_unet_ + diffusers' name (comfy/lora.py)."""
+    fused(tmp_path / "sdxl.safetensors", kohya_sdxl(tmp_path / "x")[0], format="kohya")
+    found = safetensors.numpy.load_file(tmp_path / "sdxl.safetensors")
+    stems = {key.partition(".")[0] for key in found}
+    expected = {f"lora_{te}_text_model_encoder_layers_1_self_attn_q_proj" for te in ("te1", "te2")}
+    expected |= {f"lora_unet_{module.replace('.', '_')}" for module in SGM.values()}
+    assert stems == expected
+    fused(tmp_path / "sd.safetensors", kohya(tmp_path / "y")[0], format="kohya")
+    found = safetensors.numpy.load_file(tmp_path / "sd.safetensors")
+    assert "lora_te_text_model_encoder_layers_1_self_attn_q_proj.lora_down.weight" in found
+    assert len({float(value) for key, value in found.items() if key.endswith(".alpha")}) == 1
+    assert found["lora_unet_up_blocks_2_upsamplers_0_conv.lora_down.weight"].shape[2:] == (3, 3)
+    assert found["lora_unet_up_blocks_2_upsamplers_0_conv.lora_up.weight"].shape[2:] == (1, 1)
+
+
+def test_weights_signs_components_and_disjoint_files(tmp_path: Path) -> None:
+    one, two = simple(tmp_path / "a.safetensors"), kohya(tmp_path / "x")[0]
+    three = diffusers_old(tmp_path / "y")[0]
+    a, b, c = deltas(one), deltas(two), deltas(three)
+    expected = total((a, -0.3), (b, 2.0), (c, 1.0))
+    assert close(fused(tmp_path / "sum.safetensors", f"{one}:-0.3", f"{two}:2", three), expected)
+    by_part = {name: (0.7 if name.startswith("text") else 0.3) * delta for name, delta in a.items()}
+    assert close(fused(tmp_path / "parts.safetensors", f"{one}:te=0.7,unet=0.3"), by_part)
+    text = {name: delta for name, delta in a.items() if name.startswith("text")}
+    assert close(fused(tmp_path / "te.safetensors", f"{one}:unet=0"), text)
+    with pytest.raises(UsageError, match="every weight is 0"):
+        plan_fuse(FuseRequest([f"{one}:0"]))
+
+
+def test_a_fusion_fused_again_keeps_its_lineage(tmp_path: Path) -> None:
+    training = json.dumps({"base": "tiny", "base_kind": "tiny", "rewards": ["x"], "seed": 1})
+    one = simple(tmp_path / "a.safetensors", texforce=training)
+    two = simple(tmp_path / "b.safetensors", seed=1, texforce=training.replace('"x"', '"y"'))
+    fused(tmp_path / "c.safetensors", f"{one}:0.7", f"{two}:0.3")
+    fused(tmp_path / "d.safetensors", f"{tmp_path / 'c.safetensors'}:0.5", format="kohya")
+    header = read_lora(str(tmp_path / "d.safetensors")).metadata
+    about = json.loads(header["texforce.fuse"])
+    assert about["sources"][0]["weight"] == "0.5"
+    assert [source["name"] for source in about["sources"][0]["fused from"]["sources"]] == ["a", "b"]
+    assert about["sources"][0]["fused from"]["sources"][1]["trained"]["rewards"] == ["y"]
+    assert json.loads(header["texforce"]) == {"base": "tiny", "base_kind": "tiny", "seed": 1}
+    assert {"modelspec.sai_model_spec", "modelspec.title", "ss_network_dim", "ss_network_alpha"} <= header.keys()
+    assert str(tmp_path) not in json.dumps(header)
+
+
+def test_svd_gives_the_rank_or_the_error_that_was_asked_for(tmp_path: Path) -> None:
+    one = simple(tmp_path / "a.safetensors", rank=5, shape=(40, 30))
+    two = simple(tmp_path / "b.safetensors", seed=1, rank=6, shape=(40, 30))
+    whole = total((deltas(one), 0.7), (deltas(two), 0.3))
+    sources = [f"{one}:0.7", f"{two}:0.3"]
+    result = fuse(plan_fuse(FuseRequest(sources, out=tmp_path / "s.safetensors", rank=4)))
+    found = deltas(tmp_path / "s.safetensors")
+    off = sum(np.sum((found[name] - whole[name]) ** 2) for name in whole)
+    best = sum(np.sum(np.linalg.svd(delta, compute_uv=False)[4:] ** 2) for delta in whole.values())
+    assert off == pytest.approx(best, rel=1e-4)
+    assert result.truncation_error == pytest.approx((best / sum(np.sum(d**2) for d in whole.values())) ** 0.5, rel=1e-5)
+    assert result.ranks == (4, 4)
+    assert close(fused(tmp_path / "e.safetensors", *sources, method="svd"), whole)
+    loose = fused(tmp_path / "l.safetensors", *sources, max_error=0.5)
+    assert close(loose, whole, 0.5)
+    ranks = {module.rank for module in read_lora(str(tmp_path / "l.safetensors")).modules.values()}
+    assert max(ranks) < 11
+    assert not close(loose, whole, 0.1)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 4), st.floats(-2, 2).filter(lambda w: abs(w) > 1e-3)), min_size=1, max_size=3),
+    st.sampled_from(["float32", "float16", "float64"]),
+    st.sampled_from(["diffusers", "kohya"]),
+)
+def test_any_ranks_weights_and_dtypes_add_up(
+    tmp_path_factory: pytest.TempPathFactory, terms: list[tuple[int, float]], dtype: str, form: Any
+) -> None:
+    folder = tmp_path_factory.mktemp("any")
+    sources, parts = [], []
+    for index, (rank, weight) in enumerate(terms):
+        made = Made()
+        key = f"unet.{UNET}.to_v"
+        made.add(key, f"{key}.lora_A.weight", f"{key}.lora_B.weight", rank=rank)
+        made.tensors = {name: (value * (1 + index)).astype(dtype) for name, value in made.tensors.items()}
+        path = made.save(folder / f"{index}.safetensors")
+        sources.append(f"{path}:{weight!r}")
+        parts.append((deltas(path), weight))
+    scale = sum(abs(weight) * np.linalg.norm(delta[f"unet.{UNET}.to_v"]) for delta, weight in parts)
+    for order in (sources, sources[::-1]):
+        found = fused(folder / "out.safetensors", *order, format=form, force=True)
+        assert np.linalg.norm(found[f"unet.{UNET}.to_v"] - total(*parts)[f"unet.{UNET}.to_v"]) <= 1e-6 * scale
+
+
+def test_bf16_and_fp8_sources_are_read_as_torch_reads_them(tmp_path: Path) -> None:
+    key = f"unet.{UNET}.to_q"
+    for dtype in (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2):
+        generator = torch.Generator().manual_seed(0)
+        tensors = {f"{key}.lora_{x}.weight": torch.randn(4, 4, generator=generator).to(dtype) for x in "AB"}
+        safetensors.torch.save_file(tensors, tmp_path / "a.safetensors")
+        a, b = (tensors[f"{key}.lora_{x}.weight"].double().numpy() for x in "AB")
+        assert close(fused(tmp_path / "out.safetensors", tmp_path / "a.safetensors", force=True), {key: b @ a})
+
+
+def test_small_changes_survive_half_precision(tmp_path: Path) -> None:
+    """B of 1e-8 would be flushed to zero in float16; balanced against A it is not."""
+    key = f"unet.{UNET}.to_q"
+    made = Made().add(key, f"{key}.lora_A.weight", f"{key}.lora_B.weight")
+    made.tensors[f"{key}.lora_B.weight"] *= np.float32(1e-8)
+    path = made.save(tmp_path / "a.safetensors")
+    assert close(fused(tmp_path / "out.safetensors", path, precision="fp16"), deltas(path), 1e-3)
+    made.tensors = {name: value * np.float32(1e6) for name, value in made.tensors.items() if "lora_A" in name} | {
+        name: value * np.float32(1e18) for name, value in made.tensors.items() if "lora_B" in name
+    }
+    huge = made.save(tmp_path / "huge.safetensors")
+    with pytest.raises(TexforceError, match="do not fit into fp16; use --dtype fp32 or bf16"):
+        fused(tmp_path / "huge16.safetensors", huge, precision="fp16")
+    assert not (tmp_path / "huge16.safetensors").exists()
+
+
+def test_a_linear_and_a_1x1_form_of_one_layer_are_the_same(tmp_path: Path) -> None:
+    key = "unet.down_blocks.0.attentions.0.proj_in"
+    for name, kernel in (("a", ()), ("b", (1, 1)), ("c", (3, 3))):
+        made = Made().add(key, f"{key}.lora_A.weight", f"{key}.lora_B.weight", kernel=kernel)
+        made.save(tmp_path / f"{name}.safetensors")
+    paths = [tmp_path / f"{name}.safetensors" for name in "ab"]
+    assert close(fused(tmp_path / "out.safetensors", *paths), total(*((deltas(path), 1.0) for path in paths)))
+    assert safetensors.numpy.load_file(tmp_path / "out.safetensors")[f"{key}.lora_A.weight"].ndim == 4
+    with pytest.raises(TexforceError, match="different base models"):
+        plan_fuse(FuseRequest([str(tmp_path / "a.safetensors"), str(tmp_path / "c.safetensors")]))
+
+
+def test_what_is_read_back_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = simple(tmp_path / "a.safetensors")
+    real = fusing.concatenate
+
+    def slightly_wrong(terms: Any) -> Any:
+        a, b = real(terms)
+        b[1, 1] += 1e-3
+        return a, b
+
+    monkeypatch.setattr(fusing, "concatenate", slightly_wrong)
+    with pytest.raises(TexforceError, match="would differ from the sum of its sources"):
+        fused(tmp_path / "out.safetensors", f"{path}:0.5")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        ([], 2, "there is nothing to fuse"),
+        (["none.safetensors"], 2, "there is no LoRA 'none.safetensors'"),
+        (["a.safetensors", "--method", "cat", "--rank", "4"], 2, "belong to --method svd"),
+        (["a.safetensors", "--max-error", "0.1", "--rank", "4"], 2, "exclude each other"),
+        (["a.safetensors", "--out", "a.safetensors", "--force"], 2, "is one of the sources"),
+        (["a.safetensors", "--out", "same.safetensors", "--force"], 2, "is one of the sources"),
+        (["a.safetensors", "--out", "x.bin"], 2, "does not end in .safetensors"),
+        (["a.safetensors", "--out", "folder.safetensors", "--force"], 2, "is a folder"),
+        (["a.safetensors", "--format", "peft", "--out", "folder.safetensors", "--force"], 2, "holds something else"),
+        (["peft", "--format", "peft", "--out", "peft", "--force"], 2, "is one of the sources"),
+        (["a.safetensors", "other.safetensors"], 1, "different base models"),
+        (["nan.safetensors"], 1, "holds NaN or infinite values in"),
+        (["a.safetensors:0.5", "cut.safetensors"], 1, "'cut.safetensors' is cut short"),
+        (["a.safetensors:x=1,y"], 2, "there is no LoRA"),
+        (["folder.safetensors"], 2, "holds no LoRA"),
+        (["deep.bin"], 2, "is a pickle"),
+        (["--inspect"], 2, "there is nothing to inspect"),
+        (["--extract", "a", "b"], 2, "needs --rank and --out"),
+        (["a.safetensors", "--out", "/proc/none/x.safetensors"], 1, "cannot be written|could not be written"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, arguments: list[str], code: int, sentence: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    simple(Path("a.safetensors"))
+    simple(Path("other.safetensors"), shape=(7, 5))
+    peft_folder(Path("peft"))
+    Path("same.safetensors").symlink_to("a.safetensors")
+    Path("folder.safetensors").mkdir()
+    Path("folder.safetensors/precious").write_text("x")
+    Path("deep.bin").write_bytes(b"\x80\x02.")
+    Path("cut.safetensors").write_bytes(Path("a.safetensors").read_bytes()[:-5])
+    broken = Made().add(f"unet.{UNET}.to_q", *(f"unet.{UNET}.to_q.lora_{x}.weight" for x in "AB"))
+    broken.tensors[f"unet.{UNET}.to_q.lora_B.weight"][1, 1] = np.inf
+    broken.save(Path("nan.safetensors"))
+    before = sorted((str(path), path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))
+    assert app.run(["fuse", *arguments]) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert __import__("re").search(sentence, captured.err), captured.err
+    assert len(captured.err.strip().splitlines()) == 1
+    assert sorted((str(path), path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
+
+
+def test_a_name_that_is_no_utf8_and_one_with_control_characters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = os.fsdecode(b"caf\xe9\x1b[31m.safetensors")
+    simple(Path("a.safetensors")).rename(name)
+    assert app.run(["fuse", f"{name}:0.5"]) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert app.run(["fuse", name, "--inspect", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["files"][0]["format"] == "diffusers"
+
+
+def test_a_long_list_of_sources_gets_a_short_name(tmp_path: Path) -> None:
+    paths = [simple(tmp_path / f"{'long' * 10}{i}.safetensors") for i in range(6)]
+    name = plan_fuse(FuseRequest([str(path) for path in paths])).out.name
+    assert name.startswith("6-loras-")
+    assert len(name) < 50
+    run = tmp_path / "my run" / "adapter"
+    simple(run / "pytorch_lora_weights.safetensors")
+    assert plan_fuse(FuseRequest([f"{run}:te=0.5,unet=-1"])).out.name == "my_run-te0.5-unet-1.safetensors"
+
+
+def test_dry_run_inspect_and_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    one, two = simple(Path("a.safetensors")), kohya(Path("x"))[0]
+    assert app.run(["fuse", str(one), f"{two}:te2=3", "--dry-run", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["texforce"] == 1
+    assert (document["plan"]["modules"], document["plan"]["highest_rank"]) == (7, 8)
+    assert "has no component for te2" in document["warnings"][0]
+    assert app.run(["fuse", str(one), str(two), "--dry-run"]) == 0
+    assert "7 modules, rank at most 8, cat" in capsys.readouterr().out
+    assert app.run(["fuse", "--inspect", str(two)]) == 0
+    shown = capsys.readouterr().out
+    assert "kohya, a model of text width 5" in shown
+    assert "unet: 5 modules (1 convolutions), rank 4 (3), 8 (1), 2 (1)" in shown
+    norm = np.sqrt(sum(np.sum(d**2) for name, d in deltas(two).items() if name.startswith("unet")))
+    assert f"norm {norm:.4g}" in shown
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "x"]
+
+
+def test_fuse_imports_no_torch(tmp_path: Path) -> None:
+    path = simple(tmp_path / "a.safetensors")
+    code = (
+        "import sys; from texforce_cli.cli.app import run; "
+        f"assert run(['fuse', {str(path)!r}, '--rank', '2', '--dtype', 'bf16', '--out', {str(tmp_path / 'o.safetensors')!r}]) == 0; "
+        f"assert run(['fuse', '--inspect', {str(path)!r}]) == 0; "
+        "print([m for m in ('torch', 'diffusers', 'transformers', 'peft', 'scipy') if m in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_peft_folders_that_are_written_load_in_peft(tmp_path: Path, pipeline: Any) -> None:
+    """Their effect on the text encoder and the U-Net of the embedded model is the one that they encode."""
+    from peft import PeftModel
+
+    made = Made()
+    layer = "text_model.encoder.layers.0.self_attn"
+    width = pipeline.text_encoder.config.hidden_size
+    for name, rank in (("q_proj", 4), ("out_proj", 2)):
+        made.add(
+            f"text_encoder.{layer}.{name}",
+            *(f"text_encoder.{layer}.{name}.lora_{x}.weight" for x in "AB"),
+            rank=rank,
+            shape=(width, width),
+        )
+    source = made.save(tmp_path / "a.safetensors")
+    fused(tmp_path / "peft", source, format="peft")
+    encoder = pipeline.text_encoder
+    own = {name: parameter.detach().clone().double().numpy() for name, parameter in encoder.named_parameters()}
+    merged = PeftModel.from_pretrained(encoder, tmp_path / "peft").merge_and_unload()
+    for name, parameter in merged.named_parameters():
+        delta = made.wanted.get(
+            f"text_encoder.text_model.{name.removeprefix('text_model.').removesuffix('.weight')}", 0.0
+        )
+        assert np.allclose(parameter.detach().double().numpy(), own[name] + delta, rtol=0, atol=1e-5), name
+
+
+def test_what_is_written_loads_in_diffusers_with_the_exact_effect(tmp_path: Path, pipeline: Any) -> None:
+    made = Made()
+    width = pipeline.text_encoder.config.hidden_size
+    for name in ("q_proj", "out_proj"):  # diffusers tells kohya's text encoders by their out_proj
+        text = f"text_model.encoder.layers.0.self_attn.{name}"
+        made.add(
+            f"text_encoder.{text}",
+            *(f"base_model.model.{text}.lora_{x}.weight" for x in "AB"),
+            rank=3,
+            shape=(width, width),
+        )
+    unet = [
+        name for name, module in pipeline.unet.named_modules() if name.endswith(("attn2.to_k", "conv1", "to_out.0"))
+    ][:6]
+    for index, name in enumerate(unet):
+        weight = pipeline.unet.get_submodule(name).weight
+        kernel = tuple(weight.shape[2:])
+        made.add(
+            f"unet.{name}",
+            *(f"unet.{name}.lora_{x}.weight" for x in "AB"),
+            rank=2 + index,
+            shape=tuple(weight.shape[:2]),
+            kernel=kernel,
+        )
+    source = made.save(tmp_path / "a.safetensors")
+    for form in ("diffusers", "kohya"):
+        fused(tmp_path / f"{form}.safetensors", f"{source}:0.5", format=form)
+        plain = StableDiffusionPipeline.from_pretrained(WEIGHTS, safety_checker=None, dtype=torch.float32)
+        before = {
+            f"{c}.{n}": p.detach().clone()
+            for c in ("unet", "text_encoder")
+            for n, p in getattr(plain, c).named_parameters()
+        }
+        plain.load_lora_weights(tmp_path, weight_name=f"{form}.safetensors")
+        plain.fuse_lora()
+        plain.unload_lora_weights()
+        for component in ("unet", "text_encoder"):
+            for name, parameter in getattr(plain, component).named_parameters():
+                key = f"{component}.{'text_model.' if component == 'text_encoder' and not name.startswith('text_model') else ''}{name.removesuffix('.weight')}"
+                delta = 0.5 * made.wanted[key].reshape(parameter.shape) if key in made.wanted else 0.0
+                expected = before[f"{component}.{name}"].double().numpy() + delta
+                assert np.allclose(parameter.detach().double().numpy(), expected, rtol=0, atol=3e-5), (form, key)

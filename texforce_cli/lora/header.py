@@ -1,0 +1,49 @@
+"""The keys of a LoRA file's header that other tools read: `modelspec.*` and `ss_*`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+
+_ARCHITECTURES = {
+    "SD 1.x": ("stable-diffusion-v1/lora", "sd_v1"),
+    "SD 2.x": ("stable-diffusion-v2-512/lora", "sd_v2"),
+    "SDXL": ("stable-diffusion-xl-v1-base/lora", "sdxl_base_v1-0"),
+}
+_CARRIED = ("modelspec.architecture", "ss_base_model_version", "ss_sd_model_name")
+
+
+def model_keys(
+    bases: Collection[str], sources: Sequence[Mapping[str, str]], *, title: str, rank: int, alpha: float
+) -> dict[str, str]:
+    """What a fused file says of its base, rank and origin; what all the sources agree on is carried over."""
+    known = _ARCHITECTURES.get(next(iter(bases)), ("", "")) if len(bases) == 1 else ("", "")
+    made = dict(zip(_CARRIED, known))
+    shared = {key: sources[0][key] for key in _CARRIED if sources[0].get(key) and _agree(sources, key)}
+    described = {key: value for key, value in {**made, **shared}.items() if value}
+    return {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.title": title[:500],
+        "modelspec.description": "LoRAs fused by texforce",
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(rank),
+        "ss_network_alpha": f"{alpha:g}",
+        **described,
+    }
+
+
+def shared_training(sources: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """The `texforce` key of a fused file: what the runs behind all of its sources have in common, such as the base."""
+    runs = []
+    for source in sources:
+        try:
+            run = json.loads(source.get("texforce", "{}"))
+        except (ValueError, RecursionError):
+            run = {}
+        runs.append(run if isinstance(run, dict) else {})
+    common = {key: value for key, value in runs[0].items() if all(run.get(key) == value for run in runs[1:])}
+    return {"texforce": json.dumps(common, sort_keys=True)} if common.get("base") else {}
+
+
+def _agree(sources: Sequence[Mapping[str, str]], key: str) -> bool:
+    return len({source.get(key) for source in sources}) == 1

@@ -1,0 +1,188 @@
+"""A LoRA in the one form that every format is read into: W' = W + sum of scale * B A over its modules."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from texforce_cli.errors import TexforceError
+from texforce_cli.files import sha256
+from texforce_cli.lora.names import COMPONENTS
+from texforce_cli.tensorfile import Array, Entry
+
+_GENERATIONS = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}
+_TEXT_WIDTHS = {768: {"SD 1.x", "SDXL"}, 1024: {"SD 2.x"}, 1280: {"SDXL"}}
+_TOLD = (  # how other tools' headers call a base model
+    (re.compile(r"xl", re.IGNORECASE), "SDXL"),
+    (re.compile(r"(?<![\d.])v?2[-_.]?[01]|stable-diffusion-(v)?2|sd_?v?2", re.IGNORECASE), "SD 2.x"),
+    (re.compile(r"v?1[-_.]?[45]|stable-diffusion-v1|sd_?v?1", re.IGNORECASE), "SD 1.x"),
+)
+_HINTS = ("modelspec.architecture", "ss_base_model_version", "base_model_name_or_path", "ss_sd_model_name")
+
+
+class Tensors(Protocol):
+    """Named tensors that are read one at a time: a safetensors file, or a pickle that was allowed."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def entries(self) -> Mapping[str, Entry]: ...
+    def finite(self, key: str) -> Array: ...
+
+
+@dataclass(frozen=True)
+class LoraModule:
+    """The low-rank change of one weight: scale * B A, with B (out, rank) and A (rank, inputs).
+
+    `kernel` is (height, width) of a convolution, of which `inputs` counts every cell; () for a linear layer. `scale` is
+    alpha / rank, or alpha / sqrt(rank) where the file says so. The factors stay on the disk.
+    """
+
+    component: str
+    path: str
+    rank: int
+    inputs: int
+    outputs: int
+    kernel: tuple[int, ...]
+    scale: float
+    tensors: Tensors
+    a_key: str
+    b_key: str
+
+    @property
+    def name(self) -> str:
+        """Component and path in one: `unet.mid_block.attentions.0...`."""
+        return f"{self.component}.{self.path}"
+
+    @property
+    def alpha(self) -> float:
+        """The alpha that gives this scale at this rank."""
+        return self.scale * self.rank
+
+    def a(self) -> Array:
+        """A, (rank, inputs), float32 or wider. Raises TexforceError where it holds NaN or infinite values."""
+        return self.tensors.finite(self.a_key).reshape(self.rank, self.inputs)
+
+    def b(self) -> Array:
+        """B, (outputs, rank), without the scale. Raises TexforceError where it holds NaN or infinite values."""
+        return self.tensors.finite(self.b_key).reshape(self.outputs, self.rank)
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA whose headers were read: `modules` by name, in order; `source` as it was asked for, `files` what it is made of.
+
+    `bases` are the base models that it may belong to, empty where nothing tells.
+    """
+
+    source: str
+    files: tuple[Path, ...]
+    format: str
+    modules: Mapping[str, LoraModule]
+    metadata: Mapping[str, str]
+    bases: frozenset[str]
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Which of text_encoder, text_encoder_2 and unet it changes."""
+        present = {module.component for module in self.modules.values()}
+        return tuple(component for component in COMPONENTS if component in present)
+
+    @property
+    def base(self) -> str:
+        """The base model for people: `SD 1.x`, `SD 1.x or SDXL`, `unknown`."""
+        return " or ".join(sorted(self.bases)) or "unknown"
+
+    def of(self, component: str) -> list[LoraModule]:
+        """The modules of one component."""
+        return [module for module in self.modules.values() if module.component == component]
+
+    def arrays(self, weight_of: Callable[[str], float] = lambda component: 1.0) -> dict[str, Array]:
+        """Every factor in memory by its key in diffusers' form, with alpha = rank; scale and weight are in B."""
+        arrays = {}
+        for module in self.modules.values():
+            factor = module.scale * weight_of(module.component)
+            b = module.b()
+            kernel = module.kernel
+            a_shape = (module.rank, module.inputs // math.prod(kernel), *kernel)
+            arrays[f"{module.name}.lora_A.weight"] = module.a().reshape(a_shape)
+            b = b if factor == 1 else (b * factor).astype(b.dtype)
+            arrays[f"{module.name}.lora_B.weight"] = b.reshape(*b.shape, *(1 for _ in kernel))
+        return arrays
+
+    def sha256(self) -> list[str]:
+        """The hash of each file."""
+        return [sha256(path) for path in self.files]
+
+
+class Sized(Protocol):
+    """What a module tells of the model that it belongs to."""
+
+    @property
+    def component(self) -> str: ...
+    @property
+    def path(self) -> str: ...
+    @property
+    def inputs(self) -> int: ...
+
+
+def bases_of(modules: Iterable[Sized], metadata: Mapping[str, str]) -> frozenset[str]:
+    """The base models that fit the widths of the modules, narrowed by what the headers tell where several do."""
+    candidates: set[str] | None = None
+    for module in modules:
+        width: Collection[str] | None = None
+        if module.component == "unet" and module.path.endswith((".attn2.to_k", ".attn2.to_v")):
+            width = {_GENERATIONS.get(module.inputs, f"a model of text width {module.inputs}")}
+        elif module.component == "text_encoder_2":
+            width = {"SDXL"}
+        elif module.path.endswith((".q_proj", ".k_proj", ".v_proj", ".out_proj")):
+            width = _TEXT_WIDTHS.get(module.inputs, {f"a model of text width {module.inputs}"})
+        if width is not None:
+            candidates = set(width) if candidates is None else candidates & set(width)
+    if candidates is not None and not candidates:
+        return frozenset({"a mixture of base models"})
+    told = _told(metadata)
+    if candidates is None:
+        return frozenset({told} if told else ())
+    return frozenset({told} if told in candidates else candidates)
+
+
+def common_bases(loras: Iterable[Lora]) -> frozenset[str]:
+    """The base models that all of them may belong to; empty where nothing tells.
+
+    Raises:
+        TexforceError: there is none, or the same module has other shapes in two of them.
+    """
+    first: dict[str, tuple[Lora, LoraModule]] = {}
+    candidates: frozenset[str] = frozenset()
+    before: Lora | None = None
+    for lora in loras:
+        for name, module in lora.modules.items():
+            other, known = first.setdefault(name, (lora, module))
+            if (known.inputs, known.outputs) != (module.inputs, module.outputs):
+                raise TexforceError(
+                    f"'{lora.source}' and '{other.source}' were made for different base models ('{name}' is "
+                    f"{module.outputs} x {module.inputs} in one, {known.outputs} x {known.inputs} in the other)",
+                    "fuse LoRAs of one base model",
+                )
+        if candidates and lora.bases and not candidates & lora.bases:
+            assert before is not None
+            raise TexforceError(
+                f"'{lora.source}' was made for {lora.base}, '{before.source}' for {before.base}",
+                "fuse LoRAs of one base model",
+            )
+        if lora.bases:
+            candidates, before = (candidates & lora.bases or lora.bases), lora
+    return candidates
+
+
+def _told(metadata: Mapping[str, str]) -> str | None:
+    for key in _HINTS:
+        for pattern, base in _TOLD:
+            if pattern.search(metadata.get(key, "")):
+                return base
+    return None

@@ -1,0 +1,248 @@
+"""Every format of LoRA read into the one form: `read_lora` finds the file, tells its format, and refuses what is none."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from texforce_cli.errors import TexforceError, UsageError
+from texforce_cli.lora.lora import Lora, LoraModule, Tensors, bases_of
+from texforce_cli.lora.names import COMPONENTS, REFUSED, Place, parse_key
+from texforce_cli.lora.pickles import read_pickle
+from texforce_cli.tensorfile import TensorFile
+
+FILE_NAME = "pytorch_lora_weights.safetensors"
+PEFT_NAME, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_FILES = (FILE_NAME, f"adapter/{FILE_NAME}", PEFT_NAME, "pytorch_lora_weights.bin", "adapter_model.bin")
+_FULL = (
+    "it holds whole weights, not a LoRA: use it with --unet or --text-encoder of `texforce sample`, or make a LoRA of it "
+    "with `texforce fuse --extract BASE TUNED`"
+)
+_LONGEST_CONFIG = 1_000_000
+
+
+def find_lora(source: str) -> list[Path]:
+    """The files that a path names: itself, or those in an adapter, checkpoint, run or PEFT folder.
+
+    Raises:
+        UsageError: nothing is there, or several that could be meant.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise UsageError(f"there is no LoRA '{source}'", "check the path")
+    for name in _FILES:
+        if (path / name).is_file():
+            return [path / name]
+    parts = [path / part / name for part in COMPONENTS for name in (PEFT_NAME, "adapter_model.bin")]
+    found = [part for part in parts if part.is_file()] or sorted(path.glob("*.safetensors"))
+    if not found:
+        raise UsageError(f"the folder '{source}' holds no LoRA", f"there is no {FILE_NAME} or {PEFT_NAME} in it")
+    if len(found) > 1 and found[0].parent == path:
+        names = ", ".join(part.name for part in found[:5])
+        raise UsageError(f"the folder '{source}' holds several files ({names})", "name one of them")
+    return found
+
+
+def read_lora(source: str, *, allow_pickle: bool = False) -> Lora:
+    """Read a LoRA of any known format; its factors stay on the disk until they are asked for.
+
+    Raises:
+        UsageError: no such file, or a pickle that was not allowed.
+        TexforceError: damaged, incomplete, or something that is no LoRA; the sentence names the file and the key.
+    """
+    files = find_lora(source)
+    modules: dict[str, LoraModule] = {}
+    formats: Counter[str] = Counter()
+    metadata: dict[str, str] = {}
+    for file in files:
+        tensors: Tensors
+        if file.suffix in PICKLES:
+            if not allow_pickle:
+                raise UsageError(
+                    f"'{file}' is a pickle, which can run code",
+                    "convert it: texforce fuse FILE --allow-pickle --out NEW.safetensors reads its tensors alone",
+                )
+            tensors = read_pickle(file)
+            about: Mapping[str, str] = {}
+        else:
+            opened = TensorFile.open(file)
+            tensors, about = opened, opened.metadata
+        config = _adapter_config(file)
+        component = file.parent.name if file.parent.name in COMPONENTS and len(files) > 1 else None
+        for module, format in _modules(tensors, _Scales.of(file, about, config), component):
+            modules[module.name] = module
+            formats[format] += 1
+        metadata.update(about)
+        if isinstance(config.get("base_model_name_or_path"), str):
+            metadata["base_model_name_or_path"] = config["base_model_name_or_path"]
+    ordered = {name: modules[name] for name in sorted(modules)}
+    format = " + ".join(name for name, _ in formats.most_common())
+    return Lora(source, tuple(files), format, ordered, metadata, bases_of(ordered.values(), metadata))
+
+
+@dataclass(frozen=True)
+class _Scales:
+    """What a PEFT config, or the same written into a header, says of alpha and rank. Each is by component; "" is any."""
+
+    file: Path
+    configs: Mapping[str, Mapping[str, Any]]
+
+    @classmethod
+    def of(cls, file: Path, metadata: Mapping[str, str], config: Mapping[str, Any]) -> _Scales:
+        """The config beside a file, or in the header that diffusers writes (`lora_adapter_metadata`)."""
+        configs = {"": config} if config else {}
+        try:
+            header = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+        except (ValueError, RecursionError):
+            header = {}
+        for key, value in header.items() if isinstance(header, dict) else ():
+            component, _, name = key.partition(".")
+            configs.setdefault(component, {})
+            configs[component] = {**configs[component], name: value}
+        for found in configs.values():
+            _refuse_config(file, found)
+        return cls(file, configs)
+
+    def scale(self, component: str, path: str, rank: int) -> float:
+        """alpha / rank of a module, alpha / sqrt(rank) with use_rslora; 1 where nothing is said."""
+        config = self.configs.get(component) or self.configs.get("") or {}
+        alpha = _pattern(self.file, config.get("alpha_pattern"), path, config.get("lora_alpha"))
+        if alpha is None:
+            return 1.0
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+            raise TexforceError(f"'{self.file}' comes with an alpha of {str(alpha)[:40]!r}", "it should be a number")
+        return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") is True else rank)
+
+
+def _modules(tensors: Tensors, scales: _Scales, component: str | None) -> list[tuple[LoraModule, str]]:
+    """The modules of one file with the format of each."""
+    found: dict[str, dict[str, tuple[str, Place]]] = {}
+    file, entries = tensors.path, tensors.entries
+    _refuse_kinds(file, entries)
+    for key in entries:
+        place = parse_key(key)
+        if place is None:
+            raise TexforceError(
+                f"'{file}' holds '{_short(key)}', which is of no LoRA of Stable Diffusion", "it cannot be used whole"
+            )
+        place = _placed(place, component, entries[key].shape)
+        roles = found.setdefault(place.module, {})
+        if place.role in roles:
+            raise TexforceError(
+                f"'{file}' holds '{_short(key)}' and '{_short(roles[place.role][0])}', which are the same",
+                "keep one of them",
+            )
+        roles[place.role] = (key, place)
+    modules = []
+    for roles in found.values():
+        if "A" not in roles or "B" not in roles:
+            key = next(iter(roles.values()))[0]
+            wanting = " and ".join(
+                {"A": "lora_A (down)", "B": "lora_B (up)"}[role] for role in "AB" if role not in roles
+            )
+            raise TexforceError(f"'{file}' has '{_short(key)}' without its {wanting}", "the file is incomplete")
+        modules.append((_module(tensors, roles, scales), roles["A"][1].format))
+    return modules
+
+
+def _module(tensors: Tensors, roles: Mapping[str, tuple[str, Place]], scales: _Scales) -> LoraModule:
+    (a_key, place), (b_key, _) = roles["A"], roles["B"]
+    a, b = tensors.entries[a_key].shape, tensors.entries[b_key].shape
+    fits = len(a) in (2, 4) and len(b) in (2, 4) and b[2:] in ((), (1, 1)) and a[:1] == b[1:2] and 0 not in (*a, *b)
+    if not fits:
+        raise TexforceError(
+            f"'{tensors.path}' has '{_short(a_key)}' of shape {list(a)} and '{_short(b_key)}' of shape {list(b)}",
+            "they cannot be multiplied",
+        )
+    rank = a[0]
+    if "alpha" in roles:
+        alpha = tensors.finite(roles["alpha"][0])
+        if alpha.size != 1:
+            raise TexforceError(
+                f"'{tensors.path}' has '{_short(roles['alpha'][0])}' of shape {list(alpha.shape)}",
+                "alpha is one number",
+            )
+        scale = float(alpha.reshape(())) / rank
+    else:
+        scale = scales.scale(place.component, place.path, rank)
+    return LoraModule(place.component, place.path, rank, math.prod(a[1:]), b[0], a[2:], scale, tensors, a_key, b_key)
+
+
+def _placed(place: Place, component: str | None, shape: tuple[int, ...]) -> Place:
+    """A key that names no component belongs to the folder's, or to SDXL's second encoder where its width says so."""
+    if not place.bare or place.component != "text_encoder":
+        return place
+    second = component == "text_encoder_2" or (component is None and place.role == "A" and shape[-1:] == (1280,))
+    return replace(place, component="text_encoder_2") if second else place
+
+
+def _refuse_kinds(file: Path, keys: Mapping[str, object]) -> None:
+    if not keys:
+        raise TexforceError(f"'{file}' holds no tensors", "it is not a LoRA")
+    for key in keys:
+        kind = next((kind for pattern, kind in REFUSED if pattern.search(key)), None)
+        if kind:
+            raise TexforceError(
+                f"'{file}' is {kind} (key '{_short(key)}'), which no sum of LoRAs can hold",
+                "use it by itself in a tool that knows it, or merge it into a model there and use --extract",
+            )
+    if not any("lora" in key.lower() for key in keys):
+        raise TexforceError(f"'{file}' is no LoRA (key '{_short(next(iter(keys)))}')", _FULL)
+
+
+def _adapter_config(file: Path) -> dict[str, Any]:
+    """PEFT's adapter_config.json beside its weights; {} elsewhere."""
+    path = file.parent / PEFT_CONFIG
+    if not file.name.startswith("adapter_model.") or not path.is_file():
+        return {}
+    try:
+        if path.stat().st_size > _LONGEST_CONFIG:
+            raise ValueError("it is too long")
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("it is no table")
+    except (OSError, ValueError, RecursionError) as error:
+        raise TexforceError(f"'{path}' cannot be read ({str(error).splitlines()[0][:100]})", "copy it again") from error
+    return config
+
+
+def _refuse_config(file: Path, config: Mapping[str, Any]) -> None:
+    kind = config.get("peft_type", "LORA")
+    said: dict[str, Callable[[Any], bool]] = {
+        "use_dora": lambda value: value is True,
+        "lora_bias": lambda value: value is True,
+        "modules_to_save": bool,
+        "bias": lambda value: value not in (None, "none"),
+    }
+    wrong = [name for name, refused in said.items() if refused(config.get(name))]
+    if kind != "LORA" or wrong:
+        what = f"of the type {str(kind)[:20]}" if kind != "LORA" else f"made with {' and '.join(wrong)}"
+        raise TexforceError(f"'{file}' is a PEFT adapter {what}", "only plain LoRAs can be added up")
+
+
+def _pattern(file: Path, patterns: Any, path: str, default: Any) -> Any:
+    """PEFT's rule: the first pattern that is the name, or the end of the name at a dot, decides."""
+    if not isinstance(patterns, dict):
+        return default
+    names = (path, path.removeprefix("text_model."))
+    for pattern, value in patterns.items():
+        literal = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
+        if set(literal) & set("*+?()[]{}|\\^$"):
+            raise TexforceError(
+                f"'{file}' comes with the pattern '{_short(pattern)}'", "only names of modules are understood"
+            )
+        if literal in names or (not pattern.startswith("^") and path.endswith(f".{literal}")):
+            return value
+    return default
+
+
+def _short(key: str) -> str:
+    return key if len(key) <= 120 else f"{key[:117]}..."

@@ -1,0 +1,213 @@
+"""LoRAs written so that others load them exactly: diffusers' form, kohya's (A1111, ComfyUI), and PEFT's folders."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, cast
+from uuid import uuid4
+
+import ml_dtypes
+import numpy as np
+
+from texforce_cli.core.lora_algebra import Pair, balance
+from texforce_cli.errors import TexforceError
+from texforce_cli.files import atomic_path, write_error, write_text
+from texforce_cli.lora.names import COMPONENTS, kohya_name, peft_name
+from texforce_cli.lora.read import PEFT_CONFIG, PEFT_NAME
+from texforce_cli.tensorfile import Array, TensorWriter, write_tensors
+
+Format = Literal["diffusers", "kohya", "peft"]
+Precision = Literal["fp32", "fp16", "bf16"]
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    "fp32": np.dtype(np.float32),
+    "fp16": np.dtype(np.float16),
+    "bf16": np.dtype(ml_dtypes.bfloat16),
+}
+STORAGE_ERROR = {"fp32": 1e-6, "fp16": 1e-3, "bf16": 5e-3}
+"""The relative error (Frobenius) that storing in each precision may bring; measured: 3e-8, 3e-4, 2.4e-3."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The place of one module in a file that is to be written: its sizes, and the highest rank that it may have."""
+
+    component: str
+    path: str
+    rank: int
+    inputs: int
+    outputs: int
+    kernel: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """Component and path in one."""
+        return f"{self.component}.{self.path}"
+
+    def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of A and B in a file: a convolution keeps its kernel."""
+        cells = math.prod(self.kernel)
+        return (rank, self.inputs // cells, *self.kernel), (self.outputs, rank, *(1 for _ in self.kernel))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a LoRA is laid out: its format, its precision, `alpha` of the whole file (kohya's), SDXL's names or not."""
+
+    format: Format
+    precision: Precision
+    alpha: float
+    sdxl: bool
+
+    @classmethod
+    def of(cls, slots: Sequence[Slot], format: Format, precision: Precision, *, sdxl: bool) -> Layout:
+        """One alpha for all modules, the most common rank: loaders scale files with several alphas wrongly."""
+        rank = Counter(slot.rank for slot in slots).most_common(1)[0][0]
+        stored = float(DTYPES[precision].type(rank))  # bfloat16 cannot hold every integer
+        return cls(format, precision, stored, sdxl or any(slot.component == "text_encoder_2" for slot in slots))
+
+    def tensors(self, slot: Slot, pair: Pair) -> Iterator[tuple[str, Array]]:
+        """The tensors of one module by their keys, in this format and precision.
+
+        Raises:
+            TexforceError: a number does not fit into the precision.
+        """
+        rank = len(pair[0])
+        a, b = pair if self.precision == "fp32" else balance(pair)
+        if self.format == "kohya" and rank != self.alpha:
+            b = b * (rank / self.alpha)
+        down, up, alpha = self._keys(slot)
+        for key, value, shape in zip((down, up), (a, b), slot.shapes(rank)):
+            with np.errstate(over="ignore"):
+                stored = value.astype(DTYPES[self.precision])
+            if not np.isfinite(stored.astype(np.float32)).all():
+                raise TexforceError(
+                    f"'{slot.name}' holds numbers that do not fit into {self.precision}", "use --dtype fp32 or bf16"
+                )
+            yield key, stored.reshape(shape)
+        if alpha:
+            yield alpha, np.array(self.alpha, DTYPES[self.precision])
+
+    def planned(self, slots: Iterable[Slot]) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+        """Dtype and largest shape of each tensor, in order."""
+        dtype = DTYPES[self.precision]
+        planned: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {}
+        for slot in slots:
+            down, up, alpha = self._keys(slot)
+            planned[down], planned[up] = ((dtype, shape) for shape in slot.shapes(slot.rank))
+            if alpha:
+                planned[alpha] = (dtype, ())
+        return planned
+
+    def _keys(self, slot: Slot) -> tuple[str, str, str | None]:
+        if self.format == "kohya":
+            name = kohya_name(slot.component, slot.path, sdxl=self.sdxl)
+            return f"{name}.lora_down.weight", f"{name}.lora_up.weight", f"{name}.alpha"
+        name = peft_name(slot.component, slot.path) if self.format == "peft" else slot.name
+        return f"{name}.lora_A.weight", f"{name}.lora_B.weight", None
+
+
+def lora_bytes(weights: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:
+    """A LoRA file in memory, the same bytes for the same content. `weights` is anything that numpy understands."""
+    buffer = io.BytesIO()
+    write_tensors(buffer, {key: np.asarray(value) for key, value in weights.items()}, {"format": "pt", **metadata})
+    return buffer.getvalue()
+
+
+@contextmanager
+def new_lora(out: Path, format: Format) -> Iterator[Path]:
+    """A temporary path for a file, or a folder for PEFT's form, renamed to `out` when the block ends, else removed.
+
+    Raises:
+        TexforceError: the place cannot be written or the disk is full.
+    """
+    if format != "peft":
+        with atomic_path(out) as temporary:
+            yield temporary
+        return
+    temporary = out.with_name(f".{out.name}.{uuid4().hex[:8]}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if out.is_dir():
+            shutil.rmtree(out)
+        temporary.replace(out)
+    except OSError as error:
+        raise write_error(out, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_lora(
+    place: Path,
+    layout: Layout,
+    slots: Sequence[Slot],
+    pair_of: Callable[[Slot], Pair],
+    metadata: Callable[[], Mapping[str, str]],
+) -> None:
+    """Write each module as `pair_of` makes it, one in memory at a time; `metadata` is asked at the end.
+
+    The metadata may grow by 4 KB from what it is at the beginning. `place` is a file, or an empty folder for PEFT's form.
+    """
+    if layout.format != "peft":
+        with place.open("wb") as handle:
+            _write_file(handle, layout, slots, pair_of, metadata)
+        return
+    components = [name for name in COMPONENTS if any(slot.component == name for slot in slots)]
+    for component in components:
+        folder = place / component if len(components) > 1 else place
+        folder.mkdir(exist_ok=True)
+        own = [slot for slot in slots if slot.component == component]
+        ranks: dict[str, int] = {}
+
+        def counted(slot: Slot, ranks: dict[str, int] = ranks) -> Pair:
+            pair = pair_of(slot)
+            ranks[peft_name(slot.component, slot.path).removeprefix("base_model.model.")] = len(pair[0])
+            return pair
+
+        with (folder / PEFT_NAME).open("wb") as handle:
+            _write_file(handle, layout, own, counted, metadata)
+        write_text(folder / PEFT_CONFIG, json.dumps(_peft_config(ranks), indent=2) + "\n")
+
+
+def _write_file(
+    handle: BinaryIO,
+    layout: Layout,
+    slots: Sequence[Slot],
+    pair_of: Callable[[Slot], Pair],
+    metadata: Callable[[], Mapping[str, str]],
+) -> None:
+    writer = TensorWriter(handle, layout.planned(slots), {"format": "pt", **metadata(), "room": " " * 4096})
+    for slot in slots:
+        for key, value in layout.tensors(slot, pair_of(slot)):
+            writer.write(key, value)
+    writer.finish({"format": "pt", **metadata()})
+
+
+def _peft_config(ranks: Mapping[str, int]) -> dict[str, Any]:
+    """PEFT's adapter_config.json with alpha = rank in every module."""
+    usual = Counter(ranks.values()).most_common(1)[0][0]
+    others = {name: rank for name, rank in ranks.items() if rank != usual}
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "r": usual,
+        "lora_alpha": usual,
+        "rank_pattern": others,
+        "alpha_pattern": cast(dict[str, Any], dict(others)),
+        "target_modules": sorted(ranks),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+    }

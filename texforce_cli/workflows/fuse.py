@@ -1,0 +1,325 @@
+"""`texforce fuse`: the weighted sum of LoRAs as one LoRA, exact or of the lowest rank, written module by module and checked.
+
+Nothing here imports torch: the work is numpy's, one module in memory at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal
+
+from texforce_cli import __version__
+from texforce_cli.core.lora_algebra import Pair, concatenate, probe, truncate
+from texforce_cli.errors import TexforceError, UsageError
+from texforce_cli.lora.header import model_keys, shared_training
+from texforce_cli.lora.lora import Lora, LoraModule, common_bases
+from texforce_cli.lora.read import FILE_NAME, PEFT_NAME, read_lora
+from texforce_cli.lora.spec import LoraSpec, parse_lora
+from texforce_cli.lora.write import STORAGE_ERROR, Format, Layout, Precision, Slot, new_lora, write_lora
+from texforce_cli.workflows.events import Listener, Progressed, Warned, silent
+from texforce_cli.workflows.stopping import StopRequest
+
+Method = Literal["cat", "svd"]
+
+_LONGEST_NAME = 150
+_LONGEST_LINEAGE = 20_000
+_EXACT = 1e-7
+_SPREAD = 1.6
+"""What the estimate of a truncation's error may differ by from its exact value (32 probes)."""
+_UNTELLING = {FILE_NAME, PEFT_NAME, "pytorch_lora_weights.bin", "adapter_model.bin", "adapter"}
+
+
+@dataclass(frozen=True)
+class FuseRequest:
+    """What to fuse and how. `sources` are SOURCE[:WEIGHT]; `out` None: a name made of theirs, in the current folder.
+
+    `method` None is svd where `rank` or `max_error` is given, else cat.
+    """
+
+    sources: Sequence[str]
+    out: Path | None = None
+    method: Method | None = None
+    rank: int | None = None
+    max_error: float | None = None
+    format: Format = "diffusers"
+    precision: Precision = "fp32"
+    allow_pickle: bool = False
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class FusePlan:
+    """A fusion on paper: headers are read, no factor. `terms` are the modules that add up to each slot, with weights."""
+
+    request: FuseRequest
+    method: Method
+    out: Path
+    loras: tuple[tuple[LoraSpec, Lora], ...]
+    slots: tuple[Slot, ...]
+    terms: Mapping[str, tuple[tuple[LoraModule, float], ...]]
+    bases: frozenset[str]
+    layout: Layout
+
+    @property
+    def warnings(self) -> list[str]:
+        """What may be wrong with it."""
+        said = []
+        if len(self.bases) > 1:
+            said.append(
+                f"nothing in the files tells whether they are for {' or '.join(sorted(self.bases))}; "
+                "the tensors have the same shapes"
+            )
+        for spec, lora in self.loras:
+            idle = [name for name in spec.parts if not any(_applies(name, part) for part in lora.components)]
+            if idle:
+                said.append(
+                    f"'{lora.source}' has no component for {', '.join(idle)}; it has {', '.join(lora.components)}"
+                )
+        return said
+
+    def about(self) -> dict[str, Any]:
+        """The plan as plain values."""
+        return {
+            "out": str(self.out),
+            "method": self.method,
+            "format": self.layout.format,
+            "dtype": self.layout.precision,
+            "base": " or ".join(sorted(self.bases)) or "unknown",
+            "sources": [
+                {"source": lora.source, "weight": spec.weights, "format": lora.format, "components": lora.components}
+                for spec, lora in self.loras
+            ],
+            "modules": len(self.slots),
+            "highest_rank": max(slot.rank for slot in self.slots),
+            "bytes": sum(
+                math.prod(shape) * dtype.itemsize for dtype, shape in self.layout.planned(self.slots).values()
+            ),
+        }
+
+
+@dataclass(frozen=True)
+class FuseResult:
+    """The file, or PEFT folder, that was written. Errors are relative (Frobenius): `truncation_error` exact, of svd;
+    `measured_error` of what was read back against the sum of the sources, estimated."""
+
+    out: Path
+    modules: int
+    ranks: tuple[int, int]
+    truncation_error: float
+    measured_error: float
+    worst: tuple[str, float]
+    bytes: int
+
+
+@dataclass
+class _Spectra:
+    """What truncations have left out so far, and the rank of each module that is done."""
+
+    total: float = 0.0
+    dropped: float = 0.0
+    worst: tuple[str, float] = ("", 0.0)
+    ranks: list[int] = field(default_factory=list)
+
+    @property
+    def error(self) -> float:
+        return math.sqrt(self.dropped / self.total) if self.total else 0.0
+
+
+def plan_fuse(request: FuseRequest) -> FusePlan:
+    """Read the headers of the sources and lay out the result.
+
+    Raises:
+        UsageError: nothing to fuse, contradicting options, an output that exists or is an input.
+        TexforceError: a source that cannot be read or fused with the others.
+    """
+    if not request.sources:
+        raise UsageError(
+            "there is nothing to fuse", "name one or more LoRAs: texforce fuse a.safetensors:0.7 b.safetensors:0.3"
+        )
+    method: Method = request.method or ("svd" if request.rank or request.max_error is not None else "cat")
+    if method == "cat" and (request.rank or request.max_error is not None):
+        raise UsageError("--rank and --max-error belong to --method svd", "leave --method cat out")
+    if request.rank and request.max_error is not None:
+        raise UsageError("--rank and --max-error exclude each other", "give one of them")
+    specs = [parse_lora(text) for text in request.sources]
+    loras = [(spec, read_lora(spec.source, allow_pickle=request.allow_pickle)) for spec in specs]
+    bases = common_bases(lora for _, lora in loras)
+    terms: dict[str, list[tuple[LoraModule, float]]] = {}
+    for spec, lora in loras:
+        for name, module in lora.modules.items():
+            weight = spec.weight_of(module.component) * module.scale
+            if weight:
+                terms.setdefault(name, []).append((module, weight))
+    if not terms:
+        raise UsageError("every weight is 0", "give at least one LoRA a weight")
+    slots = tuple(_slot(terms[name], request.rank, method) for name in sorted(terms))
+    out = _out(request, loras)
+    _refuse_output(out, request, loras)
+    layout = Layout.of(slots, request.format, request.precision, sdxl=bases == {"SDXL"})
+    return FusePlan(request, method, out, tuple(loras), slots, {n: tuple(t) for n, t in terms.items()}, bases, layout)
+
+
+def fuse(plan: FusePlan, listener: Listener = silent) -> FuseResult:
+    """Write the fusion, read it back and compare it with the sum of the sources.
+
+    Raises:
+        TexforceError: a source is damaged, the disk is full, or the result is not what it should be; nothing is left.
+        Interrupted: asked to stop; nothing is left.
+    """
+    for text in plan.warnings:
+        listener(Warned(text))
+    stop, spectra = StopRequest(), _Spectra()
+    sources = [_provenance(spec, lora) for spec, lora in plan.loras]
+
+    def pair_of(slot: Slot) -> Pair:
+        stop.check()
+        pair = _fused(plan, slot, spectra)
+        spectra.ranks.append(len(pair[0]))
+        listener(Progressed("fusing", len(spectra.ranks), len(plan.slots)))
+        return pair
+
+    with stop.listening(), new_lora(plan.out, plan.layout.format) as temporary:
+        write_lora(temporary, plan.layout, plan.slots, pair_of, lambda: _header(plan, sources, spectra))
+        measured = _verify(plan, temporary, spectra, stop, listener)
+        size = sum(path.stat().st_size for path in [temporary, *temporary.rglob("*")] if path.is_file())
+    ranks = (min(spectra.ranks), max(spectra.ranks))
+    return FuseResult(plan.out, len(plan.slots), ranks, spectra.error, measured, spectra.worst, size)
+
+
+def _fused(plan: FusePlan, slot: Slot, spectra: _Spectra) -> Pair:
+    terms = [((module.a(), module.b()), weight) for module, weight in plan.terms[slot.name]]
+    pair = concatenate(terms)
+    if plan.method == "cat":
+        return pair
+    limit = plan.request.max_error
+    pair, spectrum = truncate(pair, rank=plan.request.rank, max_error=_EXACT if limit is None else limit)
+    spectra.total += spectrum.total
+    spectra.dropped += spectrum.dropped
+    error = math.sqrt(spectrum.dropped / spectrum.total) if spectrum.total else 0.0
+    if error > spectra.worst[1]:
+        spectra.worst = (slot.name, error)
+    return pair
+
+
+def _verify(plan: FusePlan, written: Path, spectra: _Spectra, stop: StopRequest, listener: Listener) -> float:
+    """The relative error of what is on the disk, through our own reader; more than it may be is an error."""
+    again = read_lora(str(written)).modules
+    missing = [slot.name for slot in plan.slots if slot.name not in again]
+    if missing or len(again) != len(plan.slots):
+        raise TexforceError(f"'{plan.out}' was not written whole ('{(missing or ['?'])[0]}')", "report this as a bug")
+    difference = scale = 0.0
+    for index, slot in enumerate(plan.slots):
+        stop.check()
+        module = again[slot.name]
+        terms = [((term.a(), term.b()), weight) for term, weight in plan.terms[slot.name]]
+        own = (module.a(), module.b() * module.scale)
+        off, size = probe(own, terms, seed=index)
+        difference, scale = difference + off, scale + size
+        listener(Progressed("checking", index + 1, len(plan.slots)))
+    bound = STORAGE_ERROR[plan.layout.precision]
+    allowed = _SPREAD * math.sqrt(spectra.dropped) + bound * math.sqrt(scale)
+    if not math.sqrt(difference) <= allowed:
+        raise TexforceError(
+            f"'{plan.out}' would differ from the sum of its sources by {math.sqrt(difference / scale):.1e}, more than {bound:g}",
+            "try --dtype fp32",
+        )
+    return math.sqrt(difference / scale) if scale else 0.0
+
+
+def _slot(terms: Sequence[tuple[LoraModule, float]], rank: int | None, method: Method) -> Slot:
+    module = terms[0][0]
+    kernel = next((term.kernel for term, _ in terms if term.kernel), ())
+    kernels = {term.kernel for term, _ in terms} - {(), (1, 1)}
+    if len(kernels) > 1 or (kernels and {(), (1, 1)} & {term.kernel for term, _ in terms}):
+        raise TexforceError(f"'{module.name}' has other kernels in each file", "fuse LoRAs of one base model")
+    total = sum(term.rank for term, _ in terms)
+    if method == "svd":
+        total = min(total, module.inputs, module.outputs, rank or total)
+    return Slot(module.component, module.path, total, module.inputs, module.outputs, kernel)
+
+
+def _out(request: FuseRequest, loras: Sequence[tuple[LoraSpec, Lora]]) -> Path:
+    ending = "" if request.format == "peft" else ".safetensors"
+    if request.out is not None:
+        if ending and request.out.suffix != ending:
+            raise UsageError(f"'{request.out}' does not end in {ending}", f"write --out {request.out.name}{ending}")
+        return request.out
+    parts = [f"{_stem(spec.source)}-{spec.weights.replace('=', '').replace(',', '-')}" for spec, _ in loras]
+    name = "+".join(parts)
+    if len(os.fsencode(name)) > _LONGEST_NAME:
+        name = f"{len(parts)}-loras-{sha256(os.fsencode(name)).hexdigest()[:12]}"
+    return Path(name + ending)
+
+
+def _stem(source: str) -> str:
+    """What a source is called: its file's name, or its folder's where that says nothing."""
+    path = Path(source).expanduser().absolute()
+    while path.name in _UNTELLING and path.parent != path:
+        path = path.parent
+    name = path.stem if path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".ckpt") else path.name
+    return re.sub(r"[^\w.,+-]", "_", name) or "lora"
+
+
+def _refuse_output(out: Path, request: FuseRequest, loras: Sequence[tuple[LoraSpec, Lora]]) -> None:
+    for _, lora in loras:
+        for file in lora.files:
+            same = out.exists() and (out.samefile(file) or (out.is_dir() and out.resolve() in file.resolve().parents))
+            if same:
+                raise UsageError(f"'{out}' is one of the sources", "choose another --out")
+    if out.is_dir() and (request.format != "peft" or not request.force):
+        raise UsageError(
+            f"'{out}' is a folder", "choose another --out" + ("" if request.format != "peft" else ", or add --force")
+        )
+    if out.is_dir() and not any(
+        (out / name).exists() for name in (PEFT_NAME, "text_encoder", "text_encoder_2", "unet")
+    ):
+        raise UsageError(f"the folder '{out}' holds something else than a PEFT adapter", "choose another --out")
+    if out.exists() and not request.force:
+        raise UsageError(f"'{out}' exists already", "choose another --out, or add --force")
+
+
+def _applies(name: str, component: str) -> bool:
+    return LoraSpec("", 0.0, {name: 1.0}).weight_of(component) == 1.0
+
+
+def _provenance(spec: LoraSpec, lora: Lora) -> dict[str, Any]:
+    """A source in the header: its name, hashes, weight, and where it came from itself."""
+    about: dict[str, Any] = {
+        "name": _stem(spec.source).encode("utf-8", "replace").decode(),
+        "sha256": lora.sha256(),
+        "weight": spec.weights,
+        "format": lora.format,
+    }
+    for key in ("texforce.fuse", "texforce"):
+        text = lora.metadata.get(key, "")
+        if text and len(text) < _LONGEST_LINEAGE:
+            try:
+                about["fused from" if key == "texforce.fuse" else "trained"] = json.loads(text)
+            except (ValueError, RecursionError):
+                continue
+    return about
+
+
+def _header(plan: FusePlan, sources: Sequence[Mapping[str, Any]], spectra: _Spectra) -> dict[str, str]:
+    about = {
+        "sources": sources,
+        "method": plan.method,
+        "rank": plan.request.rank,
+        "max_error": plan.request.max_error,
+        "relative_error": spectra.error,
+        "dtype": plan.layout.precision,
+        "texforce": __version__,
+    }
+    title = " + ".join(f"{spec.weights} {source['name']}" for (spec, _), source in zip(plan.loras, sources))
+    rank = max(spectra.ranks, default=int(plan.layout.alpha))
+    alpha = plan.layout.alpha if plan.layout.format == "kohya" else rank
+    keys = model_keys(plan.bases, [lora.metadata for _, lora in plan.loras], title=title, rank=rank, alpha=alpha)
+    training = shared_training([lora.metadata for _, lora in plan.loras])
+    return {"texforce.fuse": json.dumps(about, sort_keys=True), **keys, **training}
