@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.texforce-installed
 
-.PHONY: setup demo test test-full test-rewards lint clean
+.PHONY: setup demo test test-full test-older test-rewards lint clean
 
 setup: $(STAMP)
 
@@ -23,6 +23,15 @@ test: setup
 
 test-full: setup
 	$(BIN)/python -m pytest -m "slow or not slow"
+
+# what loads LoRAs, with the last transformers in which CLIPTextModel has the level `text_model`; everything else from .venv
+test-older: setup
+	rm -rf build/older
+	$(BIN)/python -m venv build/older
+	build/older/bin/python -m pip install --quiet --disable-pip-version-check "transformers==5.5.4"
+	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(' + repr(sysconfig.get_path('purelib')) + ')')" \
+	  > "$$(build/older/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/zz_tested.pth"
+	build/older/bin/python -m pytest tests/test_adapters.py tests/test_fuse.py tests/test_sample.py -k "load or draw or stack or exact"
 
 # installs the four reward packages of ours (some gigabytes) and trains on two that cannot live together
 test-rewards: export TEXFORCE_HOME = $(CURDIR)/build/rewards

@@ -157,9 +157,10 @@ def kohya_name(component: str, path: str, *, sdxl: bool) -> str:
     return f"{prefix[component]}_{path.replace('.', '_')}"
 
 
-def peft_name(component: str, path: str) -> str:
-    """The module's name in a PEFT folder, as the present transformers names it: CLIPTextModel without `text_model.`."""
-    return f"base_model.model.{path.removeprefix('text_model.') if component == 'text_encoder' else path}"
+def peft_name(component: str, path: str, *, level: bool) -> str:
+    """The module's name in a PEFT folder, which is the one in the live model: CLIPTextModel has the `level` text_model in
+    transformers < 5.6, the second encoder of SDXL always."""
+    return f"base_model.model.{path if level or component != 'text_encoder' else path.removeprefix('text_model.')}"
 
 
 def _known(component: str, path: str, naming: str) -> tuple[str, str, str] | None:

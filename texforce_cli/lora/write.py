@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import io
 import json
 import math
@@ -60,19 +61,22 @@ class Slot:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a LoRA is laid out: its format, its precision, `alpha` of the whole file (kohya's), SDXL's names or not."""
+    """How a LoRA is laid out: its format, its precision, `alpha` of the whole file (kohya's), SDXL's names or not, text
+    encoders with the `level` text_model or not (PEFT's)."""
 
     format: Format
     precision: Precision
     alpha: float
     sdxl: bool
+    level: bool
 
     @classmethod
     def of(cls, slots: Sequence[Slot], format: Format, precision: Precision, *, sdxl: bool) -> Layout:
         """One alpha for all modules, the most common rank: loaders scale files with several alphas wrongly."""
         rank = Counter(slot.rank for slot in slots).most_common(1)[0][0]
         stored = float(DTYPES[precision].type(rank))  # bfloat16 cannot hold every integer
-        return cls(format, precision, stored, sdxl or any(slot.component == "text_encoder_2" for slot in slots))
+        second = any(slot.component == "text_encoder_2" for slot in slots)
+        return cls(format, precision, stored, sdxl or second, _has_level())
 
     def tensors(self, slot: Slot, pair: Pair) -> Iterator[tuple[str, Array]]:
         """The tensors of one module by their keys, in this format and precision.
@@ -107,11 +111,15 @@ class Layout:
                 planned[alpha] = (dtype, ())
         return planned
 
+    def peft_name(self, slot: Slot) -> str:
+        """The module's name in a PEFT folder."""
+        return peft_name(slot.component, slot.path, level=self.level)
+
     def _keys(self, slot: Slot) -> tuple[str, str, str | None]:
         if self.format == "kohya":
             name = kohya_name(slot.component, slot.path, sdxl=self.sdxl)
             return f"{name}.lora_down.weight", f"{name}.lora_up.weight", f"{name}.alpha"
-        name = peft_name(slot.component, slot.path) if self.format == "peft" else slot.name
+        name = self.peft_name(slot) if self.format == "peft" else slot.name
         return f"{name}.lora_A.weight", f"{name}.lora_B.weight", None
 
 
@@ -170,7 +178,7 @@ def write_lora(
 
         def counted(slot: Slot, ranks: dict[str, int] = ranks) -> Pair:
             pair = pair_of(slot)
-            ranks[peft_name(slot.component, slot.path).removeprefix("base_model.model.")] = len(pair[0])
+            ranks[layout.peft_name(slot).removeprefix("base_model.model.")] = len(pair[0])
             return pair
 
         with (folder / PEFT_NAME).open("wb") as handle:
@@ -190,6 +198,15 @@ def _write_file(
         for key, value in layout.tensors(slot, pair_of(slot)):
             writer.write(key, value)
     writer.finish({"format": "pt", **metadata()})
+
+
+def _has_level() -> bool:
+    """Whether the transformers that is installed has the level `text_model` in CLIPTextModel."""
+    try:
+        major, minor = importlib.metadata.version("transformers").split(".")[:2]
+        return (int(major), int(minor)) < (5, 6)
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        return False
 
 
 def _peft_config(ranks: Mapping[str, int]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from texforce_cli import tiny
 from texforce_cli.core.seeds import derive
@@ -80,6 +81,7 @@ def build(folder: Path, scale: Scale, prediction: unet.Prediction) -> None:
         requires_safety_checker=False,
     )
     pipeline.to(torch.float16).save_pretrained(folder / "weights")
+    _with_level(folder / "weights" / "text_encoder" / "model.safetensors")
     autoencoder.float()
     for name, judge_recipe, make in (
         ("clip", judges.CLIP_RECIPE, judges.build_clip),
@@ -89,6 +91,13 @@ def build(folder: Path, scale: Scale, prediction: unet.Prediction) -> None:
         model = judges.train_judge(folder, scale.recipe(judge_recipe), make, tokenizer, autoencoder, drawn)
         model.half().save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
+
+
+def _with_level(file: Path) -> None:
+    """Keys with the level `text_model.`, as in every published file: transformers < 5.6 finds no others."""
+    level = "text_model."
+    weights = {level + key.removeprefix(level): value for key, value in load_file(file).items()}
+    save_file(weights, file, metadata={"format": "pt"})
 
 
 def measure(folder: Path, scale: Scale) -> dict[str, Any]:
