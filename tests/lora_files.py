@@ -120,7 +120,7 @@ def peft_patterns(folder: Path) -> tuple[Path, Arrays]:
 def peft_parts(folder: Path) -> tuple[Path, Arrays]:
     """Both encoders of SDXL and the U-Net, in folders of their own."""
     wanted: Arrays = {}
-    for component, key in (("text_encoder", TEXT), ("text_encoder_2", TEXT), ("unet", f"{UNET}.to_k")):
+    for component, key in (("text_encoder", TEXT), ("text_encoder_2", TEXT), ("unet", f"{UNET}.to_q")):
         made = Made().add(f"{component}.{key}", *(f"base_model.model.{key}.lora_{x}.weight" for x in "AB"), scale=0.5)
         made.save(folder / component / "adapter_model.safetensors")
         (folder / component / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4, "lora_alpha": 2}')
@@ -218,9 +218,17 @@ SGM = {
     "middle_block_2_in_layers_2": "mid_block.resnets.1.conv1",
     "output_blocks_0_1_transformer_blocks_0_attn2_to_v": "up_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v",
     "output_blocks_2_2_conv": "up_blocks.0.upsamplers.0.conv",
+    "output_blocks_5_2_conv": "up_blocks.1.upsamplers.0.conv",
+    "input_blocks_6_0_op": "down_blocks.1.downsamplers.0.conv",
+    "input_blocks_5_1_transformer_blocks_0_attn1_to_out_0": "down_blocks.1.attentions.1.transformer_blocks.0.attn1.to_out.0",
+    "input_blocks_7_0_out_layers_3": "down_blocks.2.resnets.0.conv2",
+    "output_blocks_1_1_transformer_blocks_3_ff_net_2": "up_blocks.0.attentions.1.transformer_blocks.3.ff.net.2",
+    "output_blocks_3_0_skip_connection": "up_blocks.1.resnets.0.conv_shortcut",
     "output_blocks_5_1_proj_out": "up_blocks.1.attentions.2.proj_out",
     "output_blocks_8_0_in_layers_2": "up_blocks.2.resnets.2.conv1",
     "time_embed_0": "time_embedding.linear_1",
+    "time_embed_2": "time_embedding.linear_2",
+    "label_emb_0_0": "add_embedding.linear_1",
     "label_emb_0_2": "add_embedding.linear_2",
     "out_2": "conv_out",
 }
@@ -256,6 +264,17 @@ def sgm_dotted(folder: Path) -> tuple[Path, Arrays]:
     return made.save(folder / "a.safetensors"), made.wanted
 
 
+def comfyui(folder: Path) -> tuple[Path, Arrays]:
+    """ComfyUI's own names of both encoders, and SimpleTuner's of the U-Net."""
+    made = Made()
+    for component, prefix in (("text_encoder", "text_encoders.clip_l.transformer"), ("text_encoder_2", "clip_g")):
+        made.add(f"{component}.{TEXT}", *(f"{prefix}.{TEXT}.lora_{x}.weight" for x in ("down", "up")))
+    key = "lycoris_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    path = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    made.add(path, f"{key}.lora_down.weight", f"{key}.lora_up.weight", scale=0.25, alpha=(f"{key}.alpha", 1.0))
+    return made.save(folder / "a.safetensors"), made.wanted
+
+
 FORMATS: dict[str, Callable[[Path], tuple[Path, Arrays]]] = {
     "PEFT": peft_folder,
     "PEFT, patterns": peft_patterns,
@@ -266,4 +285,5 @@ FORMATS: dict[str, Callable[[Path], tuple[Path, Arrays]]] = {
     "kohya": kohya,
     "kohya, sgm names": kohya_sdxl,
     "sgm names": sgm_dotted,
+    "kohya, ComfyUI": comfyui,
 }

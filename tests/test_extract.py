@@ -17,6 +17,7 @@ from texforce_cli.cli import app
 from texforce_cli.errors import TexforceError
 from texforce_cli.lora.full import open_full
 from texforce_cli.tiny import WEIGHTS
+from texforce_cli.workflows import extract as extracting
 from texforce_cli.workflows.extract import ExtractRequest, extract
 
 UNET = WEIGHTS / "unet" / "diffusion_pytorch_model.safetensors"
@@ -56,6 +57,20 @@ def test_the_difference_becomes_the_closest_lora(tmp_path: Path) -> None:
         best, whole = best + optimum, whole + np.sum(exact**2)
     assert result.error == pytest.approx((best / whole) ** 0.5, rel=1e-6)
     assert (result.modules, result.rest, result.left_out) == (2, 0.0, ())
+
+
+def test_what_is_read_back_is_compared_with_the_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tuned = changed(tmp_path / "tuned", {QUERY: 0.1})
+    real = extracting.truncated_svd
+
+    def slightly_wrong(delta: Any, rank: int) -> Any:
+        (a, b), spectrum = real(delta, rank)
+        return (a, b * 1.2), spectrum
+
+    monkeypatch.setattr(extracting, "truncated_svd", slightly_wrong)
+    with pytest.raises(TexforceError, match="would be further from the difference than it should"):
+        extract(ExtractRequest(str(UNET), str(tuned), tmp_path / "out.safetensors", rank=8))
+    assert [path.name for path in tmp_path.iterdir()] == ["tuned"]
 
 
 def test_a_change_of_low_rank_is_found_whole_and_draws_the_same(tmp_path: Path, capsys: Any) -> None:

@@ -17,7 +17,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from hypothesis import given
 from hypothesis import strategies as st
-from lora_files import FORMATS, SGM, TEXT, UNET, Made, close, deltas, diffusers_old, kohya, kohya_sdxl, peft_folder
+from lora_files import FORMATS, TEXT, UNET, Made, close, deltas, diffusers_old, kohya, kohya_sdxl, peft_folder
 
 from texforce_cli.cli import app
 from texforce_cli.errors import TexforceError, UsageError
@@ -78,14 +78,41 @@ def test_every_format_goes_into_every_format(name: str, form: Any, tmp_path: Pat
         assert close(fused(out, path, format=form, precision=precision, force=True), wanted, bound)
 
 
+COMFYUI = {  # spelled out from ComfyUI's published map (comfy/lora.py, comfy/utils.py: unet_to_diffusers)
+    "lora_te1_text_model_encoder_layers_1_self_attn_q_proj",
+    "lora_te2_text_model_encoder_layers_1_self_attn_q_proj",
+    "lora_unet_conv_in",
+    "lora_unet_conv_out",
+    "lora_unet_time_embedding_linear_1",
+    "lora_unet_time_embedding_linear_2",
+    "lora_unet_add_embedding_linear_1",
+    "lora_unet_add_embedding_linear_2",
+    "lora_unet_down_blocks_0_resnets_0_conv1",
+    "lora_unet_down_blocks_0_resnets_1_time_emb_proj",
+    "lora_unet_down_blocks_0_downsamplers_0_conv",
+    "lora_unet_down_blocks_1_resnets_0_conv_shortcut",
+    "lora_unet_down_blocks_1_attentions_0_transformer_blocks_1_attn1_to_q",
+    "lora_unet_down_blocks_1_attentions_1_transformer_blocks_0_attn1_to_out_0",
+    "lora_unet_down_blocks_1_downsamplers_0_conv",
+    "lora_unet_down_blocks_2_resnets_0_conv2",
+    "lora_unet_down_blocks_2_attentions_1_proj_in",
+    "lora_unet_mid_block_resnets_0_conv2",
+    "lora_unet_mid_block_attentions_0_transformer_blocks_9_ff_net_0_proj",
+    "lora_unet_mid_block_resnets_1_conv1",
+    "lora_unet_up_blocks_0_attentions_0_transformer_blocks_0_attn2_to_v",
+    "lora_unet_up_blocks_0_attentions_1_transformer_blocks_3_ff_net_2",
+    "lora_unet_up_blocks_0_upsamplers_0_conv",
+    "lora_unet_up_blocks_1_resnets_0_conv_shortcut",
+    "lora_unet_up_blocks_1_upsamplers_0_conv",
+    "lora_unet_up_blocks_1_attentions_2_proj_out",
+    "lora_unet_up_blocks_2_resnets_2_conv1",
+}
+
+
 def test_kohya_out_has_one_alpha_and_the_names_that_comfyui_looks_up(tmp_path: Path) -> None:
-    """ComfyUI looks up lora_te1_/lora_te2_ for SDXL, lora_te_ elsewhere, and lora_unet_ + diffusers' name (comfy/lora.py)."""
     fused(tmp_path / "sdxl.safetensors", kohya_sdxl(tmp_path / "x")[0], format="kohya")
     found = safetensors.numpy.load_file(tmp_path / "sdxl.safetensors")
-    stems = {key.partition(".")[0] for key in found}
-    expected = {f"lora_{te}_text_model_encoder_layers_1_self_attn_q_proj" for te in ("te1", "te2")}
-    expected |= {f"lora_unet_{module.replace('.', '_')}" for module in SGM.values()}
-    assert stems == expected
+    assert {key.partition(".")[0] for key in found} == COMFYUI
     fused(tmp_path / "sd.safetensors", kohya(tmp_path / "y")[0], format="kohya")
     found = safetensors.numpy.load_file(tmp_path / "sd.safetensors")
     assert "lora_te_text_model_encoder_layers_1_self_attn_q_proj.lora_down.weight" in found
@@ -194,31 +221,121 @@ def test_small_changes_survive_half_precision(tmp_path: Path) -> None:
     assert not (tmp_path / "huge16.safetensors").exists()
 
 
-def test_a_linear_and_a_1x1_form_of_one_layer_are_the_same(tmp_path: Path) -> None:
-    key = "unet.down_blocks.0.attentions.0.proj_in"
+@pytest.mark.parametrize(
+    ("path", "width", "dimensions"),
+    [
+        ("down_blocks.0.attentions.0.proj_in", 768, 4),  # a convolution in SD 1.x, linear in the others
+        ("down_blocks.0.attentions.0.proj_in", 1024, 2),
+        ("down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", 768, 2),
+        ("down_blocks.0.resnets.0.conv_shortcut", 2048, 4),
+    ],
+)
+def test_a_linear_and_a_1x1_form_of_one_layer_are_the_same_and_the_layers_own_is_written(
+    tmp_path: Path, path: str, width: int, dimensions: int
+) -> None:
+    key, tells = f"unet.{path}", f"unet.{UNET}.to_k"
     for name, kernel in (("a", ()), ("b", (1, 1)), ("c", (3, 3))):
         made = Made().add(key, f"{key}.lora_A.weight", f"{key}.lora_B.weight", kernel=kernel)
+        made.add(tells, f"{tells}.lora_A.weight", f"{tells}.lora_B.weight", shape=(6, width))
         made.save(tmp_path / f"{name}.safetensors")
     paths = [tmp_path / f"{name}.safetensors" for name in "ab"]
     assert close(fused(tmp_path / "out.safetensors", *paths), total(*((deltas(path), 1.0) for path in paths)))
-    assert safetensors.numpy.load_file(tmp_path / "out.safetensors")[f"{key}.lora_A.weight"].ndim == 4
+    written = safetensors.numpy.load_file(tmp_path / "out.safetensors")
+    assert written[f"{key}.lora_A.weight"].ndim == written[f"{key}.lora_B.weight"].ndim == dimensions
     with pytest.raises(TexforceError, match="different base models"):
         plan_fuse(FuseRequest([str(tmp_path / "a.safetensors"), str(tmp_path / "c.safetensors")]))
 
 
-def test_what_is_read_back_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = simple(tmp_path / "a.safetensors")
-    real = fusing.concatenate
+@pytest.mark.parametrize(
+    ("options", "change"),
+    [
+        ({}, lambda a, b: (a, b + 1e-3)),
+        ({"precision": "fp16"}, lambda a, b: (a, b * 1.01)),
+        ({"precision": "bf16"}, lambda a, b: (a, b * 1.03)),
+        ({"rank": 2}, lambda a, b: (a, b * 1.01)),
+        ({"rank": 2, "precision": "bf16"}, lambda a, b: (a[:1], b[:, :1])),
+    ],
+)
+def test_what_is_read_back_is_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: Any, change: Any
+) -> None:
+    """A layer that was written a little wrong is found, however small it is beside the others."""
+    small = Made()
+    key = f"text_encoder.{TEXT}"
+    small.add(key, f"{key}.lora_A.weight", f"{key}.lora_B.weight")
+    small.tensors[f"{key}.lora_B.weight"] *= np.float32(1e-3)
+    sources = [simple(tmp_path / "a.safetensors", rank=4), small.save(tmp_path / "b.safetensors")]
+    real = fusing._fused
 
-    def slightly_wrong(terms: Any) -> Any:
-        a, b = real(terms)
-        b[1, 1] += 1e-3
-        return a, b
+    def slightly_wrong(plan: Any, slot: Any, spectra: Any) -> Any:
+        pair = real(plan, slot, spectra)
+        return change(*pair) if slot.name == key else pair
 
-    monkeypatch.setattr(fusing, "concatenate", slightly_wrong)
-    with pytest.raises(TexforceError, match="would differ from the sum of its sources"):
-        fused(tmp_path / "out.safetensors", f"{path}:0.5")
-    assert [entry.name for entry in tmp_path.iterdir()] == ["a.safetensors"]
+    monkeypatch.setattr(fusing, "_fused", slightly_wrong)
+    plan_fuse(FuseRequest([str(sources[1])], out=tmp_path / "out.safetensors", **options))
+    with pytest.raises(TexforceError, match=r"q_proj' in .*out.safetensors' would differ from the sum of its sources"):
+        fused(tmp_path / "out.safetensors", sources[1], f"{sources[0]}:te=0", **options)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
+
+
+def test_a_folder_that_holds_anything_else_is_never_replaced(tmp_path: Path) -> None:
+    source = simple(tmp_path / "a.safetensors")
+    for number, stranger in enumerate(
+        ["model_index.json", "unet/config.json", "text_encoder/notes.txt", "checkpoint-1/opt.pt"]
+    ):
+        out = tmp_path / f"out{number}"
+        fused(out, source, format="peft")
+        (out / stranger).parent.mkdir(exist_ok=True)
+        (out / stranger).write_text("precious")
+        with pytest.raises(UsageError, match="which is no part of a PEFT adapter"):
+            fused(out, source, format="peft", force=True)
+        assert (out / stranger).read_text() == "precious"
+    out = tmp_path / "again"
+    fused(out, source, format="peft")
+    with pytest.raises(UsageError, match="exists already"):
+        fused(out, source, format="peft")
+    assert close(fused(out, f"{source}:2", format="peft", force=True), total((deltas(source), 2.0)))
+    (tmp_path / "link").symlink_to(out)
+    (tmp_path / "dangling.safetensors").symlink_to(tmp_path / "nowhere")
+    for name, form in (("link", "peft"), ("dangling.safetensors", "diffusers")):
+        with pytest.raises(UsageError, match=r"is a folder|exists already"):
+            fused(tmp_path / name, source, format=form)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
+
+
+def test_an_encoder_that_could_be_of_two_bases_is_told_even_beside_one_that_is_not(tmp_path: Path) -> None:
+    text, unet = Made(), Made()
+    text.add(f"text_encoder.{TEXT}", *(f"text_encoder.{TEXT}.lora_{x}.weight" for x in "AB"), shape=(6, 768))
+    unet.add(f"unet.{UNET}.to_k", *(f"unet.{UNET}.to_k.lora_{x}.weight" for x in "AB"), shape=(6, 2048))
+    paths = [str(text.save(tmp_path / "t.safetensors")), str(unet.save(tmp_path / "u.safetensors"))]
+    said = plan_fuse(FuseRequest(paths, out=tmp_path / "o.safetensors")).warnings
+    assert "t.safetensors' tells whether it is for SD 1.x or SDXL" in said[0]
+    assert "taken to be SDXL as the others are" in said[0]
+    assert plan_fuse(FuseRequest(paths[1:], out=tmp_path / "o.safetensors")).warnings == []
+
+
+def test_a_long_lineage_keeps_names_hashes_and_weights(tmp_path: Path) -> None:
+    training = json.dumps({"base": "tiny", "base_kind": "tiny", "words": "x" * 15_000})
+    one = simple(tmp_path / "a.safetensors", texforce=training)
+    two = simple(tmp_path / "b.safetensors", seed=1, texforce=training)
+    fused(tmp_path / "c.safetensors", f"{one}:{1 / 3!r}", two)
+    fused(tmp_path / "d.safetensors", tmp_path / "c.safetensors")
+    about = json.loads(read_lora(str(tmp_path / "d.safetensors")).metadata["texforce.fuse"])["sources"][0]
+    sources = about["fused from"]["sources"]
+    assert [(source["name"], float(source["weight"])) for source in sources] == [("a", 1 / 3), ("b", 1.0)]
+    assert all(len(source["sha256"][0]) == 64 and "trained" not in source for source in sources)
+
+
+def test_half_a_surrogate_in_a_header_is_no_traceback(tmp_path: Path) -> None:
+    path = simple(tmp_path / "a.safetensors", ss_sd_model_name="model")
+    data = path.read_bytes().replace(b'"model"', b'"\\udc"')  # of the same length, and no JSON
+    path.write_bytes(data)
+    with pytest.raises(TexforceError):
+        plan_fuse(FuseRequest([str(path)], out=tmp_path / "o.safetensors"))
+    path = simple(tmp_path / "b.safetensors", ss_sd_model_name="modelx")
+    path.write_bytes(path.read_bytes().replace(b'"modelx"', b'"\\ud800"'))
+    fused(tmp_path / "o.safetensors", path)
+    assert read_lora(str(tmp_path / "o.safetensors")).metadata["ss_sd_model_name"] == "?"
 
 
 @pytest.mark.parametrize(
@@ -232,7 +349,28 @@ def test_what_is_read_back_is_compared(tmp_path: Path, monkeypatch: pytest.Monke
         (["a.safetensors", "--out", "same.safetensors", "--force"], 2, "is one of the sources"),
         (["a.safetensors", "--out", "x.bin"], 2, "does not end in .safetensors"),
         (["a.safetensors", "--out", "folder.safetensors", "--force"], 2, "is a folder"),
-        (["a.safetensors", "--format", "peft", "--out", "folder.safetensors", "--force"], 2, "holds something else"),
+        (
+            ["a.safetensors", "--format", "peft", "--out", "folder.safetensors", "--force"],
+            2,
+            "holds 'precious', which is no part",
+        ),
+        (["peft", "--format", "peft", "--out", ".", "--force"], 2, "is one of the sources"),
+        (["a.safetensors", "--out", "x" * 300 + ".safetensors"], 2, "cannot be looked at|could not be written"),
+        (["nan.safetensors", "--out", "new/folder/x.safetensors"], 1, "holds NaN or infinite values in"),
+        (
+            [
+                "--extract",
+                "full.safetensors",
+                "tuned.safetensors",
+                "--rank",
+                "2",
+                "--out",
+                "tuned.safetensors",
+                "--force",
+            ],
+            2,
+            "is one of the sources",
+        ),
         (["peft", "--format", "peft", "--out", "peft", "--force"], 2, "is one of the sources"),
         (["a.safetensors", "other.safetensors"], 1, "different base models"),
         (["nan.safetensors"], 1, "holds NaN or infinite values in"),
@@ -257,6 +395,8 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(
     Path("folder.safetensors/precious").write_text("x")
     Path("deep.bin").write_bytes(b"\x80\x02.")
     Path("cut.safetensors").write_bytes(Path("a.safetensors").read_bytes()[:-5])
+    for name in ("full", "tuned"):
+        safetensors.numpy.save_file({"conv_in.weight": np.ones((2, 2, 3, 3), np.float32)}, f"{name}.safetensors")
     broken = Made().add(f"unet.{UNET}.to_q", *(f"unet.{UNET}.to_q.lora_{x}.weight" for x in "AB"))
     broken.tensors[f"unet.{UNET}.to_q.lora_B.weight"][1, 1] = np.inf
     broken.save(Path("nan.safetensors"))

@@ -46,7 +46,20 @@ def test_a_source_with_a_weight(text: str, source: str, weight: float) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["x:nan", "x:inf", "x:0,7", "x:", ":0.5", "", "x:te=", "x:te=nan", "x:te=0.7,te=0.3", "x:te=0.7,unet=inf", ":te=1"],
+    [
+        "x:nan",
+        "x:inf",
+        "x:1e300",
+        "x:0,7",
+        "x:",
+        ":0.5",
+        "",
+        "x:te=",
+        "x:te=nan",
+        "x:te=0.7,te=0.3",
+        "x:te=0.7,unet=inf",
+        ":te=1",
+    ],
 )
 def test_what_looks_like_a_weight_and_is_none_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="is no LoRA with a weight"):
@@ -166,8 +179,15 @@ REFUSED: list[tuple[dict[str, torch.Tensor], str]] = [
     ({f"{STEM}.diff": ONE}, "full differences"),
     ({f"{STEM}.diff_b": ONE}, "full differences"),
     ({f"{STEM}.w_norm": ONE}, "changed norms"),
-    ({"emb_params": ONE}, "textual inversion"),
-    ({"bundle_emb.x.string_to_param.*": ONE, **PAIR}, "textual inversion"),
+    ({"emb_params": ONE}, "is a textual inversion"),
+    ({"bundle_emb.x.string_to_param.*": ONE, **PAIR}, "with textual inversions in it"),
+    ({"lora_te2_encoder_block_0_layer_0_SelfAttention_q.lora_down.weight": ONE}, "of no LoRA of Stable"),
+    (
+        {
+            "down_blocks.0.motion_modules.0.temporal_transformer.transformer_blocks.0.attention_blocks.0.processor.to_q_lora.down.weight": ONE
+        },
+        "of no LoRA of Stable",
+    ),
     ({f"{KEY}.lora_A.weight": torch.ones(2, 3), f"{KEY}.lora_B.weight": torch.ones(3, 4)}, "cannot be multiplied"),
     ({f"{KEY}.lora_A.weight": torch.ones(0, 3), f"{KEY}.lora_B.weight": torch.ones(3, 0)}, "cannot be multiplied"),
     ({f"{KEY}.lora_A.weight": torch.ones(2), f"{KEY}.lora_B.weight": torch.ones(2)}, "cannot be multiplied"),
@@ -201,6 +221,7 @@ def test_what_cannot_be_merged_is_refused_with_file_and_key(
         ({"modules_to_save": ["x"]}, "made with modules_to_save"),
         ({"lora_alpha": "much"}, "an alpha of 'much'"),
         ({"lora_alpha": 1e999}, "an alpha of"),
+        ({"lora_alpha": 10**400}, "an alpha of"),
         ({"lora_alpha": 4, "alpha_pattern": {"(a+)+$": 1}}, "only names of modules"),
     ],
 )
@@ -250,6 +271,53 @@ def attention(
 )
 def test_the_base_model_is_told_by_widths_then_by_headers(tmp_path: Path, make: Any, base: str) -> None:
     assert make(tmp_path / "a.safetensors").base == base
+
+
+def test_one_file_of_two_bases_is_refused(tmp_path: Path) -> None:
+    made = Made()
+    for name, width in (("to_k", 768), ("to_v", 2048)):
+        made.add(f"unet.{UNET}.{name}", *(f"unet.{UNET}.{name}.lora_{x}.weight" for x in "AB"), shape=(6, width))
+    path = made.save(tmp_path / "a.safetensors")
+    with pytest.raises(TexforceError, match=r"mixes base models \('unet.*to_k' is of SD 1.x, 'unet.*to_v' of SDXL"):
+        read_lora(str(path))
+
+
+def test_the_second_encoder_alone_is_known_by_its_folder_or_its_width(tmp_path: Path) -> None:
+    for width, where in ((1280, "a"), (1280, "b/text_encoder_2"), (6, "c/text_encoder_2")):
+        made = Made()
+        for name, shape in (("self_attn.q_proj", (width, width)), ("mlp.fc2", (width, 4 * width))):
+            key = f"text_model.encoder.layers.0.{name}"
+            made.add(f"text_encoder_2.{key}", *(f"base_model.model.{key}.lora_{x}.weight" for x in "AB"), shape=shape)
+        folder = made.save(tmp_path / where / "adapter_model.safetensors").parent
+        (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4, "lora_alpha": 4}')
+        for source in {folder, tmp_path / where.partition("/")[0]}:
+            assert close(deltas(source), made.wanted)
+
+
+def test_alpha_may_be_an_integer_and_its_absence_is_told(tmp_path: Path) -> None:
+    key = "lora_te_text_model_encoder_layers_1_self_attn_q_proj"
+    made = Made().add(f"text_encoder.{TEXT}", f"{key}.lora_down.weight", f"{key}.lora_up.weight", scale=0.5)
+    made.tensors[f"{key}.alpha"] = np.array(2)  # as diffusers' convert_state_dict_to_kohya writes it
+    assert close(deltas(made.save(tmp_path / "a.safetensors")), made.wanted)
+    folder, wanted = peft_folder(tmp_path / "x")
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 16}')
+    assert close(deltas(folder), {name: delta / 2 for name, delta in wanted.items()})  # PEFT's default alpha is 8
+    (folder / "adapter_config.json").unlink()
+    lora = read_lora(str(folder))
+    assert close(deltas(lora), wanted)
+    assert "its alpha is not known" in lora.warnings[0]
+
+
+def test_a_pickle_beside_the_weights_is_passed_over(tmp_path: Path) -> None:
+    folder, wanted = FORMATS["PEFT, folders"](tmp_path / "x")
+    (folder / "unet" / "adapter_model.bin").write_bytes(b"\x80\x02.")
+    assert close(deltas(folder), wanted)
+
+
+@pytest.mark.parametrize("source", ["a" * 300, "~nobody-of-that-name/a.safetensors", "a\0b"])
+def test_a_path_that_cannot_be_is_one_sentence(source: str) -> None:
+    with pytest.raises(UsageError, match=r"cannot be looked at|there is no LoRA"):
+        find_lora(source)
 
 
 def test_loras_of_different_bases_are_told_apart(tmp_path: Path) -> None:

@@ -9,7 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from texforce_cli.core.lora_algebra import balance, concatenate, probe, squared_norm, truncate, truncated_svd
+from texforce_cli.core.lora_algebra import (
+    balance,
+    concatenate,
+    distance,
+    probe,
+    squared_norm,
+    term_scale,
+    truncate,
+    truncated_svd,
+)
 
 sizes = st.integers(1, 6)
 weights = st.floats(-3, 3).filter(lambda weight: weight == 0 or abs(weight) > 1e-6)
@@ -87,16 +96,17 @@ def test_norms_and_distances() -> None:
     one, two = pair(3, 4, 30, 20), pair(4, 2, 30, 20)
     assert squared_norm(one) == pytest.approx(np.sum(dense(one) ** 2), rel=1e-9)
     exact = np.sum((dense(one) - 0.5 * dense(two)) ** 2)
-    found = np.mean([probe(one, [(two, 0.5)], seed)[0] for seed in range(200)])
+    assert distance(one, [(two, 0.5)]) == pytest.approx(exact, rel=1e-9)
+    assert distance(one, [(one, 1.0)]) <= 1e-20 * exact
+    found = np.mean([probe(one, [(two, 0.5)], seed) for seed in range(200)])
     assert found == pytest.approx(exact, rel=0.05)
-    scales = np.mean([probe(one, [(two, 0.5), (one, 2.0)], seed)[1] for seed in range(200)])
-    assert scales == pytest.approx(0.25 * np.sum(dense(two) ** 2) + 4 * np.sum(dense(one) ** 2), rel=0.05)
-    assert probe(one, [(one, 1.0)], 0)[0] == 0
+    assert probe(one, [(one, 1.0)], 0) == 0
+    rows = (np.array([[3.0, 4.0], [1.0, 0.0]]), np.array([[2.0, 0.0], [0.0, 7.0]]))
+    assert term_scale(rows) == 25 * 4 + 1 * 49
 
 
 def test_one_wrong_number_is_seen() -> None:
     one = pair(5, 4, 300, 200)
     wrong = one[0].copy()
     wrong[2, 7] += 1e-3
-    off, scale = probe((wrong, one[1]), [(one, 1.0)], 0)
-    assert (off / scale) ** 0.5 > 1e-5
+    assert (probe((wrong, one[1]), [(one, 1.0)], 0) / term_scale(one)) ** 0.5 > 1e-5

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from texforce_cli.cli.app import run
 from texforce_cli.errors import TexforceError
 from texforce_cli.tensorfile import TensorFile, TensorWriter, write_tensors
 
@@ -115,6 +116,12 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "offsets beyond": (bytes_of({"x": entry(0, 4), "y": entry(4, 8)}, bytes(4)), "is cut short"),
     "shape too large": (bytes_of({"x": entry(shape=(2, 2))}, bytes(4)), "gives 'x' 4 bytes, its shape needs 16"),
     "shape absurd": (bytes_of({"x": entry(shape=(2**40, 2**40))}, bytes(4)), "its shape needs"),
+    "shape beyond": (bytes_of({"x": entry(shape=(2**60,))}, bytes(4)), "in a way that cannot be read"),
+    "shape of a thousand digits": (
+        bytes_of({"x": entry(shape=(10**999, 10**999))}, bytes(4)),
+        "in a way that cannot be read",
+    ),
+    "dimensions without end": (bytes_of({"x": entry(shape=(1,) * 70)}, bytes(4)), "in a way that cannot be read"),
     "shape negative": (bytes_of({"x": entry(shape=(-1, -1))}, bytes(4)), "in a way that cannot be read"),
     "shape of texts": (bytes_of({"x": entry(shape=("1",))}, bytes(4)), "in a way that cannot be read"),
     "shape true": (bytes_of({"x": entry(shape=(True,))}, bytes(4)), "in a way that cannot be read"),
@@ -128,12 +135,17 @@ BROKEN: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_file_is_one_sentence_with_its_name(tmp_path: Path, name: str) -> None:
+def test_a_broken_file_is_one_sentence_with_its_name(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     content, sentence = BROKEN[name]
     (tmp_path / "a.safetensors").write_bytes(content)
     with pytest.raises(TexforceError, match=sentence) as caught:
         TensorFile.open(tmp_path / "a.safetensors")
     assert "a.safetensors" in str(caught.value)
+    assert run(["fuse", str(tmp_path / "a.safetensors"), "--out", str(tmp_path / "new" / "b.safetensors")]) == 1
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
 
 @pytest.mark.parametrize("change", [lambda p: p.unlink(), lambda p: p.write_bytes(WHOLE[:-6])])
@@ -148,7 +160,7 @@ def test_a_file_that_changes_while_it_is_read_is_told(tmp_path: Path, change: Ca
 
 def test_nan_is_named(tmp_path: Path) -> None:
     safetensors.torch.save_file(
-        {"x": torch.tensor([1.0, torch.nan]), "n": torch.tensor([1])}, tmp_path / "a.safetensors"
+        {"x": torch.tensor([1.0, torch.nan]), "n": torch.tensor([1, 2])}, tmp_path / "a.safetensors"
     )
     file = TensorFile.open(tmp_path / "a.safetensors")
     with pytest.raises(TexforceError, match="NaN or infinite values in 'x'"):

@@ -33,6 +33,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LONGEST_HEADER = 100_000_000
+_MOST_DIMENSIONS, _LARGEST_DIMENSION = 8, 2**48
 _AGAIN = "copy or download it again"
 _IMPOSTORS = {
     b"version https://git-lfs": ("a git-lfs pointer, not the file itself", "run `git lfs pull`, or download the file"),
@@ -115,10 +116,11 @@ class TensorFile:
         """A tensor of numbers in float32, or float64 where it is stored so.
 
         Raises:
-            TexforceError: it holds NaN or infinite values, or is no tensor of numbers with a fraction.
+            TexforceError: it holds NaN or infinite values, or is no tensor of numbers with a fraction; a single number may
+                be an integer.
         """
         data = self.read(key)
-        if not self.entries[key].dtype.startswith(("F", "BF")):
+        if not self.entries[key].dtype.startswith(("F", "BF")) and (data.size != 1 or data.dtype == np.bool_):
             raise TexforceError(f"'{self.path}' holds '{key}' as {self.entries[key].dtype}", "it is no weight")
         data = data if data.dtype == np.float64 else data.astype(np.float32)
         if not np.isfinite(data).all():
@@ -180,7 +182,7 @@ def _described(dtype: np.dtype[Any], shape: tuple[int, ...], start: int, stop: i
 
 def _header_text(header: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:
     whole = {"__metadata__": dict(sorted(metadata.items())), **header}
-    text = json.dumps(whole, separators=(",", ":"), ensure_ascii=False).encode()
+    text = json.dumps(whole, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "replace")
     return text + b" " * (-len(text) % 8)
 
 
@@ -213,7 +215,8 @@ def _parsed(path: Path, text: bytes) -> dict[str, Any]:
 def _entry(path: Path, key: str, value: Any, base: int) -> Entry:
     try:
         dtype, shape, (start, stop) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
-        whole = all(type(n) is int and n >= 0 for n in (*shape, start, stop))
+        whole = all(type(n) is int and 0 <= n < _LARGEST_DIMENSION for n in (*shape, start, stop))
+        whole = whole and len(shape) <= _MOST_DIMENSIONS
     except (TypeError, KeyError, ValueError):
         whole = False
     if not whole or not isinstance(dtype, str):

@@ -19,6 +19,11 @@ from texforce_cli.tensorfile import Array, TensorFile
 _FILES = ("diffusion_pytorch_model", "model", "pytorch_model")
 _VARIANTS = ("", ".fp16", ".non_ema")
 _ELSEWHERE = ("first_stage_model.", "vae.", "model_ema.", "cond_stage_model.model.", "conditioner.embedders.1.")
+_ORIGINAL = (
+    "model.diffusion_model.",
+    "cond_stage_model.transformer.text_model.",
+    "conditioner.embedders.0.transformer.text_model.",
+)
 _NO_WEIGHTS = (
     "position_ids",
     "alphas_cumprod",
@@ -76,8 +81,11 @@ def open_full(source: str, *, allow_pickle: bool = False) -> FullWeights:
             tensors = read_pickle(file)
         else:
             tensors = TensorFile.open(file)
+        original = any(key.startswith(_ORIGINAL[0]) for key in tensors.entries)
         for key in tensors.entries:
             aside = next((prefix for prefix in _ELSEWHERE if key.startswith(prefix)), None)
+            if aside is None and original and not key.startswith(_ORIGINAL):
+                aside = f"{key.partition('.')[0]}."  # whole checkpoints carry what their training needed
             if aside:
                 elsewhere.add(aside)
                 continue

@@ -14,7 +14,13 @@ _CARRIED = ("modelspec.architecture", "ss_base_model_version", "ss_sd_model_name
 
 
 def model_keys(
-    bases: Collection[str], sources: Sequence[Mapping[str, str]], *, title: str, rank: int, alpha: float
+    bases: Collection[str],
+    sources: Sequence[Mapping[str, str]],
+    *,
+    title: str,
+    description: str,
+    rank: int,
+    alpha: float,
 ) -> dict[str, str]:
     """What a fused file says of its base, rank and origin; what all the sources agree on is carried over."""
     known = _ARCHITECTURES.get(next(iter(bases)), ("", "")) if len(bases) == 1 else ("", "")
@@ -24,7 +30,7 @@ def model_keys(
     return {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.title": title[:500],
-        "modelspec.description": "LoRAs fused by texforce",
+        "modelspec.description": description,
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(rank),
         "ss_network_alpha": f"{alpha:g}",

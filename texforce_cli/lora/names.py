@@ -23,11 +23,23 @@ _SUFFIXES = (  # (what follows the module's name, the format it tells)
     (re.compile(r"(?P<module>.+)\.lora_(?P<role>down|up)\.weight"), "kohya"),
 )
 _ALPHA = re.compile(r"(?P<module>.+?)(?:_lora|\.lora|\.lora_linear_layer)?\.alpha")
-_KOHYA = {"lora_te_": "text_encoder", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2", "lora_unet_": "unet"}
+_KOHYA = {
+    "lora_te_": "text_encoder",
+    "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+    "lora_unet_": "unet",
+    "lycoris_": "unet",  # as SimpleTuner writes it
+}
 _PREFIXES = {
     **{f"{component}.": component for component in COMPONENTS},
     "model.diffusion_model.": "unet",
     "diffusion_model.": "unet",
+    # ComfyUI's own names
+    "text_encoders.clip_l.transformer.": "text_encoder",
+    "text_encoders.clip_h.transformer.": "text_encoder",
+    "text_encoders.clip_g.transformer.": "text_encoder_2",
+    "clip_l.": "text_encoder",
+    "clip_g.": "text_encoder_2",
     "cond_stage_model.transformer.": "text_encoder",
     "conditioner.embedders.0.transformer.": "text_encoder",
 }
@@ -41,6 +53,19 @@ _UNET_PARTS = (
     "conv_norm_out",
     "time_embedding.",
     "add_embedding.",
+)
+_BLOCK_PARTS = (
+    r"resnets\.\d+\.(conv1|conv2|norm1|norm2|time_emb_proj|conv_shortcut)"
+    r"|attentions\.\d+\.(norm|proj_in|proj_out|transformer_blocks\.\d+\."
+    r"(norm[123]|attn[12]\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0\.proj|2)))"
+)
+_UNET = re.compile(
+    rf"(down_blocks|up_blocks)\.\d+\.({_BLOCK_PARTS}|(downsamplers|upsamplers)\.0\.conv)|mid_block\.({_BLOCK_PARTS})"
+    r"|conv_in|conv_out|conv_norm_out|(time|add)_embedding\.linear_[12]"
+)
+_TEXT = re.compile(
+    r"text_model\.(embeddings\.(token|position)_embedding|final_layer_norm"
+    r"|encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12]|layer_norm[12]))|text_projection"
 )
 _OLD_TEXT = {".to_q": ".q_proj", ".to_k": ".k_proj", ".to_v": ".v_proj", ".to_out": ".out_proj"}
 _WORDS = (  # the parts of module names that hold an underscore; kohya's keys write the dots so as well
@@ -83,7 +108,8 @@ REFUSED = (
     (re.compile(r"\.diff(_b)?$"), "a LyCORIS file with full differences"),
     (re.compile(r"\.lora_embedding_[AB]"), "a LoRA of an embedding"),
     (re.compile(r"\.lora_(B|up)(\.[^.]+)?\.bias$"), "a LoRA with a bias (lora_bias)"),
-    (re.compile(r"^emb_params$|^bundle_emb\."), "a textual inversion"),
+    (re.compile(r"^emb_params$"), "a textual inversion"),
+    (re.compile(r"^bundle_emb\."), "a LoRA with textual inversions in it (bundle_emb)"),
 )
 """What cannot be merged as a LoRA, by its keys."""
 
@@ -167,17 +193,27 @@ def _known(component: str, path: str, naming: str) -> tuple[str, str, str] | Non
     path = path.replace(".processor.", ".").removesuffix(".processor")
     if component == "unet":
         sgm = _from_sgm(path) if _is_sgm(path) else path
-        if sgm is None or not sgm.startswith(_UNET_PARTS):
+        if sgm is None:
             return None
         path = f"{sgm}.0" if sgm.endswith(".to_out") else sgm
+        if not _UNET.fullmatch(path):
+            return None
     else:
         if path.startswith(_TEXT_PARTS):
             path = f"text_model.{path}"
         for old, new in _OLD_TEXT.items():
             path = path.removesuffix(old) + new if path.endswith(f".self_attn{old}") else path
-        if not path.startswith(("text_model.", "text_projection")):
+        if not _TEXT.fullmatch(path):
             return None
     return component, path, naming
+
+
+def is_convolution(path: str) -> bool | None:
+    """Whether a module is a convolution; None for proj_in and proj_out, which are one in SD 1.x and linear in the others."""
+    last = path.rpartition(".")[2]
+    if last in ("proj_in", "proj_out"):
+        return None
+    return last.startswith("conv")
 
 
 def _dotted(flat: str) -> str:

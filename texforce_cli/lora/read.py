@@ -14,7 +14,7 @@ from texforce_cli.errors import TexforceError, UsageError
 from texforce_cli.lora.lora import Lora, LoraModule, Tensors, bases_of
 from texforce_cli.lora.names import COMPONENTS, REFUSED, Place, parse_key
 from texforce_cli.lora.pickles import read_pickle
-from texforce_cli.tensorfile import TensorFile
+from texforce_cli.tensorfile import Entry, TensorFile
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
 PEFT_NAME, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -25,6 +25,9 @@ _FULL = (
     "with `texforce fuse --extract BASE TUNED`"
 )
 _LONGEST_CONFIG = 1_000_000
+_LARGEST_ALPHA = 1e30
+_PEFT_ALPHA = 8
+"""What PEFT takes where its config says nothing."""
 
 
 def find_lora(source: str) -> list[Path]:
@@ -33,16 +36,21 @@ def find_lora(source: str) -> list[Path]:
     Raises:
         UsageError: nothing is there, or several that could be meant.
     """
-    path = Path(source).expanduser()
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise UsageError(f"there is no LoRA '{source}'", "check the path")
-    for name in _FILES:
-        if (path / name).is_file():
-            return [path / name]
-    parts = [path / part / name for part in COMPONENTS for name in (PEFT_NAME, "adapter_model.bin")]
-    found = [part for part in parts if part.is_file()] or sorted(path.glob("*.safetensors"))
+    try:
+        path = Path(source).expanduser()
+        if path.is_file():
+            return [path]
+        if not path.is_dir():
+            raise UsageError(f"there is no LoRA '{source}'", "check the path")
+        for name in _FILES:
+            if (path / name).is_file():
+                return [path / name]
+        parts = [[path / part / name for name in (PEFT_NAME, "adapter_model.bin")] for part in COMPONENTS]
+        found = [next(file for file in files if file.is_file()) for files in parts if any(f.is_file() for f in files)]
+        found = found or sorted(path.glob("*.safetensors"))
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, a folder that is closed, no such ~user
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"'{source[:200]}' cannot be looked at ({reason})", "check the path") from error
     if not found:
         raise UsageError(f"the folder '{source}' holds no LoRA", f"there is no {FILE_NAME} or {PEFT_NAME} in it")
     if len(found) > 1 and found[0].parent == path:
@@ -62,6 +70,7 @@ def read_lora(source: str, *, allow_pickle: bool = False) -> Lora:
     modules: dict[str, LoraModule] = {}
     formats: Counter[str] = Counter()
     metadata: dict[str, str] = {}
+    warnings: list[str] = []
     for file in files:
         tensors: Tensors
         if file.suffix in PICKLES:
@@ -76,16 +85,23 @@ def read_lora(source: str, *, allow_pickle: bool = False) -> Lora:
             opened = TensorFile.open(file)
             tensors, about = opened, opened.metadata
         config = _adapter_config(file)
-        component = file.parent.name if file.parent.name in COMPONENTS and len(files) > 1 else None
-        for module, format in _modules(tensors, _Scales.of(file, about, config), component):
+        component = file.parent.name if file.parent.name in COMPONENTS else None
+        own = _modules(tensors, _Scales.of(file, about, config), component)
+        for module, format in own:
             modules[module.name] = module
             formats[format] += 1
+        if not config and any(format == "PEFT" for _, format in own):
+            warnings.append(f"'{file}' has no {PEFT_CONFIG} beside it: its alpha is not known and taken to be its rank")
         metadata.update(about)
         if isinstance(config.get("base_model_name_or_path"), str):
             metadata["base_model_name_or_path"] = config["base_model_name_or_path"]
     ordered = {name: modules[name] for name in sorted(modules)}
     format = " + ".join(name for name, _ in formats.most_common())
-    return Lora(source, tuple(files), format, ordered, metadata, bases_of(ordered.values(), metadata))
+    try:
+        bases = bases_of(ordered.values(), metadata)
+    except ValueError as error:
+        raise TexforceError(f"'{source}' mixes base models ({error})", "it cannot be used whole") from error
+    return Lora(source, tuple(files), format, ordered, metadata, bases, tuple(warnings))
 
 
 @dataclass(frozen=True)
@@ -114,10 +130,12 @@ class _Scales:
     def scale(self, component: str, path: str, rank: int) -> float:
         """alpha / rank of a module, alpha / sqrt(rank) with use_rslora; 1 where nothing is said."""
         config = self.configs.get(component) or self.configs.get("") or {}
-        alpha = _pattern(self.file, config.get("alpha_pattern"), path, config.get("lora_alpha"))
+        usual = config.get("lora_alpha", _PEFT_ALPHA if "" in self.configs else None)
+        alpha = _pattern(self.file, config.get("alpha_pattern"), path, usual)
         if alpha is None:
             return 1.0
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        known = isinstance(alpha, int | float) and not isinstance(alpha, bool) and abs(alpha) < _LARGEST_ALPHA
+        if not known:  # neither is NaN below anything
             raise TexforceError(f"'{self.file}' comes with an alpha of {str(alpha)[:40]!r}", "it should be a number")
         return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") is True else rank)
 
@@ -127,13 +145,15 @@ def _modules(tensors: Tensors, scales: _Scales, component: str | None) -> list[t
     found: dict[str, dict[str, tuple[str, Place]]] = {}
     file, entries = tensors.path, tensors.entries
     _refuse_kinds(file, entries)
+    component = component or ("text_encoder_2" if _is_second_encoder(entries) else None)
     for key in entries:
         place = parse_key(key)
         if place is None:
             raise TexforceError(
                 f"'{file}' holds '{_short(key)}', which is of no LoRA of Stable Diffusion", "it cannot be used whole"
             )
-        place = _placed(place, component, entries[key].shape)
+        if place.bare and place.component == "text_encoder" and component == "text_encoder_2":
+            place = replace(place, component=component)
         roles = found.setdefault(place.module, {})
         if place.role in roles:
             raise TexforceError(
@@ -176,12 +196,16 @@ def _module(tensors: Tensors, roles: Mapping[str, tuple[str, Place]], scales: _S
     return LoraModule(place.component, place.path, rank, math.prod(a[1:]), b[0], a[2:], scale, tensors, a_key, b_key)
 
 
-def _placed(place: Place, component: str | None, shape: tuple[int, ...]) -> Place:
-    """A key that names no component belongs to the folder's, or to SDXL's second encoder where its width says so."""
-    if not place.bare or place.component != "text_encoder":
-        return place
-    second = component == "text_encoder_2" or (component is None and place.role == "A" and shape[-1:] == (1280,))
-    return replace(place, component="text_encoder_2") if second else place
+def _is_second_encoder(entries: Mapping[str, Entry]) -> bool:
+    """Whether keys that name no component are those of SDXL's second encoder, which is 1280 wide."""
+    return any(
+        (place := parse_key(key)) is not None
+        and place.bare
+        and place.component == "text_encoder"
+        and ".self_attn." in place.path
+        and 1280 in entry.shape
+        for key, entry in entries.items()
+    )
 
 
 def _refuse_kinds(file: Path, keys: Mapping[str, object]) -> None:

@@ -11,6 +11,7 @@ from texforce_cli.errors import UsageError
 
 _NUMERIC = re.compile(r"[-+]?[\d.,]+(e[-+]?\d+)?|[-+]?(nan|inf|infinity)", re.IGNORECASE)
 _PARTS = re.compile(r"(te|te2|unet)=[^=,]*(,(te|te2|unet)=[^=,]*)*")
+_LARGEST = 1e6
 _NAMES = {"te": ("text_encoder", "text_encoder_2"), "te2": ("text_encoder_2",), "unet": ("unet",)}
 
 
@@ -28,7 +29,7 @@ class LoraSpec:
     @property
     def weights(self) -> str:
         """The weights as they are written: `0.7`, `te=0.7,unet=0.3`."""
-        return ",".join(f"{name}={value:g}" for name, value in self.parts.items()) or f"{self.weight:g}"
+        return ",".join(f"{name}={_short(value)}" for name, value in self.parts.items()) or _short(self.weight)
 
     def weight_of(self, component: str) -> float:
         """The weight of text_encoder, text_encoder_2 or unet; what names the component alone decides, then `te`."""
@@ -60,6 +61,11 @@ def parse_lora(text: str) -> LoraSpec:
             source = text
     except ValueError:
         weight = math.nan
-    if not source or not all(map(math.isfinite, (weight, *parts.values()))):
+    if not source or not all(abs(value) <= _LARGEST for value in (weight, *parts.values())):
         raise UsageError(f"'{text}' is no LoRA with a weight", "write PATH, PATH:0.7 or PATH:te=0.7,unet=0.3")
     return LoraSpec(source, weight, parts)
+
+
+def _short(value: float) -> str:
+    """The shortest text that is read back as the same number."""
+    return repr(value).removesuffix(".0")

@@ -20,7 +20,7 @@ import numpy as np
 
 from texforce_cli.core.lora_algebra import Pair, balance
 from texforce_cli.errors import TexforceError
-from texforce_cli.files import atomic_path, write_error, write_text
+from texforce_cli.files import atomic_path, parents_of, write_error, write_text
 from texforce_cli.lora.names import COMPONENTS, kohya_name, peft_name
 from texforce_cli.lora.read import PEFT_CONFIG, PEFT_NAME
 from texforce_cli.tensorfile import Array, TensorWriter, write_tensors
@@ -141,17 +141,25 @@ def new_lora(out: Path, format: Format) -> Iterator[Path]:
         with atomic_path(out) as temporary:
             yield temporary
         return
-    temporary = out.with_name(f".{out.name}.{uuid4().hex[:8]}.tmp")
+    temporary, aside = (out.with_name(f".{out.name}.{uuid4().hex[:8]}.{what}") for what in ("tmp", "old"))
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        if out.is_dir():
-            shutil.rmtree(out)
-        temporary.replace(out)
+        with parents_of(out):
+            try:
+                temporary.mkdir()
+                yield temporary
+                if out.is_dir():
+                    out.replace(aside)
+                try:
+                    temporary.replace(out)
+                except OSError:
+                    if aside.exists():
+                        aside.replace(out)
+                    raise
+            finally:
+                for left in (temporary, aside):
+                    shutil.rmtree(left, ignore_errors=True)
     except OSError as error:
         raise write_error(out, error) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_lora(
@@ -171,7 +179,8 @@ def write_lora(
         return
     components = [name for name in COMPONENTS if any(slot.component == name for slot in slots)]
     for component in components:
-        folder = place / component if len(components) > 1 else place
+        alone = len(components) == 1 and component != "text_encoder_2"  # whose keys do not tell it from the first
+        folder = place if alone else place / component
         folder.mkdir(exist_ok=True)
         own = [slot for slot in slots if slot.component == component]
         ranks: dict[str, int] = {}

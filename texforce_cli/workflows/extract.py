@@ -13,6 +13,7 @@ import numpy as np
 from texforce_cli import __version__
 from texforce_cli.core.lora_algebra import Pair, truncated_svd
 from texforce_cli.errors import TexforceError, UsageError
+from texforce_cli.files import sha256
 from texforce_cli.lora.full import FullWeights, open_full
 from texforce_cli.lora.header import model_keys
 from texforce_cli.lora.lora import bases_of
@@ -20,6 +21,7 @@ from texforce_cli.lora.read import read_lora
 from texforce_cli.lora.write import STORAGE_ERROR, Format, Layout, Precision, Slot, new_lora, write_lora
 from texforce_cli.tensorfile import Array
 from texforce_cli.workflows.events import Listener, Progressed, Warned, silent
+from texforce_cli.workflows.fuse import refuse_output
 from texforce_cli.workflows.stopping import StopRequest
 
 _EMBEDDINGS = ("token_embedding", "position_embedding")
@@ -76,11 +78,11 @@ def extract(request: ExtractRequest, listener: Listener = silent) -> ExtractResu
         TexforceError: models that differ in their layers, do not differ at all, or differ where a LoRA cannot.
         Interrupted: asked to stop; nothing is left.
     """
-    if request.out.exists() and (request.out.is_dir() or not request.force):
-        raise UsageError(f"'{request.out}' exists already", "choose another --out, or add --force")
     if request.format != "peft" and request.out.suffix != ".safetensors":
         raise UsageError(f"'{request.out}' does not end in .safetensors", f"write --out {request.out.name}.safetensors")
     base, tuned = (open_full(source, allow_pickle=request.allow_pickle) for source in (request.base, request.tuned))
+    inputs = {tensors.path for weights in (base, tuned) for tensors, _ in weights.places.values()}
+    refuse_output(request.out, inputs, folder=request.format == "peft", force=request.force)
     names = _common(base, tuned, listener)
     stop = StopRequest()
     with stop.listening():
@@ -98,10 +100,21 @@ def extract(request: ExtractRequest, listener: Listener = silent) -> ExtractResu
             listener(Progressed("decomposing", len(dropped), len(slots)))
             return pair
 
+        about = {
+            "base": Path(request.base).name,
+            "tuned": Path(request.tuned).name,
+            "sha256": {name: _hashes(weights) for name, weights in (("base", base), ("tuned", tuned))},
+            "rank": request.rank,
+        }
+
         def header() -> dict[str, str]:
-            about = {"base": Path(request.base).name, "tuned": Path(request.tuned).name, "rank": request.rank}
             keys = model_keys(
-                bases, [{}], title=f"{about['tuned']} - {about['base']}", rank=request.rank, alpha=layout.alpha
+                bases,
+                [{}],
+                title=f"{about['tuned']} - {about['base']}",
+                description="LoRA of the difference of two models, extracted by texforce",
+                rank=request.rank,
+                alpha=layout.alpha,
             )
             return {"texforce.extract": json.dumps({**about, "texforce": __version__}), **keys}
 
@@ -121,6 +134,10 @@ def extract(request: ExtractRequest, listener: Listener = silent) -> ExtractResu
         left_out=tuple(rest),
         bytes=size,
     )
+
+
+def _hashes(weights: FullWeights) -> list[str]:
+    return [sha256(path) for path in sorted({tensors.path for tensors, _ in weights.places.values()})]
 
 
 def _common(base: FullWeights, tuned: FullWeights, listener: Listener) -> list[str]:

@@ -9,18 +9,19 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
 from texforce_cli import __version__
-from texforce_cli.core.lora_algebra import Pair, concatenate, probe, truncate
+from texforce_cli.core.lora_algebra import Pair, concatenate, distance, probe, term_scale, truncate
 from texforce_cli.errors import TexforceError, UsageError
 from texforce_cli.lora.header import model_keys, shared_training
 from texforce_cli.lora.lora import Lora, LoraModule, common_bases
-from texforce_cli.lora.read import FILE_NAME, PEFT_NAME, read_lora
+from texforce_cli.lora.names import COMPONENTS, is_convolution
+from texforce_cli.lora.read import FILE_NAME, PEFT_CONFIG, PEFT_NAME, read_lora
 from texforce_cli.lora.spec import LoraSpec, parse_lora
 from texforce_cli.lora.write import STORAGE_ERROR, Format, Layout, Precision, Slot, new_lora, write_lora
 from texforce_cli.workflows.events import Listener, Progressed, Warned, silent
@@ -31,8 +32,6 @@ Method = Literal["cat", "svd"]
 _LONGEST_NAME = 150
 _LONGEST_LINEAGE = 20_000
 _EXACT = 1e-7
-_SPREAD = 1.6
-"""What the estimate of a truncation's error may differ by from its exact value (32 probes)."""
 _UNTELLING = {FILE_NAME, PEFT_NAME, "pytorch_lora_weights.bin", "adapter_model.bin", "adapter"}
 
 
@@ -70,11 +69,13 @@ class FusePlan:
     @property
     def warnings(self) -> list[str]:
         """What may be wrong with it."""
-        said = []
-        if len(self.bases) > 1:
+        said = [text for _, lora in self.loras for text in lora.warnings]
+        unsure = [lora for _, lora in self.loras if len(lora.bases) > 1]
+        if unsure and (len(unsure) < len(self.loras) or len(self.bases) > 1):
+            names = ", ".join(f"'{lora.source}'" for lora in unsure)
+            taken = f", taken to be {next(iter(self.bases))} as the others are" if len(self.bases) == 1 else ""
             said.append(
-                f"nothing in the files tells whether they are for {' or '.join(sorted(self.bases))}; "
-                "the tensors have the same shapes"
+                f"nothing in {names} tells whether it is for {unsure[0].base}, which have the same shapes{taken}"
             )
         for spec, lora in self.loras:
             idle = [name for name in spec.parts if not any(_applies(name, part) for part in lora.components)]
@@ -120,10 +121,11 @@ class FuseResult:
 
 @dataclass
 class _Spectra:
-    """What truncations have left out so far, and the rank of each module that is done."""
+    """What truncations have left out so far, in all and by module, and the rank of each module that is done."""
 
     total: float = 0.0
     dropped: float = 0.0
+    by_module: dict[str, float] = field(default_factory=dict)
     worst: tuple[str, float] = ("", 0.0)
     ranks: list[int] = field(default_factory=list)
 
@@ -159,9 +161,10 @@ def plan_fuse(request: FuseRequest) -> FusePlan:
                 terms.setdefault(name, []).append((module, weight))
     if not terms:
         raise UsageError("every weight is 0", "give at least one LoRA a weight")
-    slots = tuple(_slot(terms[name], request.rank, method) for name in sorted(terms))
+    slots = tuple(_slot(terms[name], request.rank, method, bases) for name in sorted(terms))
     out = _out(request, loras)
-    _refuse_output(out, request, loras)
+    inputs = [file for _, lora in loras for file in lora.files]
+    refuse_output(out, inputs, folder=request.format == "peft", force=request.force)
     layout = Layout.of(slots, request.format, request.precision, sdxl=bases == {"SDXL"})
     return FusePlan(request, method, out, tuple(loras), slots, {n: tuple(t) for n, t in terms.items()}, bases, layout)
 
@@ -202,6 +205,7 @@ def _fused(plan: FusePlan, slot: Slot, spectra: _Spectra) -> Pair:
     pair, spectrum = truncate(pair, rank=plan.request.rank, max_error=_EXACT if limit is None else limit)
     spectra.total += spectrum.total
     spectra.dropped += spectrum.dropped
+    spectra.by_module[slot.name] = spectrum.dropped
     error = math.sqrt(spectrum.dropped / spectrum.total) if spectrum.total else 0.0
     if error > spectra.worst[1]:
         spectra.worst = (slot.name, error)
@@ -209,36 +213,44 @@ def _fused(plan: FusePlan, slot: Slot, spectra: _Spectra) -> Pair:
 
 
 def _verify(plan: FusePlan, written: Path, spectra: _Spectra, stop: StopRequest, listener: Listener) -> float:
-    """The relative error of what is on the disk, through our own reader; more than it may be is an error."""
+    """The relative error of what is on the disk, through our own reader; a module that is off by more than it may be is an
+    error: by more than storing its factors brings, and, truncated, than what was left out."""
     again = read_lora(str(written)).modules
     missing = [slot.name for slot in plan.slots if slot.name not in again]
     if missing or len(again) != len(plan.slots):
         raise TexforceError(f"'{plan.out}' was not written whole ('{(missing or ['?'])[0]}')", "report this as a bug")
+    bound = STORAGE_ERROR[plan.layout.precision]
     difference = scale = 0.0
     for index, slot in enumerate(plan.slots):
         stop.check()
         module = again[slot.name]
         terms = [((term.a(), term.b()), weight) for term, weight in plan.terms[slot.name]]
         own = (module.a(), module.b() * module.scale)
-        off, size = probe(own, terms, seed=index)
+        size = sum(weight**2 * term_scale(pair) for pair, weight in terms)
+        off = probe(own, terms, seed=index) if plan.method == "cat" else distance(own, terms)
+        allowed = math.sqrt(spectra.by_module.get(slot.name, 0.0)) + bound * math.sqrt(size)
+        if not math.sqrt(off) <= allowed:
+            raise TexforceError(
+                f"'{slot.name}' in '{plan.out}' would differ from the sum of its sources by {math.sqrt(off):.2e}, "
+                f"{allowed:.2e} is allowed",
+                "try --dtype fp32",
+            )
         difference, scale = difference + off, scale + size
         listener(Progressed("checking", index + 1, len(plan.slots)))
-    bound = STORAGE_ERROR[plan.layout.precision]
-    allowed = _SPREAD * math.sqrt(spectra.dropped) + bound * math.sqrt(scale)
-    if not math.sqrt(difference) <= allowed:
-        raise TexforceError(
-            f"'{plan.out}' would differ from the sum of its sources by {math.sqrt(difference / scale):.1e}, more than {bound:g}",
-            "try --dtype fp32",
-        )
     return math.sqrt(difference / scale) if scale else 0.0
 
 
-def _slot(terms: Sequence[tuple[LoraModule, float]], rank: int | None, method: Method) -> Slot:
+def _slot(terms: Sequence[tuple[LoraModule, float]], rank: int | None, method: Method, bases: frozenset[str]) -> Slot:
     module = terms[0][0]
-    kernel = next((term.kernel for term, _ in terms if term.kernel), ())
-    kernels = {term.kernel for term, _ in terms} - {(), (1, 1)}
-    if len(kernels) > 1 or (kernels and {(), (1, 1)} & {term.kernel for term, _ in terms}):
+    kernels = {term.kernel for term, _ in terms}
+    if len(kernels - {()} | ({(1, 1)} if () in kernels else set())) > 1:
         raise TexforceError(f"'{module.name}' has other kernels in each file", "fuse LoRAs of one base model")
+    kernel = max(kernels, key=len)
+    if kernel in ((), (1, 1)):  # the same change; a loader wants the form that the layer has
+        convolution = is_convolution(module.path) if module.component == "unet" else False
+        if convolution is None and len(bases) == 1:
+            convolution = {"SD 1.x": True, "SD 2.x": False, "SDXL": False}.get(next(iter(bases)))
+        kernel = kernel if convolution is None else (1, 1) if convolution else ()
     total = sum(term.rank for term, _ in terms)
     if method == "svd":
         total = min(total, module.inputs, module.outputs, rank or total)
@@ -267,22 +279,47 @@ def _stem(source: str) -> str:
     return re.sub(r"[^\w.,+-]", "_", name) or "lora"
 
 
-def _refuse_output(out: Path, request: FuseRequest, loras: Sequence[tuple[LoraSpec, Lora]]) -> None:
-    for _, lora in loras:
-        for file in lora.files:
-            same = out.exists() and (out.samefile(file) or (out.is_dir() and out.resolve() in file.resolve().parents))
-            if same:
+def refuse_output(out: Path, inputs: Iterable[Path], *, folder: bool, force: bool) -> None:
+    """Refuse an output that is an input, that is there without `force`, or that holds anything else.
+
+    `folder` where it is to be a PEFT folder: one that is replaced may hold nothing but PEFT's own files.
+
+    Raises:
+        UsageError: the sentence says which.
+    """
+    try:
+        there, is_folder = os.path.lexists(out), out.is_dir()
+        inside = [path for path in out.rglob("*") if not path.is_dir()] if is_folder and not out.is_symlink() else []
+        for file in inputs:
+            if (
+                there
+                and out.exists()
+                and (out.samefile(file) or (is_folder and out.resolve() in file.resolve().parents))
+            ):
                 raise UsageError(f"'{out}' is one of the sources", "choose another --out")
-    if out.is_dir() and (request.format != "peft" or not request.force):
+    except OSError as error:
         raise UsageError(
-            f"'{out}' is a folder", "choose another --out" + ("" if request.format != "peft" else ", or add --force")
+            f"'{str(out)[:200]}' cannot be looked at ({error.strerror})", "choose another --out"
+        ) from error
+    if not out.name or out.name in (".", ".."):
+        raise UsageError(f"'{out}' is no name for what is written", "choose another --out")
+    if is_folder and (not folder or out.is_symlink()):
+        raise UsageError(f"'{out}' is a folder", "choose another --out")
+    if there and not is_folder and folder:
+        raise UsageError(f"'{out}' is a file, and a PEFT adapter is a folder", "choose another --out")
+    others = [path for path in inside if not _is_pefts(path.relative_to(out))]
+    if others:
+        raise UsageError(
+            f"the folder '{out}' holds '{others[0].relative_to(out)}', which is no part of a PEFT adapter",
+            "choose another --out",
         )
-    if out.is_dir() and not any(
-        (out / name).exists() for name in (PEFT_NAME, "text_encoder", "text_encoder_2", "unet")
-    ):
-        raise UsageError(f"the folder '{out}' holds something else than a PEFT adapter", "choose another --out")
-    if out.exists() and not request.force:
+    if there and not force:
         raise UsageError(f"'{out}' exists already", "choose another --out, or add --force")
+
+
+def _is_pefts(path: Path) -> bool:
+    known = path.name in (PEFT_NAME, PEFT_CONFIG, "adapter_model.bin")
+    return known and (len(path.parts) == 1 or (len(path.parts) == 2 and path.parts[0] in COMPONENTS))
 
 
 def _applies(name: str, component: str) -> bool:
@@ -297,14 +334,24 @@ def _provenance(spec: LoraSpec, lora: Lora) -> dict[str, Any]:
         "weight": spec.weights,
         "format": lora.format,
     }
-    for key in ("texforce.fuse", "texforce"):
-        text = lora.metadata.get(key, "")
-        if text and len(text) < _LONGEST_LINEAGE:
-            try:
-                about["fused from" if key == "texforce.fuse" else "trained"] = json.loads(text)
-            except (ValueError, RecursionError):
-                continue
+    told = {"texforce.fuse": "fused from", "texforce": "trained", "texforce.extract": "extracted from"}
+    for key, name in told.items():
+        try:
+            value = json.loads(lora.metadata.get(key, "null"), parse_constant=lambda constant: None)
+        except (ValueError, RecursionError):
+            continue
+        if value is not None:
+            about[name] = value if len(lora.metadata[key]) < _LONGEST_LINEAGE else _short_lineage(value)
     return about
+
+
+def _short_lineage(about: Any, depth: int = 0) -> Any:
+    """A lineage that has grown long, without what its sources say of their training: names, hashes and weights stay."""
+    if isinstance(about, dict) and depth < 50:
+        return {key: _short_lineage(value, depth + 1) for key, value in about.items() if key != "trained"}
+    if isinstance(about, list) and depth < 50:
+        return [_short_lineage(value, depth + 1) for value in about]
+    return about if isinstance(about, str | int | float | bool | None) else None
 
 
 def _header(plan: FusePlan, sources: Sequence[Mapping[str, Any]], spectra: _Spectra) -> dict[str, str]:
@@ -320,6 +367,13 @@ def _header(plan: FusePlan, sources: Sequence[Mapping[str, Any]], spectra: _Spec
     title = " + ".join(f"{spec.weights} {source['name']}" for (spec, _), source in zip(plan.loras, sources))
     rank = max(spectra.ranks, default=int(plan.layout.alpha))
     alpha = plan.layout.alpha if plan.layout.format == "kohya" else rank
-    keys = model_keys(plan.bases, [lora.metadata for _, lora in plan.loras], title=title, rank=rank, alpha=alpha)
+    keys = model_keys(
+        plan.bases,
+        [lora.metadata for _, lora in plan.loras],
+        title=title,
+        description="LoRAs fused by texforce",
+        rank=rank,
+        alpha=alpha,
+    )
     training = shared_training([lora.metadata for _, lora in plan.loras])
     return {"texforce.fuse": json.dumps(about, sort_keys=True), **keys, **training}

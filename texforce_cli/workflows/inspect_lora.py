@@ -36,6 +36,7 @@ def inspect_lora(source: str, *, allow_pickle: bool = False) -> dict[str, Any]:
         "sha256": lora.sha256(),
         "format": lora.format,
         "base": lora.base,
+        "warnings": list(lora.warnings),
         "components": {component: _component(lora.of(component)) for component in lora.components},
         "made_by": _made_by(lora),
     }
@@ -59,9 +60,9 @@ def _counted(values: Any) -> dict[str, int]:
 
 def _made_by(lora: Lora) -> dict[str, Any]:
     about: dict[str, Any] = {name: lora.metadata[key][:500] for name, key in _TOLD.items() if lora.metadata.get(key)}
-    for key in ("texforce", "texforce.fuse"):
+    for key in ("texforce", "texforce.fuse", "texforce.extract"):
         try:
-            told = json.loads(lora.metadata.get(key, "null"))
+            told = json.loads(lora.metadata.get(key, "null"), parse_constant=lambda constant: None)
         except (ValueError, RecursionError):
             told = None
         if isinstance(told, Mapping):

@@ -36,8 +36,13 @@ class LoadedLora:
     @property
     def about(self) -> dict[str, Any]:
         """What a picture's record says of it: file names, hashes, weights; no path of this machine."""
-        names = [file.name for file in self.lora.files]
-        return {"file": names[0], "weight": dict(self.spec.parts) or self.spec.weight, "sha256": self.lora.sha256()[0]}
+        names, hashes = [file.name for file in self.lora.files], self.lora.sha256()
+        one = len(names) == 1
+        return {
+            "file": names[0] if one else names,
+            "weight": dict(self.spec.parts) or self.spec.weight,
+            "sha256": hashes[0] if one else hashes,
+        }
 
 
 def load_lora(text: str, *, allow_pickle: bool = False) -> LoadedLora:
@@ -49,6 +54,25 @@ def load_lora(text: str, *, allow_pickle: bool = False) -> LoadedLora:
     spec = parse_lora(text)
     lora = read_lora(spec.source, allow_pickle=allow_pickle)
     return LoadedLora(spec, lora, lora.arrays(spec.weight_of))
+
+
+def trained_on(text: str) -> set[str]:
+    """The rewards that a LoRA, or what it was fused from, was trained on, by its header; empty where nothing tells."""
+    try:
+        metadata = read_lora(parse_lora(text).source).metadata
+        headers = [json.loads(metadata.get(key, "{}")) for key in ("texforce", "texforce.fuse")]
+    except (TexforceError, ValueError, RecursionError):
+        return set()
+    found: set[str] = set()
+    while headers:
+        about = headers.pop()
+        if isinstance(about, list):
+            headers += about
+        elif isinstance(about, dict):
+            rewards = about.get("rewards", [])
+            found |= {str(reward).partition(":")[0] for reward in rewards} if isinstance(rewards, list) else set()
+            headers += [value for value in about.values() if isinstance(value, dict | list)]
+    return found
 
 
 def put_weights(pipeline: Any, component: str, source: str, *, allow_pickle: bool = False) -> None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
 from texforce_cli.devices import resolve_device
@@ -20,15 +19,14 @@ from texforce_cli.diffusion.models import (
     ModelSource,
     Precision,
     fingerprint,
-    known_model,
     load_pipeline,
-    resolve_model,
 )
 from texforce_cli.diffusion.policy import Denoising, Policy
-from texforce_cli.diffusion.sampler import draw
 from texforce_cli.errors import UsageError
 from texforce_cli.prompts import load_prompts
 from texforce_cli.report.pictures import picture_grid, save_png
+from texforce_cli.workflows.drawing import SCHEDULERS as SCHEDULERS
+from texforce_cli.workflows.drawing import denoising_for, draw_pictures, policy_for, source_for
 from texforce_cli.workflows.events import Listener, Note, Progressed, Warned, silent
 from texforce_cli.workflows.loras import LoadedLora, load_lora, put_weights
 from texforce_cli.workflows.run_folder import versions
@@ -108,8 +106,8 @@ def sample(request: SampleRequest, listener: Listener = silent) -> SampleResult:
     """
     loras = [load_lora(text, allow_pickle=request.allow_pickle) for text in request.loras]
     trained = next((lora.trained for lora in loras if lora.trained), {})
-    source = _source(request.model, trained)
-    denoising = _denoising(request, trained, source)
+    source = source_for(request.model, trained)
+    denoising = denoising_for(request, trained, source.family)
     pairs = _pairs(request, source)
     variants = ["base", "tuned"] if request.compare and loras else ["tuned" if loras else "base"]
     paths = {variant: _paths(request, pairs, variant if len(variants) > 1 else "") for variant in variants}
@@ -123,7 +121,7 @@ def sample(request: SampleRequest, listener: Listener = silent) -> SampleResult:
         listener(Note("the safety checker is off; turn it on with --safety-checker"))
     for component, weights in request.replaced.items():
         put_weights(pipeline, component, weights, allow_pickle=request.allow_pickle)
-    policy = _policy(pipeline, denoising, trained)
+    policy = policy_for(pipeline, denoising, trained)
     _warn_of_long_prompts(policy, pairs, listener)
     stack(pipeline, [(lora.lora.source, lora.arrays) for lora in loras])  # whether they fit, before anything is drawn
     pictures: dict[str, list[Image.Image]] = {}
@@ -134,7 +132,9 @@ def sample(request: SampleRequest, listener: Listener = silent) -> SampleResult:
         with base_model(pipeline) if variant == "base" else contextlib.nullcontext():
             for start in range(0, len(pairs), request.batch):
                 part = slice(start, start + request.batch)
-                drawn, blocked = _checked(pipeline, _draw(policy, request, pairs[part]), request.safety_checker)
+                drawn, blocked = _checked(
+                    pipeline, draw_pictures(policy, request.scheduler, pairs[part]), request.safety_checker
+                )
                 for (prompt, seed), picture, path in zip(pairs[part], drawn, paths[variant][part]):
                     readable = _readable(prompt, seed, about)
                     save_png(path, picture, {"prompt": prompt, "seed": str(seed), "parameters": readable, **about})
@@ -147,36 +147,6 @@ def sample(request: SampleRequest, listener: Listener = silent) -> SampleResult:
     return SampleResult(tuple(path for files in paths.values() for path in files), grid_path, withheld)
 
 
-def _source(model: str, trained: Mapping[str, Any]) -> ModelSource:
-    """The model asked for; `auto` is the one that the LoRA was trained on, where that is one of the known names."""
-    base = trained.get("base")
-    if model != "auto" or not base:
-        return resolve_model(model)
-    known = known_model(str(base)) if trained.get("base_kind", "tiny") in ("tiny", "hub") else None
-    if known is None:  # a file that somebody gave away does not choose what is downloaded
-        raise UsageError(f"the LoRA was trained on '{base}'", "say where that is with --model")
-    return replace(known, reason="the base of the LoRA")
-
-
-def _denoising(request: SampleRequest, trained: Mapping[str, Any], source: ModelSource) -> Denoising:
-    """As asked for, else as the first LoRA was trained, else as is usual."""
-    usual: dict[str, Any] = {"steps": 50, "guidance": 7.5, "eta": 1.0, "negative_prompt": ""}
-    if source.family == "tiny":
-        usual |= {"steps": 20, "guidance": 3.0}
-    values: dict[str, Any] = {}
-    for name, default in usual.items():
-        wanted = getattr(request, name)
-        found = trained.get(name)
-        values[name] = wanted if wanted is not None else found if _is_like(found, default) else default
-    return Denoising(int(values["steps"]), values["guidance"], values["eta"], request.size, values["negative_prompt"])
-
-
-def _is_like(value: Any, example: Any) -> bool:
-    if isinstance(example, str):
-        return isinstance(value, str)
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1000
-
-
 def _pairs(request: SampleRequest, source: ModelSource) -> list[tuple[str, int]]:
     prompts = list(request.prompts)
     if request.prompt_set:
@@ -187,66 +157,11 @@ def _pairs(request: SampleRequest, source: ModelSource) -> list[tuple[str, int]]
     return list(dict.fromkeys((prompt, seed) for prompt in prompts for seed in request.seeds))
 
 
-def _policy(pipeline: Any, denoising: Denoising, trained: Mapping[str, Any]) -> Policy:
-    """Made before any LoRA is put on: one trained with `--uncond-embedding base` keeps the base's negative prompt."""
-    policy = Policy(
-        pipeline, denoising, unconditional="base" if trained.get("uncond_embedding") == "base" else "trained"
-    )
-    policy.snapshot_unconditional()
-    return policy
-
-
 def _warn_of_long_prompts(policy: Policy, pairs: Sequence[tuple[str, int]], listener: Listener) -> None:
     for prompt in dict.fromkeys(prompt for prompt, _ in pairs):
         cut = policy.too_long(prompt)
         if cut:
             listener(Warned(f"{cut} tokens of the prompt '{prompt[:60]}' are beyond the limit and are not seen"))
-
-
-def _draw(policy: Policy, request: SampleRequest, pairs: Sequence[tuple[str, int]]) -> list[Image.Image]:
-    if request.scheduler != "ddim":
-        return _with_scheduler(policy, request, pairs)
-    prompts, seeds = [prompt for prompt, _ in pairs], [seed for _, seed in pairs]
-    return [Image.fromarray(image) for image in draw(policy, prompts, seeds, batch=len(pairs))]
-
-
-def _with_scheduler(policy: Policy, request: SampleRequest, pairs: Sequence[tuple[str, int]]) -> list[Image.Image]:
-    """Other schedulers run through diffusers' own pipeline, one generator an image."""
-    pipeline, denoising = policy.pipeline, policy.denoising
-    previous = pipeline.scheduler
-    pipeline.scheduler = _SCHEDULERS[request.scheduler](previous.config)
-    try:
-        pictures: list[Image.Image] = pipeline(
-            [prompt for prompt, _ in pairs],
-            negative_prompt=[denoising.negative_prompt] * len(pairs),
-            num_inference_steps=denoising.steps,
-            guidance_scale=denoising.guidance,
-            height=denoising.size,
-            width=denoising.size,
-            generator=[torch.Generator().manual_seed(seed) for _, seed in pairs],
-        ).images
-    finally:
-        pipeline.scheduler = previous
-    return pictures
-
-
-def _scheduler(name: str) -> Callable[[Any], Any]:
-    def make(config: Any) -> Any:
-        import diffusers
-
-        return getattr(diffusers, name).from_config(config)
-
-    return make
-
-
-_SCHEDULERS = {
-    "dpm": _scheduler("DPMSolverMultistepScheduler"),
-    "euler": _scheduler("EulerDiscreteScheduler"),
-    "euler-a": _scheduler("EulerAncestralDiscreteScheduler"),
-    "pndm": _scheduler("PNDMScheduler"),
-    "unipc": _scheduler("UniPCMultistepScheduler"),
-}
-SCHEDULERS = ("ddim", *_SCHEDULERS)
 
 
 def _checked(pipeline: Any, pictures: list[Image.Image], check: bool) -> tuple[list[Image.Image], int]:

@@ -1,0 +1,116 @@
+"""Drawing with a model that may have LoRAs: which model, with which settings, and the pictures of (prompt, seed) pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+
+from texforce_cli.diffusion.models import ModelSource, known_model, resolve_model
+from texforce_cli.diffusion.policy import Denoising, Policy
+from texforce_cli.diffusion.sampler import draw
+from texforce_cli.errors import UsageError
+from texforce_cli.presets import Family
+
+
+class DrawingOptions(Protocol):
+    """What a request may say of how to draw; None: as the LoRA was trained, or as is usual."""
+
+    @property
+    def steps(self) -> int | None: ...
+    @property
+    def guidance(self) -> float | None: ...
+    @property
+    def eta(self) -> float | None: ...
+    @property
+    def size(self) -> int | None: ...
+    @property
+    def negative_prompt(self) -> str | None: ...
+
+
+def source_for(model: str, trained: Mapping[str, Any]) -> ModelSource:
+    """The model asked for; `auto` is the one that the LoRA was trained on, where that is one of the known names."""
+    base = trained.get("base")
+    if model != "auto" or not base:
+        return resolve_model(model)
+    known = known_model(str(base)) if trained.get("base_kind", "tiny") in ("tiny", "hub") else None
+    if known is None:  # a file that somebody gave away does not choose what is downloaded
+        raise UsageError(f"the LoRA was trained on '{base}'", "say where that is with --model")
+    return replace(known, reason="the base of the LoRA")
+
+
+def denoising_for(options: DrawingOptions, trained: Mapping[str, Any], family: Family) -> Denoising:
+    """As asked for, else as the LoRA was trained, else as is usual."""
+    usual: dict[str, Any] = {"steps": 50, "guidance": 7.5, "eta": 1.0, "negative_prompt": ""}
+    if family == "tiny":
+        usual |= {"steps": 20, "guidance": 3.0}
+    values: dict[str, Any] = {}
+    for name, default in usual.items():
+        wanted = getattr(options, name)
+        found = trained.get(name)
+        values[name] = wanted if wanted is not None else found if _is_like(found, default) else default
+    return Denoising(int(values["steps"]), values["guidance"], values["eta"], options.size, values["negative_prompt"])
+
+
+def _is_like(value: Any, example: Any) -> bool:
+    if isinstance(example, str):
+        return isinstance(value, str)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1000
+
+
+def policy_for(pipeline: Any, denoising: Denoising, trained: Mapping[str, Any]) -> Policy:
+    """Made before any LoRA is put on: one trained with `--uncond-embedding base` keeps the base's negative prompt."""
+    policy = Policy(
+        pipeline, denoising, unconditional="base" if trained.get("uncond_embedding") == "base" else "trained"
+    )
+    policy.snapshot_unconditional()
+    return policy
+
+
+def draw_pictures(policy: Policy, scheduler: str, pairs: Sequence[tuple[str, int]]) -> list[Image.Image]:
+    """A picture for each (prompt, seed), as one batch. `ddim` is our own sampler; the others run through diffusers."""
+    if scheduler != "ddim":
+        return _with_scheduler(policy, scheduler, pairs)
+    prompts, seeds = [prompt for prompt, _ in pairs], [seed for _, seed in pairs]
+    return [Image.fromarray(image) for image in draw(policy, prompts, seeds, batch=len(pairs))]
+
+
+def _with_scheduler(policy: Policy, scheduler: str, pairs: Sequence[tuple[str, int]]) -> list[Image.Image]:
+    pipeline, denoising = policy.pipeline, policy.denoising
+    previous = pipeline.scheduler
+    pipeline.scheduler = _SCHEDULERS[scheduler](previous.config)
+    try:
+        pictures: list[Image.Image] = pipeline(
+            [prompt for prompt, _ in pairs],
+            negative_prompt=[denoising.negative_prompt] * len(pairs),
+            num_inference_steps=denoising.steps,
+            guidance_scale=denoising.guidance,
+            height=denoising.size,
+            width=denoising.size,
+            generator=[torch.Generator().manual_seed(seed) for _, seed in pairs],
+        ).images
+    finally:
+        pipeline.scheduler = previous
+    return pictures
+
+
+def _scheduler(name: str) -> Callable[[Any], Any]:
+    def make(config: Any) -> Any:
+        import diffusers
+
+        return getattr(diffusers, name).from_config(config)
+
+    return make
+
+
+_SCHEDULERS = {
+    "dpm": _scheduler("DPMSolverMultistepScheduler"),
+    "euler": _scheduler("EulerDiscreteScheduler"),
+    "euler-a": _scheduler("EulerAncestralDiscreteScheduler"),
+    "pndm": _scheduler("PNDMScheduler"),
+    "unipc": _scheduler("UniPCMultistepScheduler"),
+}
+SCHEDULERS = ("ddim", *_SCHEDULERS)
