@@ -128,19 +128,26 @@ def test_fetched_prompts_are_cached_and_come_from_a_pinned_commit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     remote = tmp_path / "remote"
+    contents = {
+        "imagereward-train": json.dumps([{"text": " a b "}] * 9000),
+        "hpsv2-train-750": "a b\nc\n" * 375,
+        "hpsv2-test-50": "d\n" * 50,
+        "imagereward-100": json.dumps([{"id": "1-2", "prompt": "e"}] * 100),
+        "partiprompts": "Prompt\tCategory\tChallenge\tNote\n" + 'a "b\tAnimals\tBasic\t\n' * 1632,
+    }
     for name, source in fetched.FETCHED.items():
-        folder = remote / source.repository / source.commit
-        (folder / source.seen).parent.mkdir(parents=True)
-        content = json.dumps([{"text": " a b "}] * 9000) if name == "imagereward-train" else "a b\nc\n" * 375
-        (folder / source.seen).write_text(content)
-        if source.unseen:
-            (folder / source.unseen).write_text("d\n" * 50)
+        path = remote / source.repository / source.commit / source.seen
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(contents[name])
     monkeypatch.setenv("TEXFORCE_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setattr(fetched, "_RAW", remote.as_uri())
     assert {p.text for p in load_prompts("imagereward-train", "sd").seen} == {"a b"}
     found = load_prompts("hpsv2-train-750", "sd")
     assert ([p.text for p in found.seen], [p.text for p in found.unseen]) == (["a b", "c"] * 375, ["d"] * 50)
+    assert [p.text for p in load_prompts("hpsv2-test-50", "sd").seen] == ["d"] * 50
+    assert load_prompts("imagereward-100", "sd").seen[0] == Prompt("e", {"id": "1-2"})
+    assert load_prompts("partiprompts", "sd").seen[9] == Prompt('a "b', {"category": "Animals", "challenge": "Basic"})
     monkeypatch.setattr(fetched, "_RAW", (tmp_path / "gone").as_uri())
     assert load_prompts("hpsv2-train-750", "sd") == found  # from the cache
 

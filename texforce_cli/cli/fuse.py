@@ -79,8 +79,6 @@ def fuse(
     from texforce_cli.cli.console import write_json
     from texforce_cli.cli.live import TrainView
     from texforce_cli.errors import UsageError
-    from texforce_cli.workflows.extract import ExtractRequest
-    from texforce_cli.workflows.extract import extract as run_extract
     from texforce_cli.workflows.fuse import FuseRequest, plan_fuse
     from texforce_cli.workflows.fuse import fuse as run
 
@@ -94,6 +92,9 @@ def fuse(
             raise UsageError(
                 "--extract needs --rank and --out", "add for example: --rank 32 --out difference.safetensors"
             )
+        from texforce_cli.workflows.extract import ExtractRequest
+        from texforce_cli.workflows.extract import extract as run_extract
+
         wanted = ExtractRequest(*extract, out, rank, max_rest, format, dtype, allow_pickle, force)
         with TrainView() as view:
             _show_extracted(run_extract(wanted, view), json)

@@ -17,7 +17,7 @@ Array = NDArray[Any]
 Pair = tuple[Array, Array]
 """A factor A (rank, inputs) and a factor B (outputs, rank)."""
 
-PROBES = 32
+PROBES = 8
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,9 @@ def _double(pair: Pair) -> Pair:
 
 
 def probe(pair: Pair, terms: Sequence[tuple[Pair, float]], seed: int) -> float:
-    """`distance` estimated with 32 random vectors (Hutchinson 1989), in float64.
+    """`distance` estimated with 8 random vectors (Hutchinson 1989), in float64.
 
-    Unbiased, relative spread at most sqrt(2 / 32). A wrong number anywhere shows, at the cost of a few products.
+    Unbiased, relative spread at most sqrt(2 / 8). A wrong number anywhere shows, at the cost of a few products.
     """
     probes = np.random.default_rng(seed).standard_normal((pair[0].shape[1], PROBES))
 

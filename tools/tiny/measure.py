@@ -20,12 +20,13 @@ Draw = Callable[[list[str]], np.ndarray]
 
 @dataclass(frozen=True)
 class Capability:
-    """Scenes of one kind, and what a caption of them could also have said."""
+    """Scenes of one kind, and what a caption of them could also have said; `tinted` where it matters."""
 
     name: str
     kind: str
     alternatives: Callable[[Scene], list[Scene]]
     held: bool = False
+    tinted: bool | None = None
 
     def scenes(self, count: int, seed: int = 3) -> list[Scene]:
         """`count` random scenes without a place unless the place is asked about."""
@@ -33,7 +34,8 @@ class Capability:
         rng = random.Random(derive(seed, self.name))
         while len(result) < count:
             scene = draw_scene(rng, self.kind, held=self.held)
-            if self.kind == "location" or scene.place is None:
+            fits = self.tinted is None or self.tinted == any(item.colour for item in scene.items)
+            if fits and (self.kind == "location" or scene.place is None):
                 result.append(scene)
         return result
 
@@ -69,7 +71,8 @@ CAPABILITIES = [
     Capability("color", "color", _other_colours),
     Capability("color, held-out pairs", "color", _other_colours, held=True),
     Capability("count", "count", _other_counts),
-    Capability("composition", "composition", _other_pairs),
+    Capability("composition", "composition", _other_pairs, tinted=False),
+    Capability("composition, tinted", "composition", _other_pairs, tinted=True),
 ]
 
 

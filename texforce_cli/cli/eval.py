@@ -1,0 +1,204 @@
+"""`texforce eval`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
+
+import typer
+
+if TYPE_CHECKING:
+    from texforce_cli.workflows.evaluation.summary import Summary
+
+EXAMPLE = (
+    "Example: [bold]texforce eval --variant base=tiny --variant tex=tiny+runs/a --prompts color --seeds 0:8 "
+    "--metric brightness --out evals/color[/bold]"
+)
+_WHAT, _HOW, _STAGES, _OUT = "What to compare", "Sampling", "Stages", "Output"
+
+
+def evaluate(
+    variant: Annotated[
+        Optional[list[str]],
+        typer.Option(metavar="NAME=MODEL[+LORA[:WEIGHT]]...", help="Repeatable.", rich_help_panel=_WHAT),
+    ] = None,
+    variants: Annotated[
+        Optional[Path],
+        typer.Option(
+            help="A TOML file of \\[\\[variants]]: name, model, unet, text_encoder, loras.", rich_help_panel=_WHAT
+        ),
+    ] = None,
+    images: Annotated[
+        Optional[list[str]],
+        typer.Option(metavar="NAME=DIR", help="Pictures drawn elsewhere; repeatable.", rich_help_panel=_WHAT),
+    ] = None,
+    prompts: Annotated[str, typer.Option(help="A prompt set, or FILE.txt, .jsonl, .csv.", rich_help_panel=_WHAT)] = "",
+    seeds: Annotated[str, typer.Option(help="7, 0:8 or 1,5,9: each prompt with each.", rich_help_panel=_WHAT)] = "0:4",
+    metric: Annotated[
+        Optional[list[str]], typer.Option(help="Any reward; repeatable: texforce rewards.", rich_help_panel=_WHAT)
+    ] = None,
+    metric_option: Annotated[
+        Optional[list[str]], typer.Option(metavar="NAME.key=value", help="Repeatable.", rich_help_panel=_WHAT)
+    ] = None,
+    baseline: Annotated[
+        Optional[str], typer.Option(help="Default: the first variant.", show_default=False, rich_help_panel=_WHAT)
+    ] = None,
+    steps: Annotated[
+        Optional[int],
+        typer.Option(help="Default: as the first LoRA was trained.", min=1, max=1000, rich_help_panel=_HOW),
+    ] = None,
+    guidance: Annotated[
+        Optional[float], typer.Option(help="The same default.", min=1, max=100, rich_help_panel=_HOW)
+    ] = None,
+    eta: Annotated[
+        Optional[float], typer.Option(help="Noise of DDIM steps; default 1.", min=0, max=1, rich_help_panel=_HOW)
+    ] = None,
+    scheduler: Annotated[
+        Literal["ddim", "dpm", "euler", "euler-a", "pndm", "unipc"], typer.Option(rich_help_panel=_HOW)
+    ] = "ddim",
+    size: Annotated[
+        Optional[int], typer.Option(help="Pixels; default the model's.", min=8, rich_help_panel=_HOW)
+    ] = None,
+    negative_prompt: Annotated[
+        Optional[str], typer.Option(help="Default: as the first LoRA was trained.", rich_help_panel=_HOW)
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Pictures at a time.", min=1, rich_help_panel=_HOW)] = 8,
+    device: Annotated[str, typer.Option(rich_help_panel=_HOW)] = "auto",
+    precision: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(rich_help_panel=_HOW)] = "fp32",
+    num_processes: Annotated[
+        int,
+        typer.Option(help="Draw in several processes; the result is the same.", min=1, max=64, rich_help_panel=_HOW),
+    ] = 1,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read .bin, .pt: tensors alone.", rich_help_panel=_HOW)
+    ] = False,
+    images_only: Annotated[
+        bool, typer.Option("--images-only", help="Draw, score nothing.", rich_help_panel=_STAGES)
+    ] = False,
+    score_only: Annotated[
+        bool, typer.Option("--score-only", help="Draw nothing: score, then the report.", rich_help_panel=_STAGES)
+    ] = False,
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="Draw and score nothing.", rich_help_panel=_STAGES)
+    ] = False,
+    out: Annotated[
+        Path, typer.Option(help="Folder; given alone, what was begun there goes on.", rich_help_panel=_OUT)
+    ] = Path("evals/latest"),
+    single_file: Annotated[
+        bool, typer.Option("--single-file", help="The report as one file to send.", rich_help_panel=_OUT)
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be drawn and scored.", rich_help_panel=_OUT)
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.", rich_help_panel=_OUT)] = False,
+) -> None:
+    """Compare models and LoRAs on the same prompts and noise: paired intervals, win rates, a page to look at."""
+    from texforce_cli.cli.console import note, warn, write_json
+    from texforce_cli.cli.live import TrainView
+    from texforce_cli.errors import UsageError
+    from texforce_cli.workflows.evaluation import run
+    from texforce_cli.workflows.sample import parse_seeds
+
+    if images_only + score_only + report_only > 1:
+        raise UsageError("--images-only, --score-only and --report-only exclude each other", "give one of them")
+    stage: run.Stage = "images" if images_only else "scores" if score_only else "report" if report_only else "all"
+    request = run.EvalRequest(
+        out=out,
+        variants=run.gather_variants(variant or [], variants, images or []),
+        baseline=baseline,
+        prompts=prompts,
+        seeds=tuple(parse_seeds(seeds)),
+        metrics=tuple(metric or []),
+        metric_options=tuple(metric_option or []),
+        steps=steps,
+        guidance=guidance,
+        eta=eta,
+        scheduler=scheduler,
+        size=size,
+        negative_prompt=negative_prompt,
+        batch=batch,
+        device=device,
+        precision=precision,
+        allow_pickle=allow_pickle,
+        single_file=single_file,
+        stage=stage,
+    )
+    if dry_run:
+        _show_plan(run.plan_eval(request), json)
+        return
+    with TrainView() as view:
+        result = run.evaluate_in(num_processes, request, view)
+    if result.summary is None:
+        note(f"pictures: {out / 'pictures'}")
+        if json:
+            write_json({"folder": str(out)})
+        return
+    if json:
+        write_json(result.summary.plain())
+    else:
+        _show(result.summary)
+    for sentence in result.sentences[:5]:
+        warn(sentence)
+    if len(result.missing) > 5:
+        warn(f"and {len(result.missing) - 5} more are missing: {out / 'summary.json'}")
+    note(f"report: {result.page}")
+    if result.missing:
+        raise typer.Exit(3)
+
+
+def _show_plan(plan: dict[str, Any], json: bool) -> None:
+    from texforce_cli.cli.console import data, warn, write_json
+
+    if json:
+        write_json({"plan": plan})
+        return
+    for variant in plan["variants"]:
+        calls = f", {variant['unet_calls']:,} U-Net calls" if "unet_calls" in variant else ""
+        data(f"{variant['name']}: {variant['description']}, {variant['pictures']:,} pictures{calls}")
+    data(f"{plan['prompts']['count']} prompts of {plan['prompts']['name']}, {len(plan['seeds'])} seeds each")
+    data(f"metrics: {', '.join(plan['metrics'])}; baseline: {plan['baseline']}")
+    for path in plan["not_there_yet"]:
+        warn(f"'{path}' is not there yet")
+
+
+def _show(summary: Summary) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from texforce_cli.cli.console import clean, printable
+
+    groups = list(dict.fromkeys(row.group for row in summary.rows))
+    marks = {v["name"]: set(v["in_sample"]) for v in summary.about.get("variants", [])}
+    for group in groups:
+        table = Table(
+            title=None if len(groups) == 1 else clean(group), title_justify="left", box=None, header_style="bold"
+        )
+        for name in (
+            "metric",
+            "variant",
+            "mean",
+            f"difference to {clean(summary.baseline)}",
+            "95 %",
+            "wins",
+            "p (Holm)",
+            "n",
+        ):
+            table.add_column(name, justify="left" if name in ("metric", "variant") else "right")
+        for row in (row for row in summary.rows if row.group == group):
+            mark = " (in-sample)" if row.metric in marks.get(row.variant, ()) else ""
+            table.add_row(
+                printable(row.metric) + mark,
+                printable(row.variant),
+                f"{row.mean:.4g}",
+                *_against(row),
+                f"{row.prompts}" + (f" ({row.label})" if row.label else ""),
+            )
+        Console(width=None if Console().is_terminal else 140, highlight=False).print(table)
+
+
+def _against(row: Any) -> tuple[str, str, str, str]:
+    if row.difference is None:
+        return "", "", "", ""
+    wins = "" if row.win_rate is None else f"{row.win_rate:.0%}"
+    p = "" if row.p_holm is None else "<0.001" if row.p_holm < 0.001 else f"{row.p_holm:.3f}"
+    return f"{row.difference:+.4g}", f"{row.difference_low:+.4g} to {row.difference_high:+.4g}", wins, p

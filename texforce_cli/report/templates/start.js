@@ -1,0 +1,3 @@
+startTips();
+startZoom();
+startTabs();

@@ -1,0 +1,210 @@
+"""From scores to statements: means with intervals, paired differences, win rates; as JSON, CSV, and what the page shows."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from texforce_cli.core.comparison import ByPrompt, Comparison, compare, holm, interval, unit_means, win_matrix
+from texforce_cli.files import write_json, write_text
+from texforce_cli.report.page import Row
+from texforce_cli.workflows.evaluation.pictures import Item
+
+_ONE_PROMPT = "for this prompt only"
+
+
+@dataclass(frozen=True)
+class MetricAbout:
+    """How to read a metric."""
+
+    name: str
+    unit: str
+    higher_is_better: bool
+    summary: str
+    version: str
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Everything that was found. `unpaired` counts, for each metric, the (prompt, seed) cells that lack a value in some
+    variant and therefore left all of them; `missing` says what lacks, and why."""
+
+    baseline: str
+    variants: tuple[str, ...]
+    metrics: tuple[MetricAbout, ...]
+    rows: tuple[Row, ...]
+    wins: Mapping[str, Mapping[str, Mapping[str, float]]]
+    unpaired: Mapping[str, int]
+    missing: tuple[Mapping[str, Any], ...] = ()
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    def plain(self) -> dict[str, Any]:
+        """Plain values, in order, without a time: the same evaluation gives the same bytes. null is what is not finite."""
+        document = {
+            "texforce_eval": 1,
+            **self.about,
+            "baseline": self.baseline,
+            "metrics": [asdict(metric) for metric in self.metrics],
+            "rows": [asdict(row) for row in self.rows],
+            "wins": self.wins,
+            "unpaired": self.unpaired,
+            "missing": list(self.missing),
+        }
+        return {key: _finite(value) for key, value in document.items()}
+
+
+Values = Mapping[str, Mapping[Item, float]]
+"""Variant -> cell -> value, of one metric."""
+
+
+def summarise(
+    baseline: str,
+    items: Sequence[Item],
+    unseen: frozenset[str],
+    values: Sequence[tuple[MetricAbout, Values]],
+    missing: Sequence[Mapping[str, Any]],
+    about: Mapping[str, Any],
+) -> Summary:
+    """Compare every variant with the baseline by every metric, over all prompts and over each group of them."""
+    rows: list[Row] = []
+    wins: dict[str, dict[str, dict[str, float]]] = {}
+    unpaired: dict[str, int] = {}
+    groups = _groups(items, unseen)
+    variants = tuple(values[0][1]) if values else ()
+    for metric, by_variant in values:
+        asked = {item for found in by_variant.values() for item in found}
+        shared = [item for item in items if all(item in found for found in by_variant.values())]
+        unpaired[metric.name] = len(asked) - len(shared)
+        if shared:
+            wins[metric.name] = win_matrix(
+                {name: _by_prompt(found, shared) for name, found in by_variant.items()},
+                higher_is_better=metric.higher_is_better,
+            )
+        for group, members in groups.items():
+            cells = [item for item in shared if item.text in members]
+            if cells:
+                rows += _rows(group, metric, by_variant, baseline, cells)
+    return Summary(
+        baseline, variants, tuple(m for m, _ in values), tuple(_adjusted(rows)), wins, unpaired, tuple(missing), about
+    )
+
+
+def write_summary(summary: Summary, folder: Path) -> None:
+    """summary.json and summary.csv."""
+    write_json(folder / "summary.json", summary.plain())
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(Row.__dataclass_fields__), lineterminator="\n")
+    writer.writeheader()
+    for row in summary.rows:
+        writer.writerow({key: _cell(value) for key, value in asdict(row).items()})
+    write_text(folder / "summary.csv", text.getvalue())
+
+
+def _groups(items: Sequence[Item], unseen: frozenset[str]) -> dict[str, set[str]]:
+    """Group -> texts: all; seen and unseen where there are both; categories where there are several."""
+    texts = {item.text for item in items}
+    groups = {"all": texts}
+    if texts & unseen and texts - unseen:
+        groups |= {"seen": texts - unseen, "unseen": texts & unseen}
+    categories: dict[str, set[str]] = {}
+    for item in items:
+        category = item.metadata.get("category")
+        if isinstance(category, str) and category.strip():
+            categories.setdefault(category.strip(), set()).add(item.text)
+    if len(categories) > 1:
+        groups |= {name: members for name, members in sorted(categories.items()) if name not in groups}
+    return groups
+
+
+def _by_prompt(found: Mapping[Item, float], cells: Sequence[Item]) -> dict[str, list[float]]:
+    result: dict[str, list[float]] = {}
+    for item in cells:
+        result.setdefault(item.text, []).append(found[item])
+    return result
+
+
+def _rows(group: str, metric: MetricAbout, values: Values, baseline: str, cells: Sequence[Item]) -> list[Row]:
+    prompts = {item.text for item in cells}
+    label = _ONE_PROMPT if len(prompts) == 1 else ""
+    base: ByPrompt = _by_prompt(values[baseline], cells)
+    rows = []
+    for variant, found in values.items():
+        own = _by_prompt(found, cells)
+        mean = interval(unit_means(own).tolist())
+        against = None
+        if variant != baseline:
+            against = compare(own, base, higher_is_better=metric.higher_is_better)
+        rows.append(
+            _row(group, variant, metric.name, mean.mean, mean.low, mean.high, against, label, len(prompts), len(cells))
+        )
+    return rows
+
+
+def _row(
+    group: str,
+    variant: str,
+    metric: str,
+    mean: float,
+    low: float,
+    high: float,
+    against: Comparison | None,
+    label: str,
+    prompts: int,
+    pictures: int,
+) -> Row:
+    return Row(
+        group=group,
+        variant=variant,
+        metric=metric,
+        mean=mean,
+        low=low,
+        high=high,
+        difference=against.difference.mean if against else None,
+        difference_low=against.difference.low if against else None,
+        difference_high=against.difference.high if against else None,
+        label=label,
+        win_rate=against.win_rate if against else None,
+        p=against.p if against else None,
+        p_holm=None,
+        effect=against.effect if against else None,
+        detectable=against.detectable if against else None,
+        prompts=prompts,
+        pictures=pictures,
+    )
+
+
+def _adjusted(rows: Sequence[Row]) -> list[Row]:
+    """Holm's adjustment over all comparisons of a group: every variant with every metric."""
+    from dataclasses import replace
+
+    adjusted: dict[int, float] = {}
+    for group in dict.fromkeys(row.group for row in rows):
+        tested = [(index, row.p) for index, row in enumerate(rows) if row.group == group and row.p is not None]
+        adjusted |= dict(zip((index for index, _ in tested), holm([p for _, p in tested])))
+    return [replace(row, p_holm=adjusted.get(index)) for index, row in enumerate(rows)]
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no infinity: null instead."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def _cell(value: Any) -> Any:
+    """A text that a spreadsheet would take for a formula is quoted; what is not finite is left empty."""
+    if isinstance(value, str) and value[:1] in "=+-@\t\r":
+        return f"'{value}"
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return ""
+    return value if not isinstance(value, float) else json.dumps(value)

@@ -1,0 +1,149 @@
+"""What is compared: a variant is a model with LoRAs and whole weights, or a folder of pictures made elsewhere."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from texforce_cli.errors import UsageError
+from texforce_cli.lora.spec import parse_lora
+
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,59}")
+_FIELDS = {"name": str, "model": str, "unet": str, "text_encoder": str, "loras": list, "images": str}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """`model` as in `--model`, `loras` as `PATH[:WEIGHT]`; or `images`, a folder of pictures that somebody else drew."""
+
+    name: str
+    model: str = "auto"
+    unet: str | None = None
+    text_encoder: str | None = None
+    loras: tuple[str, ...] = ()
+    images: str | None = None
+
+    @property
+    def replaced(self) -> dict[str, str]:
+        """The components that get other weights, with their folder or file."""
+        return {name: path for name, path in (("unet", self.unet), ("text_encoder", self.text_encoder)) if path}
+
+    @property
+    def description(self) -> str:
+        """What it is, in a line, without the folders of this machine."""
+        if self.images:
+            return f"pictures of {Path(self.images).name}"
+        parts = [_last(self.model), *(f"{name} {_last(path)}" for name, path in self.replaced.items())]
+        for text in self.loras:
+            spec = parse_lora(text)
+            parts.append(f"{_last(spec.source)}:{spec.weights}")
+        return " + ".join(parts)
+
+
+def parse_variant(text: str) -> Variant:
+    """`NAME=MODEL[+LORA[:WEIGHT]]...`; a `+` within a path that exists does not divide.
+
+    Raises:
+        UsageError: no name, or one that is no name for a folder; an empty part.
+    """
+    name, equals, rest = text.partition("=")
+    if not equals or not rest:
+        raise UsageError(f"the variant '{text}' is not NAME=MODEL", "for example tex=sd15+runs/a/adapter:0.8")
+    pieces = _divide(rest)
+    if not all(pieces):
+        raise UsageError(f"the variant '{text}' has an empty part", "write NAME=MODEL+LORA+LORA:0.5")
+    return _checked(Variant(name, pieces[0], loras=tuple(pieces[1:])))
+
+
+def parse_images(text: str) -> Variant:
+    """`NAME=DIR`: a folder of pictures.
+
+    Raises:
+        UsageError: no name, or no such folder.
+    """
+    name, equals, folder = text.partition("=")
+    if not equals or not folder:
+        raise UsageError(f"'{text}' is not NAME=DIR", "for example --images other=pictures/other")
+    return _checked(Variant(name, images=folder))
+
+
+def read_variants(path: Path) -> list[Variant]:
+    """`[[variants]]` tables of a TOML file, with name, model, unet, text_encoder, loras, images.
+
+    Raises:
+        UsageError: it cannot be read, or says something else; the sentence names the variant.
+    """
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"'{path}' cannot be read ({str(error).splitlines()[0]})", "check --variants") from error
+    tables = document.get("variants")
+    if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
+        raise UsageError(f"'{path}' has no [[variants]]", "give each variant a table with a name")
+    return [_of_table(path, number, table) for number, table in enumerate(tables, 1)]
+
+
+def check_variants(variants: Sequence[Variant], baseline: str | None) -> str:
+    """The baseline's name: as given, else the first variant.
+
+    Raises:
+        UsageError: no variant, a name twice, or a baseline that is none of them.
+    """
+    names = [variant.name for variant in variants]
+    if not names:
+        raise UsageError(
+            "there is nothing to evaluate", "give --variant base=tiny --variant tex=tiny+runs/a, or --images"
+        )
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice:
+        raise UsageError(f"the variant '{twice}' is given twice", "give each a name of its own")
+    if baseline is not None and baseline not in names:
+        raise UsageError(f"the baseline '{baseline}' is no variant", f"one of {', '.join(names)}")
+    return baseline or names[0]
+
+
+def _of_table(path: Path, number: int, table: dict[str, Any]) -> Variant:
+    for key, value in table.items():
+        if key not in _FIELDS:
+            raise UsageError(f"variant {number} of '{path}' has '{key}'", f"it can have {', '.join(_FIELDS)}")
+        if not isinstance(value, _FIELDS[key]) or (key == "loras" and not all(isinstance(x, str) for x in value)):
+            raise UsageError(
+                f"'{key}' of variant {number} of '{path}' is {value!r}", "write a text, loras a list of texts"
+            )
+    if "name" not in table:
+        raise UsageError(f"variant {number} of '{path}' has no name", 'add name = "..."')
+    values = {**table, "loras": tuple(table.get("loras", ()))}
+    if values.get("images") and len({key for key, value in values.items() if value}) > 2:
+        raise UsageError(f"variant '{table['name']}' of '{path}' has images and a model", "give one of them")
+    return _checked(Variant(**values))
+
+
+def _checked(variant: Variant) -> Variant:
+    if not _NAME.fullmatch(variant.name):
+        raise UsageError(f"'{variant.name}' is no name for a variant", "use letters, digits, '-', '_' and '.'")
+    if variant.images and not Path(variant.images).expanduser().is_dir():
+        raise UsageError(f"there is no folder '{variant.images}'", "check --images")
+    for lora in variant.loras:
+        parse_lora(lora)
+    return variant
+
+
+def _divide(text: str) -> list[str]:
+    """Split at `+`, but keep together the longest run of parts that names something on the disk."""
+    parts, pieces = text.split("+"), []
+    while parts:
+        for count in range(len(parts), 0, -1):
+            piece = "+".join(parts[:count])
+            if count == 1 or any(Path(name).expanduser().exists() for name in (piece, parse_lora(piece).source)):
+                pieces.append(piece)
+                parts = parts[count:]
+                break
+    return pieces
+
+
+def _last(text: str) -> str:
+    return Path(text).name or text
