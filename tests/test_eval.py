@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import signal
 import subprocess
@@ -336,6 +337,57 @@ def test_a_dry_run_says_what_would_be_drawn_and_what_is_not_there_yet(prompts: s
     assert evaluate(prompts, *arguments, "--guidance", "3") == 0
     assert "48 U-Net calls" in capsys.readouterr().out
     assert not Path("out").exists()
+
+
+def test_votes_are_one_more_judge(prompts: str, lora: str, capsys: Any) -> None:
+    arguments = ["--variant", "base=tiny", "--variant", f"tex=tiny+{lora}"]
+    assert evaluate(prompts, *arguments) == 0
+    page = Path("out/report/index.html").read_text()
+    data = re.search(r'"hash": ?"([0-9a-f]{64})"', page)
+    assert data is not None
+    items = items_of([Prompt(t) for t in ("a cat", "a dog", "two foxes in the park", "a red car")], [0, 1, 2])
+    cast = [
+        {"prompt": item.prompt_id, "seed": item.seed, "left": "tex", "right": "base", "winner": "left"}
+        for item in items[:9]
+    ] + [{"prompt": items[9].prompt_id, "seed": 0, "left": "base", "right": "tex", "winner": "left"}]
+    document = {"texforce_votes": 1, "data": data[1], "votes": cast}
+    Path("votes.json").write_text(json.dumps(document))
+    assert run(["eval", "--out", "out", "--report-only", "--votes", "votes.json"]) == 0
+    found = row(summary(), "tex", "votes")
+    assert (found["win_rate"], found["prompts"], found["pictures"]) == (
+        0.75,
+        4,
+        10,
+    )  # of three prompts all, of one none
+    assert summary()["wins"]["votes"] == {"tex": {"base": 0.75}, "base": {"tex": 0.25}}
+    capsys.readouterr()
+    for wrong, sentence in (
+        ({**document, "data": "0"}, "are about other pictures"),
+        ({**document, "texforce_votes": 2}, "holds no votes"),
+        ({**document, "votes": [{"prompt": 1}]}, "holds no votes"),
+        ([], "holds no votes"),
+    ):
+        Path("wrong.json").write_text(json.dumps(wrong))
+        assert run(["eval", "--out", "out", "--report-only", "--votes", "wrong.json"]) == 2
+        assert sentence in capsys.readouterr().err
+
+
+RECIPES = sorted((Path(__file__).parent.parent / "docs" / "recipes").glob("*.toml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_of_the_papers_tables_is_sound(recipe: Path, capsys: Any) -> None:
+    """Its command, on other prompts, with --dry-run: nothing is fetched."""
+    command = next(line for line in recipe.read_text().splitlines() if "texforce eval" in line)
+    arguments = command.split("texforce ")[1].split()
+    arguments[arguments.index("--variants") + 1] = str(recipe)
+    assert arguments[arguments.index("--prompts") + 1] == "imagereward-100"
+    arguments[arguments.index("--prompts") + 1] = "color"
+    assert run([*arguments, "--dry-run", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)["plan"]
+    assert [v["name"] for v in plan["variants"]][:4] == ["original", "refl", "texforce", "refl-texforce"]
+    assert plan["metrics"] == ["image-reward"]
+    assert len(plan["not_there_yet"]) in (2, 3)
 
 
 def test_separators_survive_paths(tmp_path: Path) -> None:

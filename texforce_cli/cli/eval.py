@@ -40,6 +40,10 @@ def evaluate(
     metric_option: Annotated[
         Optional[list[str]], typer.Option(metavar="NAME.key=value", help="Repeatable.", rich_help_panel=_WHAT)
     ] = None,
+    votes: Annotated[
+        Optional[list[str]],
+        typer.Option(metavar="FILE", help="votes.json of the page: one more judge; repeatable.", rich_help_panel=_WHAT),
+    ] = None,
     baseline: Annotated[
         Optional[str], typer.Option(help="Default: the first variant.", show_default=False, rich_help_panel=_WHAT)
     ] = None,
@@ -121,6 +125,7 @@ def evaluate(
         precision=precision,
         allow_pickle=allow_pickle,
         single_file=single_file,
+        votes=tuple(votes or []),
         stage=stage,
     )
     if dry_run:

@@ -1,6 +1,6 @@
 """The algebra of LoRAs: sums, truncations and distances of products B A, without ever forming one.
 
-The combination of Eq. (8) of the paper, sum of alpha_i theta_i, is a sum of the changes B_i A_i of the weights: sums of the
+The combination of sec. 3.7 of the paper, sum of alpha_i theta_i, is a sum of the changes B_i A_i of the weights: sums of the
 factors themselves would depend on how each product happens to be split. Shapes: A (rank, inputs), B (outputs, rank).
 """
 

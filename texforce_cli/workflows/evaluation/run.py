@@ -14,7 +14,7 @@ from typing import Any, Literal
 from texforce_cli.errors import TexforceError, UsageError
 from texforce_cli.files import sha256, write_json, write_text
 from texforce_cli.prompts import PromptSet, load_prompts
-from texforce_cli.report.page import Page, PageMetric, PagePrompt, PageVariant, Picture, write_page
+from texforce_cli.report.page import Page, PageMetric, PagePrompt, PageVariant, Picture, pictures_hash, write_page
 from texforce_cli.rewards.isolation import WorkerSettings
 from texforce_cli.rewards.registry import load_registry
 from texforce_cli.rewards.terms import parse_terms
@@ -32,7 +32,7 @@ from texforce_cli.workflows.evaluation.scores import (
     metrics_of,
     score_pictures,
 )
-from texforce_cli.workflows.evaluation.summary import MetricAbout, Summary, summarise, write_summary
+from texforce_cli.workflows.evaluation.summary import MetricAbout, Summary, adjusted, summarise, write_summary
 from texforce_cli.workflows.evaluation.variants import (
     Variant,
     check_variants,
@@ -40,6 +40,7 @@ from texforce_cli.workflows.evaluation.variants import (
     parse_variant,
     read_variants,
 )
+from texforce_cli.workflows.evaluation.votes import count_votes, read_votes
 from texforce_cli.workflows.events import Listener, Note, Progressed, Warned, silent
 from texforce_cli.workflows.loras import trained_on
 from texforce_cli.workflows.stopping import StopRequest
@@ -77,6 +78,7 @@ class EvalRequest:
     precision: Precision = "fp32"
     allow_pickle: bool = False
     reward_timeout: float = 300.0
+    votes: tuple[str, ...] = ()
     single_file: bool = False
     stage: Stage = "all"
     shard: tuple[int, int] = (0, 1)
@@ -168,9 +170,12 @@ def evaluate(request: EvalRequest, listener: Listener = silent) -> EvalResult:
         values += _diversity(request, scores, found, items, stop)
         unseen = frozenset(prompt.text for prompt in prompts.unseen)
         summary = summarise(baseline, items, unseen, values, missing, _about(request, prompts, in_sample))
+        page = _page(request, summary, prompts, items, found, values, in_sample)
+        if request.votes:
+            summary = _with_votes(request, summary, page, items)
+            page = _page(request, summary, prompts, items, found, values, in_sample)
         write_summary(summary, request.out)
         listener(Note("writing the report"))
-        page = _page(request, summary, prompts, items, found, values, in_sample)
         written = write_page(page, request.out / "report", single_file=request.single_file)
     return EvalResult(request.out, summary, written, tuple(missing))
 
@@ -236,6 +241,8 @@ def _recalled(request: EvalRequest) -> EvalRequest:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TexforceError(f"'{record}' cannot be read", "give --variant, --prompts and --metric again") from error
     asked = {name: getattr(request, name) for name in _TRANSIENT}
+    if request.votes:
+        asked["votes"] = request.votes
     if request.metrics:
         asked |= {"metrics": request.metrics, "metric_options": request.metric_options}
     return replace(EvalRequest(request.out), **{**values, **asked, "variants": variants})
@@ -349,6 +356,19 @@ def _about(request: EvalRequest, prompts: PromptSet, in_sample: Mapping[str, Seq
         "seeds": list(request.seeds),
         "variants": variants,
     }
+
+
+def _with_votes(request: EvalRequest, summary: Summary, page: Page, items: Sequence[Item]) -> Summary:
+    """The summary with what people chose as one more metric."""
+    data = pictures_hash(page)
+    votes = [vote for path in request.votes for vote in read_votes(Path(path).expanduser(), data)]
+    about, rows, wins = count_votes(votes, summary.variants, summary.baseline, items)
+    return replace(
+        summary,
+        metrics=(*summary.metrics, about),
+        rows=tuple(adjusted([*summary.rows, *rows])),
+        wins={**summary.wins, about.name: wins},
+    )
 
 
 def _page(

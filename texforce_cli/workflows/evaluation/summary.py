@@ -7,7 +7,7 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from texforce_cli.files import write_json, write_text
 from texforce_cli.report.page import Row
 from texforce_cli.workflows.evaluation.pictures import Item
 
-_ONE_PROMPT = "for this prompt only"
+ONE_PROMPT = "for this prompt only"
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def summarise(
             if cells:
                 rows += _rows(group, metric, by_variant, baseline, cells)
     return Summary(
-        baseline, variants, tuple(m for m, _ in values), tuple(_adjusted(rows)), wins, unpaired, tuple(missing), about
+        baseline, variants, tuple(m for m, _ in values), tuple(adjusted(rows)), wins, unpaired, tuple(missing), about
     )
 
 
@@ -131,7 +131,7 @@ def _by_prompt(found: Mapping[Item, float], cells: Sequence[Item]) -> dict[str, 
 
 def _rows(group: str, metric: MetricAbout, values: Values, baseline: str, cells: Sequence[Item]) -> list[Row]:
     prompts = {item.text for item in cells}
-    label = _ONE_PROMPT if len(prompts) == 1 else ""
+    label = ONE_PROMPT if len(prompts) == 1 else ""
     base: ByPrompt = _by_prompt(values[baseline], cells)
     rows = []
     for variant, found in values.items():
@@ -179,15 +179,13 @@ def _row(
     )
 
 
-def _adjusted(rows: Sequence[Row]) -> list[Row]:
+def adjusted(rows: Sequence[Row]) -> list[Row]:
     """Holm's adjustment over all comparisons of a group: every variant with every metric."""
-    from dataclasses import replace
-
-    adjusted: dict[int, float] = {}
+    corrected: dict[int, float] = {}
     for group in dict.fromkeys(row.group for row in rows):
         tested = [(index, row.p) for index, row in enumerate(rows) if row.group == group and row.p is not None]
-        adjusted |= dict(zip((index for index, _ in tested), holm([p for _, p in tested])))
-    return [replace(row, p_holm=adjusted.get(index)) for index, row in enumerate(rows)]
+        corrected |= dict(zip((index for index, _ in tested), holm([p for _, p in tested])))
+    return [replace(row, p_holm=corrected.get(index)) for index, row in enumerate(rows)]
 
 
 def _finite(value: Any) -> Any:

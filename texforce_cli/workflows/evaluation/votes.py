@@ -1,0 +1,101 @@
+"""What people chose in the blind mode of the page, as one more judge."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from texforce_cli.core.comparison import compare, interval, unit_means
+from texforce_cli.errors import UsageError
+from texforce_cli.report.page import Row
+from texforce_cli.workflows.evaluation.pictures import Item
+from texforce_cli.workflows.evaluation.summary import ONE_PROMPT, MetricAbout
+
+VOTES = "votes"
+_POINTS = {"left": 1.0, "tie": 0.5, "right": 0.0}
+_LARGEST = 64_000_000
+
+
+@dataclass(frozen=True)
+class Vote:
+    """One choice between two variants for the same prompt and noise; `points` are the left one's: 1, 0.5 or 0."""
+
+    prompt_id: str
+    seed: int
+    left: str
+    right: str
+    points: float
+
+
+def read_votes(path: Path, data: str) -> list[Vote]:
+    """The votes of a file that the page made; `data` is the hash of the pictures that they must be about.
+
+    Raises:
+        UsageError: no such file, nothing of that kind, or votes about other pictures.
+    """
+    try:
+        if path.stat().st_size > _LARGEST:
+            raise ValueError("it is too large")
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if document["texforce_votes"] != 1:
+            raise ValueError("it is of another version")
+        votes = [
+            Vote(str(v["prompt"]), int(v["seed"]), str(v["left"]), str(v["right"]), _POINTS[v["winner"]])
+            for v in document["votes"]
+        ]
+        about = document["data"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UsageError(
+            f"'{path}' holds no votes ({str(error)[:100]})", "save them on the page's blind tab"
+        ) from error
+    if about != data:
+        raise UsageError(f"the votes in '{path}' are about other pictures", "vote again on the present page")
+    return votes
+
+
+def count_votes(
+    votes: Sequence[Vote], variants: Sequence[str], baseline: str, items: Sequence[Item]
+) -> tuple[MetricAbout, list[Row], dict[str, dict[str, float]]]:
+    """Rows of each variant against the baseline, by the votes between those two, and the win rate of every pair."""
+    texts = {item.prompt_id: item.text for item in items}
+    duels: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for vote in votes:
+        if vote.prompt_id in texts and {vote.left, vote.right} <= set(variants):
+            for one, other, points in ((vote.left, vote.right, vote.points), (vote.right, vote.left, 1 - vote.points)):
+                duels.setdefault((one, other), {}).setdefault(texts[vote.prompt_id], []).append(points)
+    rows = [
+        _row(variant, duels[variant, baseline])
+        for variant in variants
+        if variant != baseline and (variant, baseline) in duels
+    ]
+    wins: dict[str, dict[str, float]] = {}
+    for (one, other), won in duels.items():
+        wins.setdefault(one, {})[other] = float(unit_means(won).mean())
+    about = MetricAbout(VOTES, "", True, "the share of blind votes that it won", f"{len(votes)} votes")
+    return about, rows, wins
+
+
+def _row(variant: str, won: Mapping[str, Sequence[float]]) -> Row:
+    lost = {prompt: [1 - points for points in values] for prompt, values in won.items()}
+    against, mean = compare(won, lost), interval(unit_means(won).tolist())
+    return Row(
+        group="all",
+        variant=variant,
+        metric=VOTES,
+        mean=mean.mean,
+        low=mean.low,
+        high=mean.high,
+        difference=against.difference.mean,
+        difference_low=against.difference.low,
+        difference_high=against.difference.high,
+        label=ONE_PROMPT if len(won) == 1 else "",
+        win_rate=mean.mean,
+        p=against.p,
+        p_holm=None,
+        effect=against.effect,
+        detectable=against.detectable,
+        prompts=len(won),
+        pictures=sum(map(len, won.values())),
+    )
