@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
+import safetensors.torch
 import torch
 from diffusers import StableDiffusionPipeline
 from hypothesis import given
@@ -531,3 +532,66 @@ def test_what_is_written_loads_in_diffusers_with_the_exact_effect(tmp_path: Path
                 delta = 0.5 * made.wanted[key].reshape(parameter.shape) if key in made.wanted else 0.0
                 expected = before[f"{component}.{name}"].double().numpy() + delta
                 assert np.allclose(parameter.detach().double().numpy(), expected, rtol=0, atol=3e-5), (form, key)
+
+
+def test_files_that_peft_and_diffusers_make_give_the_change_that_they_encode(tmp_path: Path, pipeline: Any) -> None:
+    """Made by the libraries themselves: rank and alpha patterns, rslora, alpha = 2 r in diffusers' header."""
+    from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
+    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+
+    def filled(module: torch.nn.Module) -> None:
+        generator = torch.Generator().manual_seed(0)
+        for name, parameter in module.named_parameters():
+            if "lora_" in name:
+                parameter.data = torch.randn(parameter.shape, generator=generator)
+
+    def changes(module: torch.nn.Module, component: str) -> dict[str, Any]:
+        found = {}
+        for name, layer in module.named_modules():
+            if hasattr(layer, "get_delta_weight") and layer.lora_A:
+                level = "text_model." if component == "text_encoder" and "text_model" not in name else ""
+                path = name.removeprefix("base_model.model.")
+                found[f"{component}.{level}{path}"] = (
+                    layer.get_delta_weight(next(iter(layer.lora_A))).detach().double().numpy()
+                )
+        return found
+
+    targets = ["q_proj", "out_proj", "fc1"]
+    config = LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=targets,
+        rank_pattern={"out_proj": 9},
+        alpha_pattern={"fc1": 3},
+        use_rslora=True,
+    )
+    wrapped = get_peft_model(pipeline.text_encoder, config)
+    filled(wrapped)
+    wrapped.save_pretrained(tmp_path / "peft")
+    wanted = changes(wrapped, "text_encoder")
+    assert len(wanted) == 3 * pipeline.text_encoder.config.num_hidden_layers
+    assert close(fused(tmp_path / "a.safetensors", tmp_path / "peft"), wanted)
+
+    plain = StableDiffusionPipeline.from_pretrained(WEIGHTS, safety_checker=None, dtype=torch.float32)
+    plain.unet.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=["to_k", "to_out.0", "conv1", "proj_in"]))
+    plain.text_encoder.add_adapter(
+        LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "k_proj", "v_proj", "out_proj"])
+    )
+    filled(plain.unet)
+    filled(plain.text_encoder)
+    wanted = changes(plain.unet, "unet") | changes(plain.text_encoder, "text_encoder")
+    unet, text = (
+        convert_state_dict_to_diffusers(get_peft_model_state_dict(m)) for m in (plain.unet, plain.text_encoder)
+    )
+    StableDiffusionPipeline.save_lora_weights(
+        tmp_path / "diffusers", unet_lora_layers=unet, text_encoder_lora_layers=text,
+        unet_lora_adapter_metadata={"r": 4, "lora_alpha": 8}, text_encoder_lora_adapter_metadata={"r": 3, "lora_alpha": 6},
+    )  # fmt: skip
+    assert close(fused(tmp_path / "b.safetensors", tmp_path / "diffusers"), wanted)
+
+    keys = {f"unet.{key}": value for key, value in get_peft_model_state_dict(plain.unet).items()}
+    safetensors.torch.save_file(convert_state_dict_to_kohya(keys), tmp_path / "kohya.safetensors")
+    half = {
+        name: delta / 2 for name, delta in wanted.items() if name.startswith("unet")
+    }  # the converter sets alpha = rank
+    assert close(fused(tmp_path / "c.safetensors", tmp_path / "kohya.safetensors"), half)
