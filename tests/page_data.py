@@ -12,6 +12,7 @@ import math
 import random
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFilter
@@ -78,25 +79,25 @@ def draw(prompt: PagePrompt, seed: int, strength: float, size: int) -> Image.Ima
     colour = next((value for name, value in COLOURS.items() if f" {name} " in f" {prompt.text} "), (120, 120, 130))
     sky, ground = next((v for name, v in PLACES.items() if name in prompt.text), ((200, 206, 214), (150, 150, 150)))
     pale = 0.45 * (1 - strength)
-    colour = tuple(round(c * (1 - pale) + 150 * pale) for c in colour)
+    paled = tuple(round(c * (1 - pale) + 150 * pale) for c in colour)
     big = size * 2
     picture = Image.new("RGB", (big, big), sky)
     pen = ImageDraw.Draw(picture)
     horizon = big * chance.uniform(0.5, 0.66)
-    for y in range(int(horizon)):
-        pen.line([(0, y), (big, y)], tuple(round(c + (255 - c) * 0.45 * y / horizon) for c in sky))
+    for line in range(int(horizon)):
+        pen.line([(0, line), (big, line)], tuple(round(c + (255 - c) * 0.45 * line / horizon) for c in sky))
     x, y, r = big * chance.uniform(0.15, 0.85), big * chance.uniform(0.12, 0.3), big * chance.uniform(0.05, 0.09)
     pen.ellipse((x - r, y - r, x + r, y + r), (252, 240, 200))
     for layer in range(3):
         tone = tuple(round(c * (0.78 + 0.11 * layer)) for c in ground)
         lift, phase, pace = (0.07 - 0.04 * layer) * big, chance.uniform(0, 6), chance.uniform(1.2, 2.6)
-        line = [
-            (x, horizon - lift + (0.09 * layer + 0.03 * math.sin(phase + pace * 3 * x / big)) * big)
-            for x in range(0, big + 8, 8)
+        ridge = [
+            (float(at), horizon - lift + (0.09 * layer + 0.03 * math.sin(phase + pace * 3 * at / big)) * big)
+            for at in range(0, big + 8, 8)
         ]
-        pen.polygon([*line, (big, big), (0, big)], tone)
-    at = (big * chance.uniform(0.35, 0.65), horizon + big * chance.uniform(0.1, 0.16))
-    _thing(pen, prompt.text, *at, big * chance.uniform(0.15, 0.2), colour)
+        pen.polygon([*ridge, (big, big), (0, big)], tone)
+    spot = (big * chance.uniform(0.35, 0.65), horizon + big * chance.uniform(0.1, 0.16))
+    _thing(pen, prompt.text, *spot, big * chance.uniform(0.15, 0.2), paled)
     for _ in range(round(14 * strength)):
         x, y, r = chance.uniform(0, big), chance.uniform(horizon + 0.1 * big, big), big * chance.uniform(0.006, 0.014)
         pen.ellipse((x - r, y - r, x + r, y + r), tuple(min(255, c + 40) for c in ground))
@@ -227,28 +228,30 @@ def _row(
     own = [means[variant, p, metric.name] for p in members if (variant, p, metric.name) in means]
     both = [p for p in members if (variant, p, metric.name) in means and (baseline, p, metric.name) in means]
     gains = [means[variant, p, metric.name] - means[baseline, p, metric.name] for p in both]
-    mean, half = _interval(own)
-    label = "for this prompt only" if len(members) == 1 else ""
-    ends = (None, None) if half is None or mean is None else (mean - half, mean + half)
-    if variant == baseline or not gains:
-        empty = (None,) * 8
-        return Row(group, variant, metric.name, mean, *ends, *empty[:3], label, *empty[3:], len(own), seeds * len(own))
-    if len(gains) == 1:
-        return Row(group, variant, metric.name, mean, *ends, gains[0], *(None,) * 2, label, *(None,) * 5, 1, seeds)
-    difference, spread = statistics.mean(gains), statistics.stdev(gains)
-    half = 1.96 * spread / math.sqrt(len(gains))
-    p = math.erfc(abs(difference) / (spread / math.sqrt(len(gains))) / math.sqrt(2))
-    rate = sum((g > 0) == metric.higher_is_better for g in gains) / len(gains)
-    return Row(
-        group, variant, metric.name, mean, *ends, difference, difference - half, difference + half, label, rate, p,
-        min(1.0, 9 * p), difference / spread, 2.8 * spread / math.sqrt(len(gains)), len(own), seeds * len(own),
+    mean, low, high = _interval(own)
+    row = Row(
+        group=group, variant=variant, metric=metric.name, mean=mean, low=low, high=high, difference=None,
+        difference_low=None, difference_high=None, label="for this prompt only" if len(members) == 1 else "",
+        win_rate=None, p=None, p_holm=None, effect=None, detectable=None, prompts=len(own), pictures=seeds * len(own),
     )  # fmt: skip
+    if variant == baseline or not gains:
+        return row
+    difference, below, above = _interval(gains)
+    rate = sum((g > 0) == metric.higher_is_better for g in gains) / len(gains)
+    row = replace(row, difference=difference, difference_low=below, difference_high=above, win_rate=rate)
+    if len(gains) == 1:
+        return row
+    middle, error = statistics.mean(gains), statistics.stdev(gains) / math.sqrt(len(gains))
+    p = math.erfc(abs(middle) / error / math.sqrt(2))
+    effect = middle / statistics.stdev(gains)
+    return replace(row, p=p, p_holm=min(1.0, 9 * p), effect=effect, detectable=2.8 * error)
 
 
-def _interval(values: Sequence[float]) -> tuple[float | None, float | None]:
+def _interval(values: Sequence[float]) -> tuple[float | None, float | None, float | None]:
     if len(values) < 2:
-        return (values[0] if values else None), None
-    return statistics.mean(values), 1.96 * statistics.stdev(values) / math.sqrt(len(values))
+        return (values[0] if values else None), None, None
+    middle, half = statistics.mean(values), 1.96 * statistics.stdev(values) / math.sqrt(len(values))
+    return middle, middle - half, middle + half
 
 
 if __name__ == "__main__":

@@ -209,7 +209,7 @@ def _prediction(kind: str, **more: Any) -> Callable[[Path], None]:
         (_cut(UNET), "'my.model' could not be loaded"),
         (_cut(TEXT), "'my.model' could not be loaded"),
         (_lacks(UNET, "conv_in.weight"), "'my.model' lacks 'unet.conv_in.weight';"),
-        (_lacks(TEXT, "final_layer_norm.bias"), "'my.model' lacks 'text_encoder.final_layer_norm.bias';"),
+        (_lacks(TEXT, "text_model.final_layer_norm.bias"), "'my.model' lacks 'text_encoder.final_layer_norm.bias';"),
         (_no_tokenizer, "the tokenizer of 'my.model' knows no words"),
         (_prediction("flow"), "'my.model' predicts 'flow'"),
         (_prediction("epsilon", rescale_betas_zero_snr=True), "zero terminal SNR with epsilon"),
@@ -264,7 +264,7 @@ def test_folders_of_older_libraries_draw_the_same(
         folder / "text_encoder" / "config.json",
         lambda c: c.update(transformers_version="4.30.2", torch_dtype=c.pop("dtype"), dropout=0.0),
     )
-    weights = {f"text_model.{key}": value for key, value in load_file(folder / TEXT).items()}
+    weights = load_file(folder / TEXT)
     weights["text_model.embeddings.position_ids"] = torch.arange(32)[None]
     save_file(weights, folder / TEXT, metadata={"format": "pt"})
     words = folder / "tokenizer"

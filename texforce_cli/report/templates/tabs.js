@@ -56,8 +56,10 @@ function startTabs() {
 // explanations: on hover, on focus, on a tap; Escape sends them away
 
 const tip = byId("tip");
+let explained = null;
 
 function explain(target) {
+  explained = target;
   tip.textContent = target.dataset.tip;
   tip.hidden = false;
   target.setAttribute("aria-describedby", "tip");
@@ -76,6 +78,8 @@ function startTips() {
   }
   document.addEventListener("pointerout", (event) => about(event) && away());
   document.addEventListener("focusout", away);
-  document.addEventListener("scroll", away, { capture: true, passive: true });
+  // what has the focus is scrolled into view: its explanation goes along
+  const follow = () => !tip.hidden && (explained === document.activeElement ? explain(explained) : away());
+  document.addEventListener("scroll", follow, { capture: true, passive: true });
   document.addEventListener("keydown", (event) => event.key === "Escape" && away());
 }
