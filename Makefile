@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.texforce-installed
 
-.PHONY: setup demo test test-full test-older test-rewards lint clean
+.PHONY: setup demo test test-full test-older test-browser test-rewards lint clean
 
 setup: $(STAMP)
 
@@ -32,6 +32,11 @@ test-older: setup
 	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(' + repr(sysconfig.get_path('purelib')) + ')')" \
 	  > "$$(build/older/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/zz_tested.pth"
 	build/older/bin/python -m pytest tests/test_adapters.py tests/test_fuse.py tests/test_sample.py -k "load or draw or stack or exact"
+
+# the page of `texforce eval` in a real browser: needs chromium and chromedriver (apt-get install chromium chromium-driver)
+test-browser: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,browser]'
+	$(BIN)/python -m pytest -m "slow or not slow" tests/test_page.py
 
 # installs the four reward packages of ours (some gigabytes) and trains on two that cannot live together
 test-rewards: export TEXFORCE_HOME = $(CURDIR)/build/rewards

@@ -73,7 +73,11 @@ def row(found: dict[str, Any], variant: str, metric: str, group: str = "all") ->
 
 
 def evaluate(prompts: str, *extra: str, out: str = "out") -> int:
-    return run(["eval", "--prompts", prompts, "--seeds", "0:3", "--out", out, *FAST, *extra])
+    return run([*command_of(prompts, out), *extra])
+
+
+def command_of(prompts: str, out: str) -> list[str]:
+    return ["eval", "--prompts", prompts, "--seeds", "0:3", "--out", out, *FAST]
 
 
 def test_the_same_model_twice_differs_by_nothing(prompts: str) -> None:
@@ -153,19 +157,7 @@ def test_what_is_there_is_neither_drawn_nor_scored_again_and_a_change_redoes_wha
 def test_killed_and_resumed_it_ends_with_the_same_bytes(prompts: str, lora: str, after: float) -> None:
     arguments = ["--variant", "base=tiny", "--variant", f"tex=tiny+{lora}", "--batch", "2"]
     assert evaluate(prompts, *arguments, out="whole") == 0
-    command = [
-        sys.executable,
-        "-m",
-        "texforce_cli",
-        "eval",
-        "--prompts",
-        prompts,
-        "--seeds",
-        "0:3",
-        "--out",
-        "cut",
-        *FAST,
-    ]
+    command = [sys.executable, "-m", "texforce_cli", *command_of(prompts, "cut")]
     process = subprocess.Popen([*command, *arguments], stderr=subprocess.DEVNULL)
     while process.poll() is None and not list(Path("cut").rglob("*.png")):
         time.sleep(0.05)
@@ -263,19 +255,7 @@ def test_several_processes_draw_the_same(prompts: str, monkeypatch: pytest.Monke
         torch.set_num_threads(before)
     assert evaluate(prompts, *arguments, "--num-processes", "2", out="two") == 0
     assert Path("one/summary.json").read_bytes() == Path("two/summary.json").read_bytes()
-    command = [
-        sys.executable,
-        "-m",
-        "texforce_cli",
-        "eval",
-        "--prompts",
-        prompts,
-        "--seeds",
-        "0:3",
-        "--out",
-        "launched",
-        *FAST,
-    ]
+    command = [sys.executable, "-m", "texforce_cli", *command_of(prompts, "launched")]
     import os
 
     environments = [{**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"} for rank in range(2)]

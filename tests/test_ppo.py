@@ -19,7 +19,7 @@ from texforce_cli.core.ppo import (
     steered_learning_rate,
 )
 from texforce_cli.core.seeds import derive
-from texforce_cli.core.statistics import mean_interval, paired_interval, t_quantile
+from texforce_cli.core.statistics import mean_interval, paired_interval
 
 
 @pytest.mark.parametrize(
@@ -139,15 +139,17 @@ def test_seeds_are_the_same_everywhere_and_differ_by_purpose() -> None:
 
 
 def test_the_interval_of_four_values_by_hand() -> None:
-    # mean 2.5, sd 1.291, t(3) = 3.182: half width 3.182 * 1.291 / 2
+    # mean 2.5, sd 1.291, t(3) = 3.182: half width 3.182446 * 1.291 / 2
     found = mean_interval([1.0, 2.0, 3.0, 4.0])
     assert found.mean == 2.5
-    assert found.half_width == pytest.approx(3.182 * math.sqrt(5 / 3) / 2, rel=1e-4)
+    assert found.half_width == pytest.approx(3.182446 * math.sqrt(5 / 3) / 2, rel=1e-4)
     assert paired_interval([2.0, 3.0], [1.0, 2.0]).half_width == 0.0
     with pytest.raises(ValueError, match="no interval"):
         mean_interval([1.0])
 
 
 @pytest.mark.parametrize(("degrees", "quantile"), [(1, 12.706), (10, 2.228), (20, 2.086), (63, 1.998), (1000, 1.962)])
-def test_the_t_quantile_is_that_of_the_tables(degrees: int, quantile: float) -> None:
-    assert t_quantile(degrees) == pytest.approx(quantile, abs=1.5e-3)
+def test_the_intervals_quantile_is_that_of_the_tables(degrees: int, quantile: float) -> None:
+    values = np.random.default_rng(degrees).normal(size=degrees + 1)
+    error = values.std(ddof=1) / np.sqrt(degrees + 1)
+    assert mean_interval(values.tolist()).half_width / error == pytest.approx(quantile, abs=6e-4)

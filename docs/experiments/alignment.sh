@@ -7,7 +7,7 @@
 set -euo pipefail
 out=${1:?give a folder for the runs}
 here=$(cd "$(dirname "$0")" && pwd)
-export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
+export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HERE=$here
 mkdir -p "$out"
 for seed in 10 11 12; do
   for set in color count composition location; do
@@ -16,11 +16,7 @@ for seed in 10 11 12; do
 done | xargs -P 2 -L 1 bash -c '
   set -euo pipefail
   run=$0/$1-$2
-  if [ -e "$run/run.json" ]; then
-    texforce train --resume "$run" 2>> "$run.log"
-  else
-    texforce train --reward tiny-clip --prompts "$1" --model tiny --seed "$2" --out "$run" 2>> "$run.log"
-  fi
+  "$HERE/train.sh" "$run" --reward tiny-clip --prompts "$1" --model tiny --seed "$2" 2>> "$run.log"
   if [ ! -e "$run-pictures/done" ]; then
     rm -rf "$run-pictures"
     texforce sample --prompts "$1" --model tiny --lora "$run" --compare --seeds 1000:1032 --out "$run-pictures" 2>> "$run.log"

@@ -7,7 +7,7 @@
 set -euo pipefail
 out=${1:?give a folder for the runs}
 here=$(cd "$(dirname "$0")" && pwd)
-export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
+export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HERE=$here
 mkdir -p "$out"
 for seed in 10 11 12; do
   for reward in brightness jpeg-incompressibility; do
@@ -16,11 +16,7 @@ for seed in 10 11 12; do
 done | xargs -P 2 -L 1 bash -c '
   set -euo pipefail
   run=$0/$1-$2
-  if [ -e "$run/run.json" ]; then
-    texforce train --resume "$run" 2>> "$run.log"
-  else
-    texforce train --reward "$1" --prompts animals --model tiny --train text-encoder --seed "$2" --out "$run" 2>> "$run.log"
-  fi' "$out"
+  "$HERE/train.sh" "$run" --reward "$1" --prompts animals --model tiny --train text-encoder --seed "$2" 2>> "$run.log"' "$out"
 for seed in 10 11 12; do
   echo "base $seed 0 0"
   for ratio in 0 0.25 0.5 0.75 1; do

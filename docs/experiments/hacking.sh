@@ -8,9 +8,5 @@ here=$(cd "$(dirname "$0")" && pwd)
 export HF_HUB_OFFLINE=1
 mkdir -p "$out"
 run=$out/run
-if [ -e "$run/run.json" ]; then
-  texforce train --resume "$run"
-else
-  texforce train --reward jpeg-incompressibility --prompts animals --model tiny --images 25600 --seed 10 --save-every 10 --out "$run"
-fi
+"$here/train.sh" "$run" --reward jpeg-incompressibility --prompts animals --model tiny --images 25600 --seed 10 --save-every 10
 python "$here/hacking.py" "$run" "$out/judged.jsonl" "$out/hacking.png"

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
@@ -14,6 +14,10 @@ from rich.markup import escape
 
 from texforce_cli.errors import TexforceError
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_PIPE_WIDTH = 200  # columns where there is no terminal
 stderr = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
 
 
@@ -30,6 +34,11 @@ def printable(text: str) -> str:
 def data(text: str) -> None:
     """A line of what was asked for, on stdout."""
     typer.echo(clean(text))
+
+
+def show_table(table: Table) -> None:
+    """A table of what was asked for, on stdout; as wide as it likes where there is no terminal."""
+    Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False).print(table)
 
 
 def note(text: str) -> None:

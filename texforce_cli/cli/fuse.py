@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
 import typer
 
+from texforce_cli.cli.sampling import Json
+
 if TYPE_CHECKING:
     from texforce_cli.workflows.extract import ExtractResult
     from texforce_cli.workflows.fuse import FusePlan, FuseResult
@@ -73,7 +75,7 @@ def fuse(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what would be made.", rich_help_panel=_OUT)
     ] = False,
-    json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.", rich_help_panel=_OUT)] = False,
+    json: Json = False,
 ) -> None:
     """Combine LoRAs of any format into one, exactly, without training; convert, rescale and inspect them."""
     from texforce_cli.cli.console import write_json

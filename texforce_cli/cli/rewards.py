@@ -19,7 +19,6 @@ app = typer.Typer(
     epilog="Example: [bold]texforce rewards info jpeg-incompressibility[/bold]",
 )
 
-_PIPE_WIDTH = 200  # columns where there is no terminal
 _JSON = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 _NAME = Annotated[str, typer.Argument(help="A reward of the list.", show_default=False)]
 _BACKEND = Annotated[str, typer.Option("--backend", help="Which way to compute it, where there are several.")]
@@ -33,10 +32,9 @@ def rewards(context: typer.Context, json: _JSON = False) -> None:
         return
     import dataclasses
 
-    from rich.console import Console
     from rich.table import Table
 
-    from texforce_cli.cli.console import printable, write_json
+    from texforce_cli.cli.console import printable, show_table, write_json
     from texforce_cli.rewards.environments import OURS
 
     registry = _registry()
@@ -57,7 +55,7 @@ def rewards(context: typer.Context, json: _JSON = False) -> None:
     for name in absent:
         label = f"{name} (original)" if name in registry.names else name
         table.add_row(label, "[dim]not installed[/dim]", OURS[name], "", f"[dim]texforce rewards install {name}[/dim]")
-    Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH).print(table)
+    show_table(table)
 
 
 @app.command(epilog="Example: [bold]texforce rewards info jpeg-incompressibility[/bold]")

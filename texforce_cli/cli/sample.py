@@ -3,9 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Optional
+from typing import Annotated, Optional
 
 import typer
+
+from texforce_cli.cli.sampling import (
+    AllowPickle,
+    Batch,
+    Device,
+    Eta,
+    Guidance,
+    Json,
+    NegativePrompt,
+    Precision,
+    Scheduler,
+    Size,
+    Steps,
+)
 
 EXAMPLE = 'Example: [bold]texforce sample "a cat on the moon" --model tiny --seeds 0:8 --grid --out pictures[/bold]'
 _WHAT, _HOW, _OUT = "What to draw", "Sampling", "Output"
@@ -31,34 +45,20 @@ def sample(
         typer.Option(help="Whole weights in place of the model's: folder or file.", rich_help_panel=_WHAT),
     ] = None,
     text_encoder: Annotated[Optional[str], typer.Option(help="The same.", rich_help_panel=_WHAT)] = None,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Read .bin, .pt: tensors alone.", rich_help_panel=_WHAT)
-    ] = False,
     seeds: Annotated[str, typer.Option(help="7, 0:8 or 1,5,9: each prompt with each.", rich_help_panel=_WHAT)] = "0",
     compare: Annotated[
         bool, typer.Option("--compare", help="Also the base, same seeds.", rich_help_panel=_WHAT)
     ] = False,
-    steps: Annotated[
-        Optional[int], typer.Option(help="Default: as the LoRA was trained.", min=1, max=1000, rich_help_panel=_HOW)
-    ] = None,
-    guidance: Annotated[
-        Optional[float], typer.Option(help="Default: as the LoRA was trained.", min=1, max=100, rich_help_panel=_HOW)
-    ] = None,
-    eta: Annotated[
-        Optional[float], typer.Option(help="Noise of DDIM steps; default 1.", min=0, max=1, rich_help_panel=_HOW)
-    ] = None,
-    scheduler: Annotated[
-        Literal["ddim", "dpm", "euler", "euler-a", "pndm", "unipc"], typer.Option(rich_help_panel=_HOW)
-    ] = "ddim",
-    size: Annotated[
-        Optional[int], typer.Option(help="Pixels; default the model's.", min=8, rich_help_panel=_HOW)
-    ] = None,
-    negative_prompt: Annotated[
-        Optional[str], typer.Option(help="Default: as the LoRA was trained.", rich_help_panel=_HOW)
-    ] = None,
-    batch: Annotated[int, typer.Option(help="Pictures at a time.", min=1, rich_help_panel=_HOW)] = 8,
-    device: Annotated[str, typer.Option(rich_help_panel=_HOW)] = "auto",
-    precision: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(rich_help_panel=_HOW)] = "fp32",
+    steps: Steps = None,
+    guidance: Guidance = None,
+    eta: Eta = None,
+    scheduler: Scheduler = "ddim",
+    size: Size = None,
+    negative_prompt: NegativePrompt = None,
+    batch: Batch = 8,
+    device: Device = "auto",
+    precision: Precision = "fp32",
+    allow_pickle: AllowPickle = False,
     safety_checker: Annotated[
         bool,
         typer.Option("--safety-checker", help="Blacken what the model's checker objects to.", rich_help_panel=_HOW),
@@ -68,7 +68,7 @@ def sample(
         bool, typer.Option("--grid", help="Also one captioned picture of all.", rich_help_panel=_OUT)
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Overwrite.", rich_help_panel=_OUT)] = False,
-    json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.", rich_help_panel=_OUT)] = False,
+    json: Json = False,
 ) -> None:
     """Draw pictures with a model and any number of LoRAs; the same seed gives the same noise whatever else changes."""
     from texforce_cli.cli.console import note, warn, write_json

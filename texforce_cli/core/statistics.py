@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-
-_T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
-"""Student's t, 97.5 % quantile, for 1 to 15 degrees of freedom."""
+from scipy import stats
 
 
 @dataclass(frozen=True)
@@ -27,14 +25,6 @@ class Interval:
         return (self.high - self.low) / 2
 
 
-def t_quantile(degrees: int) -> float:
-    """Student's 97.5 % quantile: a table to 15 degrees, then Cornish-Fisher's expansion (error below 1e-3)."""
-    if degrees <= len(_T_975):
-        return _T_975[degrees - 1]
-    z = 1.959964
-    return z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
-
-
 def mean_interval(values: Sequence[float]) -> Interval:
     """Mean and Student 95 % interval of two or more independent values.
 
@@ -45,7 +35,7 @@ def mean_interval(values: Sequence[float]) -> Interval:
     n, mean = len(array), float(array.mean())
     if n < 2:
         raise ValueError(f"{n} values have no interval")
-    half = t_quantile(n - 1) * float(array.std(ddof=1)) / math.sqrt(n)
+    half = float(stats.t.ppf(0.975, n - 1)) * float(array.std(ddof=1)) / math.sqrt(n)
     return Interval(mean, mean - half, mean + half, n)
 
 

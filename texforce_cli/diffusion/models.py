@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from texforce_cli import tiny
 from texforce_cli.devices import device_memory_gb
@@ -21,7 +21,7 @@ from texforce_cli.diffusion.quiet import quiet
 from texforce_cli.errors import TexforceError, UsageError
 from texforce_cli.files import sha256
 from texforce_cli.presets import Family
-from texforce_cli.tensorfile import Array
+from texforce_cli.tensorfile import Array, TensorFile
 
 if TYPE_CHECKING:
     import torch
@@ -288,8 +288,7 @@ def _never_read(encoder: Any) -> list[str]:
     """Names of weights that the files of a text encoder do not hold."""
     held: set[str] = set()
     for path in Path(encoder.name_or_path).glob("*.safetensors"):
-        with safe_open(path, framework="np") as file:
-            held |= {key.removeprefix("text_model.") for key in file.keys()}  # noqa: SIM118 - not a mapping
+        held |= {key.removeprefix("text_model.") for key in TensorFile.open(path).entries}
     return [key for key in encoder.state_dict() if held and key.removeprefix("text_model.") not in held]
 
 

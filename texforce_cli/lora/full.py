@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from texforce_cli.errors import TexforceError, UsageError
+from texforce_cli.files import sha256
 from texforce_cli.lora.lora import Tensors
 from texforce_cli.lora.names import COMPONENTS, locate
 from texforce_cli.lora.pickles import read_pickle
@@ -53,6 +54,15 @@ class FullWeights:
         """A weight, float32 or wider. Raises TexforceError where it holds NaN or infinite values."""
         tensors, key = self.places[name]
         return tensors.finite(key)
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that they are read from."""
+        return sorted({tensors.path for tensors, _ in self.places.values()})
+
+    def sha256(self) -> list[str]:
+        """The hash of each file."""
+        return [sha256(path) for path in self.files]
 
     @property
     def components(self) -> tuple[str, ...]:

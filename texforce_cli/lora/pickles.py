@@ -14,15 +14,11 @@ from texforce_cli.tensorfile import Array, Entry
 
 @dataclass(frozen=True)
 class PickledTensors:
-    """The tensors of a pickle, in memory."""
+    """The tensors of a pickle, in memory; `entries` tell their shapes, a pickle has no places."""
 
     path: Path
     values: Mapping[str, Array]
-
-    @property
-    def entries(self) -> Mapping[str, Entry]:
-        """Each tensor's shape; a pickle has no places."""
-        return {key: Entry("F32", value.shape, 0, 0) for key, value in self.values.items()}
+    entries: Mapping[str, Entry]
 
     def finite(self, key: str) -> Array:
         """As TensorFile.finite."""
@@ -52,4 +48,4 @@ def read_pickle(path: Path) -> PickledTensors:
         if not isinstance(key, str) or not isinstance(value, torch.Tensor):
             raise TexforceError(f"'{path}' holds {type(value).__name__} '{str(key)[:60]}'", "it is not a LoRA")
         values[key] = value.detach().to(torch.float64 if value.dtype == torch.float64 else torch.float32).numpy()
-    return PickledTensors(path, values)
+    return PickledTensors(path, values, {key: Entry("F32", value.shape, 0, 0) for key, value in values.items()})

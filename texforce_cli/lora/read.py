@@ -145,9 +145,9 @@ def _modules(tensors: Tensors, scales: _Scales, component: str | None) -> list[t
     found: dict[str, dict[str, tuple[str, Place]]] = {}
     file, entries = tensors.path, tensors.entries
     _refuse_kinds(file, entries)
-    component = component or ("text_encoder_2" if _is_second_encoder(entries) else None)
-    for key in entries:
-        place = parse_key(key)
+    places = {key: parse_key(key) for key in entries}
+    component = component or ("text_encoder_2" if _is_second_encoder(places, entries) else None)
+    for key, place in places.items():
         if place is None:
             raise TexforceError(
                 f"'{file}' holds '{_short(key)}', which is of no LoRA of Stable Diffusion", "it cannot be used whole"
@@ -196,15 +196,15 @@ def _module(tensors: Tensors, roles: Mapping[str, tuple[str, Place]], scales: _S
     return LoraModule(place.component, place.path, rank, math.prod(a[1:]), b[0], a[2:], scale, tensors, a_key, b_key)
 
 
-def _is_second_encoder(entries: Mapping[str, Entry]) -> bool:
+def _is_second_encoder(places: Mapping[str, Place | None], entries: Mapping[str, Entry]) -> bool:
     """Whether keys that name no component are those of SDXL's second encoder, which is 1280 wide."""
     return any(
-        (place := parse_key(key)) is not None
+        place is not None
         and place.bare
         and place.component == "text_encoder"
         and ".self_attn." in place.path
-        and 1280 in entry.shape
-        for key, entry in entries.items()
+        and 1280 in entries[key].shape
+        for key, place in places.items()
     )
 
 

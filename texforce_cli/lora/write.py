@@ -162,6 +162,11 @@ def new_lora(out: Path, format: Format) -> Iterator[Path]:
         raise write_error(out, error) from error
 
 
+def size_of(place: Path) -> int:
+    """The bytes of a file, or of all files in a folder."""
+    return sum(path.stat().st_size for path in [place, *place.rglob("*")] if path.is_file())
+
+
 def write_lora(
     place: Path,
     layout: Layout,

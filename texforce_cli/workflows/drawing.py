@@ -3,32 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from PIL import Image
 
-from texforce_cli.diffusion.models import ModelSource, known_model, resolve_model
+from texforce_cli.diffusion.models import ModelSource, Precision, known_model, resolve_model
 from texforce_cli.diffusion.policy import Denoising, Policy
 from texforce_cli.diffusion.sampler import draw
 from texforce_cli.errors import UsageError
 from texforce_cli.presets import Family
 
 
-class DrawingOptions(Protocol):
-    """What a request may say of how to draw; None: as the LoRA was trained, or as is usual."""
+@dataclass(frozen=True, kw_only=True)
+class DrawingOptions:
+    """How to draw, as far as somebody said. `steps`, `guidance`, `eta` and `negative_prompt` None: as the first LoRA was
+    trained, or as is usual; `size` None: the model's."""
 
-    @property
-    def steps(self) -> int | None: ...
-    @property
-    def guidance(self) -> float | None: ...
-    @property
-    def eta(self) -> float | None: ...
-    @property
-    def size(self) -> int | None: ...
-    @property
-    def negative_prompt(self) -> str | None: ...
+    steps: int | None = None
+    guidance: float | None = None
+    eta: float | None = None
+    scheduler: str = "ddim"
+    size: int | None = None
+    negative_prompt: str | None = None
+    batch: int = 8
+    device: str = "auto"
+    precision: Precision = "fp32"
+    allow_pickle: bool = False
 
 
 def source_for(model: str, trained: Mapping[str, Any]) -> ModelSource:

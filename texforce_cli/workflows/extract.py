@@ -12,13 +12,12 @@ import numpy as np
 
 from texforce_cli import __version__
 from texforce_cli.core.lora_algebra import Pair, truncated_svd
-from texforce_cli.errors import TexforceError, UsageError
-from texforce_cli.files import sha256
+from texforce_cli.errors import TexforceError
 from texforce_cli.lora.full import FullWeights, open_full
 from texforce_cli.lora.header import model_keys
 from texforce_cli.lora.lora import bases_of
 from texforce_cli.lora.read import read_lora
-from texforce_cli.lora.write import STORAGE_ERROR, Format, Layout, Precision, Slot, new_lora, write_lora
+from texforce_cli.lora.write import STORAGE_ERROR, Format, Layout, Precision, Slot, new_lora, size_of, write_lora
 from texforce_cli.tensorfile import Array
 from texforce_cli.workflows.events import Listener, Progressed, Warned, silent
 from texforce_cli.workflows.fuse import refuse_output
@@ -78,11 +77,8 @@ def extract(request: ExtractRequest, listener: Listener = silent) -> ExtractResu
         TexforceError: models that differ in their layers, do not differ at all, or differ where a LoRA cannot.
         Interrupted: asked to stop; nothing is left.
     """
-    if request.format != "peft" and request.out.suffix != ".safetensors":
-        raise UsageError(f"'{request.out}' does not end in .safetensors", f"write --out {request.out.name}.safetensors")
     base, tuned = (open_full(source, allow_pickle=request.allow_pickle) for source in (request.base, request.tuned))
-    inputs = {tensors.path for weights in (base, tuned) for tensors, _ in weights.places.values()}
-    refuse_output(request.out, inputs, folder=request.format == "peft", force=request.force)
+    refuse_output(request.out, [*base.files, *tuned.files], folder=request.format == "peft", force=request.force)
     names = _common(base, tuned, listener)
     stop = StopRequest()
     with stop.listening():
@@ -103,7 +99,7 @@ def extract(request: ExtractRequest, listener: Listener = silent) -> ExtractResu
         about = {
             "base": Path(request.base).name,
             "tuned": Path(request.tuned).name,
-            "sha256": {name: _hashes(weights) for name, weights in (("base", base), ("tuned", tuned))},
+            "sha256": {name: weights.sha256() for name, weights in (("base", base), ("tuned", tuned))},
             "rank": request.rank,
         }
 
@@ -121,7 +117,7 @@ def extract(request: ExtractRequest, listener: Listener = silent) -> ExtractResu
         with new_lora(request.out, request.format) as temporary:
             write_lora(temporary, layout, slots, pair_of, header)
             _verify(request, temporary, base, tuned, slots, sum(dropped.values()), stop, listener)
-            size = sum(path.stat().st_size for path in [temporary, *temporary.rglob("*")] if path.is_file())
+            size = size_of(temporary)
     errors = {name: math.sqrt(lost / change.modules[f"{name}.weight"]) for name, lost in dropped.items()}
     whole = sum(change.modules.values()) + sum(change.rest.values())
     rest = sorted(((name, square / whole) for name, square in change.rest.items()), key=lambda item: -item[1])
@@ -134,10 +130,6 @@ def extract(request: ExtractRequest, listener: Listener = silent) -> ExtractResu
         left_out=tuple(rest),
         bytes=size,
     )
-
-
-def _hashes(weights: FullWeights) -> list[str]:
-    return [sha256(path) for path in sorted({tensors.path for tensors, _ in weights.places.values()})]
 
 
 def _common(base: FullWeights, tuned: FullWeights, listener: Listener) -> list[str]:

@@ -23,12 +23,13 @@ from texforce_cli.lora.lora import Lora, LoraModule, common_bases
 from texforce_cli.lora.names import COMPONENTS, is_convolution
 from texforce_cli.lora.read import FILE_NAME, PEFT_CONFIG, PEFT_NAME, read_lora
 from texforce_cli.lora.spec import LoraSpec, parse_lora
-from texforce_cli.lora.write import STORAGE_ERROR, Format, Layout, Precision, Slot, new_lora, write_lora
+from texforce_cli.lora.write import STORAGE_ERROR, Format, Layout, Precision, Slot, new_lora, size_of, write_lora
 from texforce_cli.workflows.events import Listener, Progressed, Warned, silent
 from texforce_cli.workflows.stopping import StopRequest
 
 Method = Literal["cat", "svd"]
 
+ENDING = ".safetensors"
 _LONGEST_NAME = 150
 _LONGEST_LINEAGE = 20_000
 _EXACT = 1e-7
@@ -191,7 +192,7 @@ def fuse(plan: FusePlan, listener: Listener = silent) -> FuseResult:
     with stop.listening(), new_lora(plan.out, plan.layout.format) as temporary:
         write_lora(temporary, plan.layout, plan.slots, pair_of, lambda: _header(plan, sources, spectra))
         measured = _verify(plan, temporary, spectra, stop, listener)
-        size = sum(path.stat().st_size for path in [temporary, *temporary.rglob("*")] if path.is_file())
+        size = size_of(temporary)
     ranks = (min(spectra.ranks), max(spectra.ranks))
     return FuseResult(plan.out, len(plan.slots), ranks, spectra.error, measured, spectra.worst, size)
 
@@ -258,10 +259,8 @@ def _slot(terms: Sequence[tuple[LoraModule, float]], rank: int | None, method: M
 
 
 def _out(request: FuseRequest, loras: Sequence[tuple[LoraSpec, Lora]]) -> Path:
-    ending = "" if request.format == "peft" else ".safetensors"
+    ending = "" if request.format == "peft" else ENDING
     if request.out is not None:
-        if ending and request.out.suffix != ending:
-            raise UsageError(f"'{request.out}' does not end in {ending}", f"write --out {request.out.name}{ending}")
         return request.out
     parts = [f"{_stem(spec.source)}-{spec.weights.replace('=', '').replace(',', '-')}" for spec, _ in loras]
     name = "+".join(parts)
@@ -280,7 +279,7 @@ def _stem(source: str) -> str:
 
 
 def refuse_output(out: Path, inputs: Iterable[Path], *, folder: bool, force: bool) -> None:
-    """Refuse an output that is an input, that is there without `force`, or that holds anything else.
+    """Refuse an output of another ending, that is an input, that is there without `force`, or that holds anything else.
 
     `folder` where it is to be a PEFT folder: one that is replaced may hold nothing but PEFT's own files.
 
@@ -303,6 +302,8 @@ def refuse_output(out: Path, inputs: Iterable[Path], *, folder: bool, force: boo
         ) from error
     if not out.name or out.name in (".", ".."):
         raise UsageError(f"'{out}' is no name for what is written", "choose another --out")
+    if not folder and out.suffix != ENDING:
+        raise UsageError(f"'{out}' does not end in {ENDING}", f"write --out {out.name}{ENDING}")
     if is_folder and (not folder or out.is_symlink()):
         raise UsageError(f"'{out}' is a folder", "choose another --out")
     if there and not is_folder and folder:

@@ -27,11 +27,7 @@ class LoadedLora:
     @property
     def trained(self) -> dict[str, Any]:
         """What texforce wrote into it about its training; {} for other LoRAs and for nonsense."""
-        try:
-            about = json.loads(self.lora.metadata.get("texforce", "{}"))
-        except (ValueError, RecursionError):
-            return {}
-        return about if isinstance(about, dict) else {}
+        return _training(self.lora)
 
     @property
     def about(self) -> dict[str, Any]:
@@ -54,6 +50,23 @@ def load_lora(text: str, *, allow_pickle: bool = False) -> LoadedLora:
     spec = parse_lora(text)
     lora = read_lora(spec.source, allow_pickle=allow_pickle)
     return LoadedLora(spec, lora, lora.arrays(spec.weight_of))
+
+
+def training_of(text: str, *, allow_pickle: bool = False) -> dict[str, Any]:
+    """As `LoadedLora.trained`, from the header alone.
+
+    Raises:
+        UsageError, TexforceError: as `read_lora`.
+    """
+    return _training(read_lora(parse_lora(text).source, allow_pickle=allow_pickle))
+
+
+def _training(lora: Lora) -> dict[str, Any]:
+    try:
+        about = json.loads(lora.metadata.get("texforce", "{}"))
+    except (ValueError, RecursionError):
+        return {}
+    return about if isinstance(about, dict) else {}
 
 
 def trained_on(text: str) -> set[str]:

@@ -17,7 +17,6 @@ from texforce_cli.devices import resolve_device
 from texforce_cli.diffusion.adapters import base_model, stack
 from texforce_cli.diffusion.models import (
     ModelSource,
-    Precision,
     fingerprint,
     load_pipeline,
 )
@@ -26,14 +25,14 @@ from texforce_cli.errors import UsageError
 from texforce_cli.prompts import load_prompts
 from texforce_cli.report.pictures import picture_grid, save_png
 from texforce_cli.workflows.drawing import SCHEDULERS as SCHEDULERS
-from texforce_cli.workflows.drawing import denoising_for, draw_pictures, policy_for, source_for
+from texforce_cli.workflows.drawing import DrawingOptions, denoising_for, draw_pictures, policy_for, source_for
 from texforce_cli.workflows.events import Listener, Note, Progressed, Warned, silent
 from texforce_cli.workflows.loras import LoadedLora, load_lora, put_weights
 from texforce_cli.workflows.run_folder import versions
 
 
 @dataclass(frozen=True)
-class SampleRequest:
+class SampleRequest(DrawingOptions):
     """What to draw and where to put it.
 
     `unet` and `text_encoder` are whole weights, a folder or file, that take the place of the model's own in every picture.
@@ -49,16 +48,6 @@ class SampleRequest:
     loras: Sequence[str] = ()
     unet: str | None = None
     text_encoder: str | None = None
-    allow_pickle: bool = False
-    steps: int | None = None
-    guidance: float | None = None
-    eta: float | None = None
-    scheduler: str = "ddim"
-    size: int | None = None
-    negative_prompt: str | None = None
-    batch: int = 8
-    device: str = "auto"
-    precision: Precision = "fp32"
     safety_checker: bool = False
     grid: bool = False
     compare: bool = False

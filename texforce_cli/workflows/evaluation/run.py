@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from texforce_cli.errors import TexforceError, UsageError
-from texforce_cli.files import sha256, write_json, write_text
+from texforce_cli.files import write_json, write_text
 from texforce_cli.prompts import PromptSet, load_prompts
 from texforce_cli.report.page import Page, PageMetric, PagePrompt, PageVariant, Picture, pictures_hash, write_page
 from texforce_cli.rewards.isolation import WorkerSettings
 from texforce_cli.rewards.registry import load_registry
 from texforce_cli.rewards.terms import parse_terms
+from texforce_cli.workflows.drawing import DrawingOptions
 from texforce_cli.workflows.evaluation.pictures import (
     Item,
     collect,
@@ -42,18 +43,17 @@ from texforce_cli.workflows.evaluation.variants import (
 )
 from texforce_cli.workflows.evaluation.votes import count_votes, read_votes
 from texforce_cli.workflows.events import Listener, Note, Progressed, Warned, silent
-from texforce_cli.workflows.loras import trained_on
+from texforce_cli.workflows.loras import trained_on, training_of
 from texforce_cli.workflows.stopping import StopRequest
 
 Stage = Literal["all", "images", "scores", "report"]
-Precision = Literal["fp32", "bf16", "fp16"]
 
 _RECORD = "eval.json"
 _TRANSIENT = ("stage", "out", "device", "shard", "single_file")
 
 
 @dataclass(frozen=True)
-class EvalRequest:
+class EvalRequest(DrawingOptions):
     """What to compare, on which prompts and seeds, by which metrics, and where it goes.
 
     `steps`, `guidance`, `eta`, `negative_prompt` None: as the first LoRA was trained, or as is usual; the same for every
@@ -67,16 +67,6 @@ class EvalRequest:
     seeds: tuple[int, ...] = (0, 1, 2, 3)
     metrics: tuple[str, ...] = ()
     metric_options: tuple[str, ...] = ()
-    steps: int | None = None
-    guidance: float | None = None
-    eta: float | None = None
-    scheduler: str = "ddim"
-    size: int | None = None
-    negative_prompt: str | None = None
-    batch: int = 8
-    device: str = "auto"
-    precision: Precision = "fp32"
-    allow_pickle: bool = False
     reward_timeout: float = 300.0
     votes: tuple[str, ...] = ()
     single_file: bool = False
@@ -187,7 +177,6 @@ def plan_eval(request: EvalRequest) -> dict[str, Any]:
         UsageError, TexforceError: as `evaluate`, but for missing LoRAs.
     """
     from texforce_cli.workflows.drawing import denoising_for, source_for
-    from texforce_cli.workflows.loras import load_lora
 
     request = _recalled(request)
     baseline = check_variants(request.variants, request.baseline)
@@ -199,7 +188,7 @@ def plan_eval(request: EvalRequest) -> dict[str, Any]:
     for variant in request.variants:
         for text in variant.loras:
             try:
-                trained.setdefault(variant.name, load_lora(text, allow_pickle=request.allow_pickle).trained)
+                trained.setdefault(variant.name, training_of(text, allow_pickle=request.allow_pickle))
             except UsageError:
                 absent.append(text)
         absent += [path for path in variant.replaced.values() if not Path(path).expanduser().exists()]
@@ -269,6 +258,7 @@ def _draw(request: EvalRequest, items: Sequence[Item], listener: Listener, stop:
     from texforce_cli.devices import resolve_device
     from texforce_cli.diffusion.adapters import stack
     from texforce_cli.diffusion.models import fingerprint, load_pipeline
+    from texforce_cli.lora.full import open_full
     from texforce_cli.workflows.drawing import denoising_for, draw_pictures, policy_for, source_for
     from texforce_cli.workflows.loras import load_lora, put_weights
 
@@ -285,7 +275,10 @@ def _draw(request: EvalRequest, items: Sequence[Item], listener: Listener, stop:
         denoising = denoising_for(request, first, source.family)
         settings = {
             "model": fingerprint(source),
-            "weights": {name: _hashes(path, request.allow_pickle) for name, path in variant.replaced.items()},
+            "weights": {
+                name: open_full(path, allow_pickle=request.allow_pickle).sha256()
+                for name, path in variant.replaced.items()
+            },
             "loras": [lora.about for lora in loras],
             "uncond_embedding": trained.get("uncond_embedding") == "base",
             "denoising": asdict(denoising),
@@ -316,14 +309,6 @@ def _warn_of_long_prompts(policy: Any, items: Sequence[Item], listener: Listener
     cut = [text for text in dict.fromkeys(item.text for item in items) if policy.too_long(text)]
     if cut:
         listener(Warned(f"{len(cut)} prompts are longer than the model reads, the first: '{cut[0][:60]}...'"))
-
-
-def _hashes(path: str, allow_pickle: bool) -> list[str]:
-    """The weights of a folder or file, by their content."""
-    from texforce_cli.lora.full import open_full
-
-    files = sorted({tensors.path for tensors, _ in open_full(path, allow_pickle=allow_pickle).places.values()})
-    return [sha256(file) for file in files]
 
 
 def _diversity(

@@ -3,9 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
+
+from texforce_cli.cli.sampling import (
+    AllowPickle,
+    Batch,
+    Device,
+    Eta,
+    Guidance,
+    Json,
+    NegativePrompt,
+    Precision,
+    Scheduler,
+    Size,
+    Steps,
+)
 
 if TYPE_CHECKING:
     from texforce_cli.workflows.evaluation.summary import Summary
@@ -47,35 +61,20 @@ def evaluate(
     baseline: Annotated[
         Optional[str], typer.Option(help="Default: the first variant.", show_default=False, rich_help_panel=_WHAT)
     ] = None,
-    steps: Annotated[
-        Optional[int],
-        typer.Option(help="Default: as the first LoRA was trained.", min=1, max=1000, rich_help_panel=_HOW),
-    ] = None,
-    guidance: Annotated[
-        Optional[float], typer.Option(help="The same default.", min=1, max=100, rich_help_panel=_HOW)
-    ] = None,
-    eta: Annotated[
-        Optional[float], typer.Option(help="Noise of DDIM steps; default 1.", min=0, max=1, rich_help_panel=_HOW)
-    ] = None,
-    scheduler: Annotated[
-        Literal["ddim", "dpm", "euler", "euler-a", "pndm", "unipc"], typer.Option(rich_help_panel=_HOW)
-    ] = "ddim",
-    size: Annotated[
-        Optional[int], typer.Option(help="Pixels; default the model's.", min=8, rich_help_panel=_HOW)
-    ] = None,
-    negative_prompt: Annotated[
-        Optional[str], typer.Option(help="Default: as the first LoRA was trained.", rich_help_panel=_HOW)
-    ] = None,
-    batch: Annotated[int, typer.Option(help="Pictures at a time.", min=1, rich_help_panel=_HOW)] = 8,
-    device: Annotated[str, typer.Option(rich_help_panel=_HOW)] = "auto",
-    precision: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(rich_help_panel=_HOW)] = "fp32",
+    steps: Steps = None,
+    guidance: Guidance = None,
+    eta: Eta = None,
+    scheduler: Scheduler = "ddim",
+    size: Size = None,
+    negative_prompt: NegativePrompt = None,
+    batch: Batch = 8,
+    device: Device = "auto",
+    precision: Precision = "fp32",
+    allow_pickle: AllowPickle = False,
     num_processes: Annotated[
         int,
         typer.Option(help="Draw in several processes; the result is the same.", min=1, max=64, rich_help_panel=_HOW),
     ] = 1,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Read .bin, .pt: tensors alone.", rich_help_panel=_HOW)
-    ] = False,
     images_only: Annotated[
         bool, typer.Option("--images-only", help="Draw, score nothing.", rich_help_panel=_STAGES)
     ] = False,
@@ -94,7 +93,7 @@ def evaluate(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what would be drawn and scored.", rich_help_panel=_OUT)
     ] = False,
-    json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.", rich_help_panel=_OUT)] = False,
+    json: Json = False,
 ) -> None:
     """Compare models and LoRAs on the same prompts and noise: paired intervals, win rates, a page to look at."""
     from texforce_cli.cli.console import note, warn, write_json
@@ -167,10 +166,9 @@ def _show_plan(plan: dict[str, Any], json: bool) -> None:
 
 
 def _show(summary: Summary) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    from texforce_cli.cli.console import clean, printable
+    from texforce_cli.cli.console import clean, printable, show_table
 
     groups = list(dict.fromkeys(row.group for row in summary.rows))
     marks = {v["name"]: set(v["in_sample"]) for v in summary.about.get("variants", [])}
@@ -198,7 +196,7 @@ def _show(summary: Summary) -> None:
                 *_against(row),
                 f"{row.prompts}" + (f" ({row.label})" if row.label else ""),
             )
-        Console(width=None if Console().is_terminal else 140, highlight=False).print(table)
+        show_table(table)
 
 
 def _against(row: Any) -> tuple[str, str, str, str]:
