@@ -29,7 +29,8 @@ def test_prompts_are_counted_and_not_pictures() -> None:
     assert found.difference.mean == 2
     assert found.difference.half_width == pytest.approx(4.303 / math.sqrt(3), rel=1e-4)  # t of 2 degrees, deviation 1
     assert (found.win_rate, found.units, found.effect) == (1.0, "prompts", 2.0)
-    assert found.detectable == pytest.approx((4.3027 + 1.0607) / math.sqrt(3), rel=1e-4)  # t of 2 degrees at 97.5 and 80 %
+    # t of 2 degrees at 97.5 and at 80 %
+    assert found.detectable == pytest.approx((4.3027 + 1.0607) / math.sqrt(3), rel=1e-4)
     twice = compare({p: v * 2 for p, v in tuned.items()}, {p: v * 2 for p, v in BASE.items()})
     assert twice.difference == found.difference  # duplicated rounds narrow nothing
 
