@@ -14,9 +14,9 @@ ROOT = Path(texforce_cli.__file__).parent
 LAYERS = [
     {"cli", "__main__", "api", "testing"},
     {"workflows"},
-    {"algorithms"},
+    {"algorithms", "judging"},
     {"diffusion", "lora", "rewards", "prompts", "report"},
-    {"tiny", "presets", "config", "files", "devices", "tensorfile"},
+    {"tiny", "presets", "config", "files", "devices", "tensorfile", "quiet"},
     {"core"},
     {"errors"},
 ]

@@ -27,9 +27,9 @@ from texforce_cli import tiny
 from texforce_cli.diffusion import single_file
 from texforce_cli.diffusion.models import ModelSource, fingerprint, load_pipeline, resolve_model
 from texforce_cli.diffusion.policy import Denoising, Policy
-from texforce_cli.diffusion.quiet import quiet
 from texforce_cli.diffusion.sampler import draw, rollout
 from texforce_cli.errors import TexforceError, UsageError
+from texforce_cli.quiet import quiet
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 TEXT = "text_encoder/model.safetensors"

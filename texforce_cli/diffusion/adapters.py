@@ -17,8 +17,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from texforce_cli.core.seeds import derive
-from texforce_cli.diffusion.quiet import quiet
 from texforce_cli.errors import TexforceError
+from texforce_cli.quiet import quiet
 from texforce_cli.tensorfile import Array
 
 Trained = Literal["text-encoder", "unet", "both"]

@@ -17,10 +17,10 @@ from safetensors import SafetensorError
 from texforce_cli import tiny
 from texforce_cli.devices import device_memory_gb
 from texforce_cli.diffusion import single_file
-from texforce_cli.diffusion.quiet import quiet
 from texforce_cli.errors import TexforceError, UsageError
 from texforce_cli.files import sha256
 from texforce_cli.presets import Family
+from texforce_cli.quiet import quiet
 from texforce_cli.tensorfile import Array, TensorFile
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader
+from jinja2 import Environment, FileSystemLoader, Template
 from markupsafe import Markup
 from PIL import Image
 
@@ -107,11 +107,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Tab:
-    """One more section. `html_safe` goes into the page as it is; scripts and styles in it are blocked by the page."""
+    """One more section. `html_safe` goes into the page as it is; scripts and styles in it are blocked by the page. A function
+    is called with the addresses of the pictures' thumbnails, by their SHA-256."""
 
     id: str
     title: str
-    html_safe: str
+    html_safe: str | Callable[[Mapping[str, str]], str]
 
 
 @dataclass(frozen=True)
@@ -286,23 +287,39 @@ def _prune(folder: Path, needed: Iterable[str]) -> None:
 # --- text -------------------------------------------------------------------------------------------------------------
 
 
-def _html(page: Page, media: Mapping[str, _Media], single_file: bool) -> str:
-    environment = Environment(
+@functools.cache
+def _environment() -> Environment:
+    return Environment(
         loader=FileSystemLoader(_TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True, auto_reload=False
     )
+
+
+def template(name: str) -> Template:
+    """A template of the page; what it is given is escaped."""
+    return _environment().get_template(name)
+
+
+def _tab_html(tab: Tab, media: Mapping[str, _Media], single_file: bool) -> str:
+    if isinstance(tab.html_safe, str):
+        return tab.html_safe
+    return tab.html_safe({sha: m.large if single_file else f"media/{m.thumbnail}" for sha, m in media.items()})
+
+
+def _html(page: Page, media: Mapping[str, _Media], single_file: bool) -> str:
     script = "".join((_TEMPLATES / f"{name}.js").read_text(encoding="utf-8") for name in _SCRIPTS)
     script = f'\n"use strict";\n(() => {{\n{script}}})();\n'
     style = "\n" + (_TEMPLATES / "page.css").read_text(encoding="utf-8")
     decimals = {metric.name: _decimals(page.rows, metric.name) for metric in page.metrics}
-    return environment.get_template("page.html").render(
+    return template("page.html").render(
         page=page,
+        tabs=[(tab.id, tab.title, _tab_html(tab, media, single_file)) for tab in page.extra_tabs],
         policy=_policy(script, style, single_file),
         script=Markup(script),
         style=Markup(style),
         data=_json(_data(page, media, decimals)),
         rows=[_row_texts(page, row, decimals[row.metric]) for row in page.rows],
         colours=_colours(page),
-        shown=_shown,
+        shown=shown,
         safe=Markup,
         pictures=len(page.pictures),
         hash=pictures_hash(page),
@@ -326,7 +343,7 @@ def _json(value: Any) -> Markup:
     return Markup(text.translate({ord(letter): f"\\u{ord(letter):04x}" for letter in "<>&"}))
 
 
-def _shown(text: str) -> str:
+def shown(text: str) -> str:
     """Text as it is shown: one line, control characters visible, nothing that reorders what stands around it."""
     return " ".join("".join(map(_shown_letter, text)).split())
 
@@ -356,7 +373,7 @@ def _data(page: Page, media: Mapping[str, _Media], decimals: Mapping[str, int]) 
         "variants": [
             {
                 "name": v.name,
-                "label": _shown(v.name),
+                "label": shown(v.name),
                 "colour": _colours(page)[v.name],
                 "in_sample": sorted(metrics[m] for m in v.in_sample & set(metrics)),
             }
@@ -364,8 +381,8 @@ def _data(page: Page, media: Mapping[str, _Media], decimals: Mapping[str, int]) 
         ],
         "metrics": [
             {
-                "label": _shown(m.name),
-                "unit": _shown(m.unit),
+                "label": shown(m.name),
+                "unit": shown(m.unit),
                 "higher": m.higher_is_better,
                 "decimals": decimals[m.name],
             }
@@ -374,10 +391,10 @@ def _data(page: Page, media: Mapping[str, _Media], decimals: Mapping[str, int]) 
         "prompts": [
             {
                 "id": p.id,
-                "label": _shown(p.id),
-                "text": _shown(p.text),
+                "label": shown(p.id),
+                "text": shown(p.text),
                 "split": p.split,
-                "category": _shown(p.category),
+                "category": shown(p.category),
             }
             for p in page.prompts
         ],
@@ -387,13 +404,13 @@ def _data(page: Page, media: Mapping[str, _Media], decimals: Mapping[str, int]) 
         "scores": [[_rounded(picture.scores.get(name)) if picture else None for picture in found] for name in metrics],
         "rows": [
             {
-                "group": _GROUPS.get(row.group, _shown(row.group)),
+                "group": _GROUPS.get(row.group, shown(row.group)),
                 "variant": variants[row.variant],
                 "metric": metrics[row.metric],
                 "difference": _rounded(row.difference),
                 "low": _rounded(row.difference_low),
                 "high": _rounded(row.difference_high),
-                "label": _shown(row.label),
+                "label": shown(row.label),
             }
             for row in page.rows
         ],
@@ -433,7 +450,7 @@ def _row_texts(page: Page, row: Row, decimals: int) -> dict[str, Any]:
     return {
         "row": row,
         "metric": metric,
-        "group": _GROUPS.get(row.group, _shown(row.group)),
+        "group": _GROUPS.get(row.group, shown(row.group)),
         "in_sample": row.metric in variant.in_sample,
         "mean": _number(row.mean, decimals),
         "interval": _interval(row.low, row.high, decimals),

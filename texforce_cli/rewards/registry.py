@@ -245,27 +245,22 @@ def load_registry() -> Registry:
     from texforce_cli.rewards.environments import installed
 
     registry = Registry()
-    manager = pluggy.PluginManager(hookspecs.PROJECT)
-    manager.add_hookspecs(hookspecs)
-    registry.add(_calls(manager, builtin, "texforce"), "texforce", __version__)
-    blocked = {name.strip() for name in os.environ.get("TEXFORCE_BLOCK_PLUGINS", "").split(",")}
-    for entry in importlib.metadata.entry_points(group=hookspecs.PROJECT):
-        origin = _normal(entry.dist.name) if entry.dist else entry.name
-        if {entry.name, origin} & blocked:
-            continue
+    manager = plugin_manager()
+    registry.add(plugin_calls(manager, builtin, "texforce", REWARDS), "texforce", __version__)
+    for plugin in plugins():
         begun = time.perf_counter()
         try:
-            calls = _calls(manager, entry.load(), origin)
-            registry.add(calls, origin, entry.dist.version if entry.dist else "")
+            calls = plugin_calls(manager, plugin.entry.load(), plugin.origin, REWARDS)
+            registry.add(calls, plugin.origin, plugin.version)
         except (Exception, SystemExit) as error:  # one broken plugin must not take the others with it
-            _broken(registry, origin, error)
+            _broken(registry, plugin.origin, error)
         if (seconds := time.perf_counter() - begun) > SLOW_SECONDS:
-            registry.slow[origin] = seconds
+            registry.slow[plugin.origin] = seconds
     environments, damaged = installed()
     for package, reason in damaged.items():
         _broken(registry, package, ValueError(reason))
     for environment in environments:
-        if environment.package in blocked:
+        if environment.package in _blocked():
             continue
         try:
             registry.add(environment.rewards, environment.package, environment.version, environment)
@@ -280,8 +275,38 @@ def _broken(registry: Registry, origin: str, error: BaseException) -> None:
     registry.broken[origin] = worker.describe(error)
 
 
-def _calls(manager: pluggy.PluginManager, module: Any, origin: str) -> list[dict[str, Any]]:
-    """The arguments of each call of `register` that a plugin makes; after a failure it is as if it had not been there."""
+REWARDS, JUDGES = "texforce_register_rewards", "texforce_register_judges"
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """An installed distribution that offers something, not loaded yet."""
+
+    origin: str
+    version: str
+    entry: importlib.metadata.EntryPoint
+
+
+def plugins() -> list[Plugin]:
+    """The entry points of the group `texforce`, without those that TEXFORCE_BLOCK_PLUGINS names."""
+    found = []
+    for entry in importlib.metadata.entry_points(group=hookspecs.PROJECT):
+        origin = _normal(entry.dist.name) if entry.dist else entry.name
+        if not {entry.name, origin} & _blocked():
+            found.append(Plugin(origin, entry.dist.version if entry.dist else "", entry))
+    return found
+
+
+def plugin_manager() -> pluggy.PluginManager:
+    """Knows the hooks of `hookspecs`, and no plugin yet."""
+    manager = pluggy.PluginManager(hookspecs.PROJECT)
+    manager.add_hookspecs(hookspecs)
+    return manager
+
+
+def plugin_calls(manager: pluggy.PluginManager, module: Any, origin: str, hook: str) -> list[dict[str, Any]]:
+    """The arguments of each call of `register` that a plugin makes in `hook`; after a failure it is as if it had not been
+    there."""
     calls: list[dict[str, Any]] = []
 
     def register(name: str, factory: str, **about: Any) -> None:
@@ -291,11 +316,15 @@ def _calls(manager: pluggy.PluginManager, module: Any, origin: str) -> list[dict
     try:
         manager.check_pending()
         others = [plugin for plugin in manager.get_plugins() if plugin is not module]
-        manager.subset_hook_caller("texforce_register_rewards", remove_plugins=others)(register=register)
+        manager.subset_hook_caller(hook, remove_plugins=others)(register=register)
     except BaseException:
         manager.unregister(name=name)
         raise
     return calls
+
+
+def _blocked() -> set[str]:
+    return {name.strip() for name in os.environ.get("TEXFORCE_BLOCK_PLUGINS", "").split(",")}
 
 
 def _normal(distribution: str) -> str:

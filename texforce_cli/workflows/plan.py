@@ -46,8 +46,11 @@ class Plan:
         if photo:
             said.append(
                 f"{', '.join(photo)} was made for photographs: of the embedded model's drawings its number means little. "
-                "brightness and jpeg-incompressibility teach something there"
+                "tiny-clip, brightness and jpeg-incompressibility teach something there"
             )
+        strange = [info.name for info in self.rewards if info.domain == "emoji"] if self.source.family == "sd" else []
+        if strange:
+            said.append(f"{', '.join(strange)} knows the drawings of the embedded model and nothing else")
         return said
 
     def cost(self) -> dict[str, float]:

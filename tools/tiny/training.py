@@ -13,18 +13,21 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from texforce_cli.core.seeds import derive
 from texforce_cli.files import atomic_path
+from tools.tiny.muon import Muon
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What one network is trained with: AdamW, a warm-up, then a constant rate up to `hold` of the steps, then a cosine
-    down to a fiftieth; the result is the exponential moving average of the weights."""
+    """What one network is trained with: AdamW (and Muon for the matrices within it, where `muon` is their rate), a
+    warm-up, then a constant rate up to `hold` of the steps, then a cosine down to a fiftieth; the result is the
+    exponential moving average of the weights."""
 
     name: str
     steps: int
@@ -35,12 +38,13 @@ class Recipe:
     beta2: float = 0.99
     ema: float = 0.999
     seed: int = 0
+    muon: float = 0.0
 
-    def rate(self, step: int) -> float:
-        """Learning rate of `step` (from 0)."""
+    def share(self, step: int) -> float:
+        """Share of the learning rate at `step` (from 0)."""
         done = step / self.steps
         cosine = 0.5 * (1 + math.cos(math.pi * max(0.0, done - self.hold) / (1 - self.hold)))
-        return self.learning_rate * min(1.0, (step + 1) / self.warmup) * max(0.02, cosine)
+        return min(1.0, (step + 1) / self.warmup) * max(0.02, cosine)
 
 
 def device() -> torch.device:
@@ -69,17 +73,14 @@ def train(
     `folder` gets `NAME.checkpoint.safetensors` (every two minutes and on Ctrl-C) and `NAME.losses.jsonl`, a line a hundred
     steps; a finished checkpoint is only loaded. `validate()` is called with the averaged weights in place.
     """
-    parameters = [p for module in modules.values() for p in module.parameters()]
-    names = [f"{key}.{name}" for key, module in modules.items() for name, _ in module.named_parameters()]
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, recipe.beta2), fused=True)
+    named = {f"{key}.{name}": p for key, module in modules.items() for name, p in module.named_parameters()}
+    names, parameters = list(named), list(named.values())
+    optimizers = _optimizers(recipe, named)
+    rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     average = [p.detach().clone() for p in parameters]
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = folder / f"{recipe.name}.checkpoint.safetensors"
-    state = _State(names, parameters, average, optimizer)
+    state = _State(names, parameters, average, optimizers)
     step, seconds = _load(checkpoint, recipe, state)
     log = folder / f"{recipe.name}.losses.jsonl"
     generator = torch.Generator()
@@ -92,15 +93,17 @@ def train(
 
     try:
         while step < recipe.steps:
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.rate(step)
+            for optimizer, full in zip(optimizers, rates, strict=True):
+                for group, rate in zip(optimizer.param_groups, full, strict=True):
+                    group["lr"] = rate * recipe.share(step)
             generator.manual_seed(derive(recipe.seed, recipe.name, step))
             loss = loss_of_step(generator)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             halfway = True
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
             step += 1
             with torch.no_grad():
                 torch._foreach_lerp_(average, parameters, 1 - min(recipe.ema, (1 + step) / (10 + step)))
@@ -130,6 +133,20 @@ def train(
         module.eval()
 
 
+_ENDS = ("embedding", "conv_in", "conv_out")  # the layers that touch tokens, times and latents
+
+
+def _optimizers(recipe: Recipe, named: dict[str, torch.nn.Parameter]) -> list[torch.optim.Optimizer]:
+    inner = [p for name, p in named.items() if recipe.muon and p.ndim > 1 and not any(end in name for end in _ENDS)]
+    rest = [p for p in named.values() if not any(p is other for other in inner)]
+    groups = [
+        {"params": [p for p in rest if p.ndim > 1], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    adam = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, recipe.beta2), fused=True)
+    return [adam, Muon(inner, recipe.muon, recipe.weight_decay)] if inner else [adam]
+
+
 @dataclass(frozen=True)
 class _State:
     """The tensors of a training that a checkpoint holds, in the order of `names`."""
@@ -137,7 +154,16 @@ class _State:
     names: list[str]
     parameters: list[torch.nn.Parameter]
     average: list[torch.Tensor]
-    optimizer: torch.optim.Optimizer
+    optimizers: list[torch.optim.Optimizer]
+
+    def of(self, parameter: torch.nn.Parameter) -> dict[str, Any]:
+        """The optimizer's state of `parameter`, to be read and filled."""
+        owner = next(o for o in self.optimizers if any(p is parameter for g in o.param_groups for p in g["params"]))
+        found: dict[str, Any] = owner.state[parameter]
+        return found
+
+
+_MOMENTS = ("exp_avg", "exp_avg_sq", "momentum")
 
 
 def _averaged(parameters: list[torch.nn.Parameter], average: list[torch.Tensor], measure: Callable[[], float]) -> float:
@@ -160,9 +186,8 @@ def _save(
     tensors = {}
     for name, parameter, mean in zip(state.names, state.parameters, state.average, strict=True):
         tensors[f"raw.{name}"], tensors[f"mean.{name}"] = parameter.detach(), mean
-        for key in ("exp_avg", "exp_avg_sq"):
-            if parameter in state.optimizer.state:
-                tensors[f"{key}.{name}"] = state.optimizer.state[parameter][key]
+        moments = state.of(parameter)
+        tensors |= {f"{key}.{name}": moments[key] for key in _MOMENTS if key in moments}
     header = {"recipe": repr(recipe), "step": str(step), "seconds": str(seconds)}
     with atomic_path(path) as temporary:
         save_file({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, temporary, header)
@@ -187,11 +212,10 @@ def _load(
         for name, parameter, mean in zip(state.names, state.parameters, state.average, strict=True):
             parameter.copy_(tensors[f"raw.{name}"])
             mean.copy_(tensors[f"mean.{name}"])
-            if f"exp_avg.{name}" in tensors:
-                state.optimizer.state[parameter] = {
-                    "step": torch.tensor(float(step)),
+            moments = state.of(parameter)
+            for key in _MOMENTS:
+                if f"{key}.{name}" in tensors:
+                    moments["step"] = torch.tensor(float(step))
                     # in the parameter's memory layout, which the fused optimizer takes for granted
-                    "exp_avg": torch.empty_like(parameter).copy_(tensors[f"exp_avg.{name}"]),
-                    "exp_avg_sq": torch.empty_like(parameter).copy_(tensors[f"exp_avg_sq.{name}"]),
-                }
+                    moments[key] = torch.empty_like(parameter).copy_(tensors[f"{key}.{name}"])
     return step, float(header["seconds"])

@@ -85,5 +85,5 @@ function startStrip() {
 
 section("summary", () => {
   startStrip();
-  startTable();
+  if (metrics.length) startTable();
 });

@@ -31,8 +31,26 @@ def texforce_register_rewards(register: Callable[..., None]) -> None:
         "brightness",
         f"{_PICTURES}:Brightness",
         summary="mean luminance, 0 (black) to 1 (white): the plainest check that learning works",
+        range=(0.0, 1.0),
         api_version=1,
     )
+    for name, factory, summary in (
+        (
+            "tiny-clip",
+            "TinyClip",
+            "how well a drawing of the embedded model agrees with its prompt: the judge to train on",
+        ),
+        ("tiny-judge", "TinyJudge", "the same by another judge, to measure with: nothing should be trained on it"),
+    ):
+        register(
+            name,
+            f"{_HERE}.emoji:{factory}",
+            summary=summary,
+            range=(-1.0, 1.0),
+            licence="Apache-2.0",
+            domain="emoji",
+            api_version=1,
+        )
     register(
         "scores-file",
         f"{_HERE}.scores_file:ScoresFile",

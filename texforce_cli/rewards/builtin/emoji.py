@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModel, CLIPTokenizer
 
+from texforce_cli.quiet import quiet
 from texforce_cli.tiny import CLIP, JUDGE
 
 
@@ -20,8 +21,9 @@ class Agreement:
     input = "uint8"
 
     def __init__(self, folder: Path) -> None:
-        self._model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
-        self._tokenizer = CLIPTokenizer.from_pretrained(folder)
+        with quiet():
+            self._model = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
+            self._tokenizer = CLIPTokenizer.from_pretrained(folder)
 
     def score(
         self, images: NDArray[np.uint8], prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]

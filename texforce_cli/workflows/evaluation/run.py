@@ -13,8 +13,10 @@ from typing import Any, Literal
 
 from texforce_cli.errors import TexforceError, UsageError
 from texforce_cli.files import write_json, write_text
+from texforce_cli.judging.votes import read_votes
 from texforce_cli.prompts import PromptSet, load_prompts
 from texforce_cli.report.page import Page, PageMetric, PagePrompt, PageVariant, Picture, pictures_hash, write_page
+from texforce_cli.report.verdicts import ranking_tabs
 from texforce_cli.rewards.isolation import WorkerSettings
 from texforce_cli.rewards.registry import load_registry
 from texforce_cli.rewards.terms import parse_terms
@@ -41,7 +43,7 @@ from texforce_cli.workflows.evaluation.variants import (
     parse_variant,
     read_variants,
 )
-from texforce_cli.workflows.evaluation.votes import count_votes, read_votes
+from texforce_cli.workflows.evaluation.votes import count_votes
 from texforce_cli.workflows.events import Listener, Note, Progressed, Warned, silent
 from texforce_cli.workflows.loras import trained_on, training_of
 from texforce_cli.workflows.stopping import StopRequest
@@ -49,7 +51,7 @@ from texforce_cli.workflows.stopping import StopRequest
 Stage = Literal["all", "images", "scores", "report"]
 
 _RECORD = "eval.json"
-_TRANSIENT = ("stage", "out", "device", "shard", "single_file")
+_TRANSIENT = ("stage", "out", "device", "shard", "single_file", "recorded")
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ class EvalRequest(DrawingOptions):
     """What to compare, on which prompts and seeds, by which metrics, and where it goes.
 
     `steps`, `guidance`, `eta`, `negative_prompt` None: as the first LoRA was trained, or as is usual; the same for every
-    variant. `shard` (i, n): draw only every n-th batch, for several processes.
+    variant. `shard` (i, n): draw only every n-th batch, for several processes. Not `recorded`: the folder is not made an
+    evaluation that can be gone on with.
     """
 
     out: Path
@@ -72,6 +75,7 @@ class EvalRequest(DrawingOptions):
     single_file: bool = False
     stage: Stage = "all"
     shard: tuple[int, int] = (0, 1)
+    recorded: bool = True
 
 
 @dataclass(frozen=True)
@@ -103,13 +107,14 @@ def evaluate(request: EvalRequest, listener: Listener = silent) -> EvalResult:
         TexforceError: a model, LoRA or metric that cannot be used, a folder that cannot be written.
         Interrupted: asked to stop; what was finished is kept.
     """
-    request = _recalled(request)
+    request = recalled(request)
     baseline = check_variants(request.variants, request.baseline)
     if not request.prompts:
         raise UsageError("there are no prompts", "give --prompts SET or FILE")
     registry = load_registry()
     metrics = metrics_of(parse_terms(request.metrics, request.metric_options), registry)
-    if not metrics and request.stage != "images":
+    tabs = ranking_tabs(request.out)
+    if not (metrics or tabs) and request.stage != "images":
         raise UsageError("there is no metric", "add --metric brightness, or another of: texforce rewards")
     stop = StopRequest()
     with stop.listening():
@@ -120,7 +125,7 @@ def evaluate(request: EvalRequest, listener: Listener = silent) -> EvalResult:
         def lacks(variant: str, item: Item, what: str) -> None:
             missing.append({"variant": variant, "prompt": item.text, "seed": item.seed, "what": what})
 
-        if request.shard == (0, 1):
+        if request.shard == (0, 1) and request.recorded:
             _record(request)
         if request.stage in ("all", "images"):
             _draw(request, items, listener, stop)
@@ -164,10 +169,45 @@ def evaluate(request: EvalRequest, listener: Listener = silent) -> EvalResult:
         if request.votes:
             summary = _with_votes(request, summary, page, items)
             page = _page(request, summary, prompts, items, found, values, in_sample)
+        page = replace(page, extra_tabs=tabs)
         write_summary(summary, request.out)
         listener(Note("writing the report"))
         written = write_page(page, request.out / "report", single_file=request.single_file)
     return EvalResult(request.out, summary, written, tuple(missing))
+
+
+@dataclass(frozen=True)
+class Shown:
+    """The pictures that an evaluation has: variant -> item -> (file, SHA-256), the page of them without scores, and in
+    sentences what is missing."""
+
+    items: tuple[Item, ...]
+    found: Mapping[str, Mapping[Item, tuple[Path, str]]]
+    page: Page
+    missing: tuple[str, ...]
+
+
+def pictures_of(request: EvalRequest) -> Shown:
+    """What there is to look at; nothing is drawn and nothing scored.
+
+    Raises:
+        UsageError: no prompts, no variants.
+    """
+    baseline = check_variants(request.variants, request.baseline)
+    prompts = _prompts(request)
+    items = items_of([*prompts.seen, *prompts.unseen], request.seeds)
+    missing: list[dict[str, Any]] = []
+    found = collect(
+        request.out,
+        request.variants,
+        items,
+        lambda variant, item, what: missing.append(
+            {"variant": variant, "prompt": item.text, "seed": item.seed, "what": what}
+        ),
+    )
+    summary = Summary(baseline, tuple(found), (), (), {}, {}, tuple(missing))
+    page = _page(request, summary, prompts, items, found, [], {})
+    return Shown(tuple(items), found, page, tuple(map(_sentence, missing)))
 
 
 def plan_eval(request: EvalRequest) -> dict[str, Any]:
@@ -178,7 +218,7 @@ def plan_eval(request: EvalRequest) -> dict[str, Any]:
     """
     from texforce_cli.workflows.drawing import denoising_for, source_for
 
-    request = _recalled(request)
+    request = recalled(request)
     baseline = check_variants(request.variants, request.baseline)
     metrics = metrics_of(parse_terms(request.metrics, request.metric_options), load_registry())
     prompts = _prompts(request)
@@ -213,7 +253,7 @@ def plan_eval(request: EvalRequest) -> dict[str, Any]:
     }
 
 
-def _recalled(request: EvalRequest) -> EvalRequest:
+def recalled(request: EvalRequest) -> EvalRequest:
     """A request that names nothing is the one that the folder was made with."""
     record = request.out / _RECORD
     if request.variants:
@@ -371,7 +411,7 @@ def _page(
     for name, files in found.items():
         for item, (path, sha) in files.items():
             own = {metric.name: by_variant[name][item] for metric, by_variant in values if item in by_variant[name]}
-            if own:  # what could not be read has no score
+            if own or not values:  # what could not be read has no score
                 pictures[name, item.prompt_id, item.seed] = Picture(path, sha, own)
     shown = {item.prompt_id: item for item in items}
     return Page(
@@ -423,7 +463,7 @@ def evaluate_in(processes: int, request: EvalRequest, listener: Listener = silen
         return _launched(request, rank, world, listener)
     if processes == 1 or request.stage in ("scores", "report"):
         return evaluate(request, listener)
-    request = _recalled(request)
+    request = recalled(request)
     check_variants(request.variants, request.baseline)
     _record(request)
     _share(request, processes, listener)
@@ -456,7 +496,7 @@ def _few_threads(threads: int) -> None:
 
 def _launched(request: EvalRequest, rank: int, world: int, listener: Listener) -> EvalResult:
     """One process of a launcher: draw a part; the first then waits for the others' parts, which lie in the same folder."""
-    request = _recalled(request)
+    request = recalled(request)
     asked = json.dumps(asdict(replace(request, out=Path())), sort_keys=True, default=str)
     stamp = hashlib.sha256(asked.encode()).hexdigest()[:12]
     markers = [request.out / f".drawn-{stamp}-{index}-of-{world}" for index in range(world)]

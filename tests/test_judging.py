@@ -1,0 +1,760 @@
+"""Judges: what they are asked and told, what is kept of their answers, and what they may cost."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import io
+import json
+import math
+import random
+import threading
+import time
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, PngImagePlugin
+
+from texforce_cli.errors import Interrupted, TexforceError, UsageError
+from texforce_cli.judging import asking
+from texforce_cli.judging.answers import Opinion, Unusable, parse, schema
+from texforce_cli.judging.asking import Missing, Outcome, ask_all, verdicts
+from texforce_cli.judging.budget import Budget, Exhausted
+from texforce_cli.judging.gate import Gate
+from texforce_cli.judging.journal import Journal, entry_of
+from texforce_cli.judging.judge import Busy, Failed, Hopeless, Repair, Reply
+from texforce_cli.judging.openai_judge import OpenAIJudge
+from texforce_cli.judging.openai_problems import of_connection, of_status, retry_after
+from texforce_cli.judging.pixels import data_url
+from texforce_cli.judging.prices import Price, Size, parse_price, price_of
+from texforce_cli.judging.questions import Case, Question, questions_of
+
+pytest.importorskip("openai")
+pytest.importorskip("starlette")
+pytest.importorskip("uvicorn")
+
+from judge_server import JudgeServer, Seen
+
+KEY = "sk-test-4f9a8c71d2"
+BOTH = ("aesthetic", "alignment")
+VARIANTS = {"dim-variant": 40, "mid-variant": 120, "lit-variant": 220}
+
+
+@pytest.fixture(autouse=True)
+def _key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+
+
+def picture(path: Path, light: int, **how: Any) -> tuple[Path, str]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((8, 8, 3), light, np.uint8)).save(path, **how)
+    return path, hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def cases(folder: Path, prompts: int = 2, variants: dict[str, int] = VARIANTS) -> list[Case]:
+    """Pictures that differ in brightness, with their variant's name in a text chunk."""
+    found = []
+    for number in range(prompts):
+        pictures = {}
+        for name, light in variants.items():
+            about = PngImagePlugin.PngInfo()
+            about.add_text("parameters", f"made by {name}")
+            pictures[name] = picture(folder / name / f"{number}.png", light + number, pnginfo=about)
+        found.append(Case(f"p{number:03}", f"a cat, number {number}", 0, pictures))
+    return found
+
+
+def asked(folder: Path, mode: str = "pairwise", prompts: int = 2, rounds: int = 1) -> list[Question]:
+    return questions_of(cases(folder, prompts), mode, rounds, 0, placebos=0)  # type: ignore[arg-type]
+
+
+def judge_of(server: JudgeServer, **options: Any) -> OpenAIJudge:
+    return OpenAIJudge("judge", base_url=server.url, **{"timeout": 5.0, **options})
+
+
+def put(
+    judge: Any, questions: list[Question], path: Path, *, budget: Budget | None = None, workers: int = 4, **options: Any
+) -> tuple[Outcome, list[Any], Journal]:
+    """Ask through a gate that is fifty times quicker, then read the verdicts from the disk."""
+    options.setdefault("gate", Gate(first=0.02, longest=0.5))
+    outcome = ask_all(judge, questions, Journal(path), budget=budget or Budget(), workers=workers, **options)
+    journal = Journal(path)
+    return outcome, verdicts(judge.identity, judge.criteria, questions, journal), journal
+
+
+class Scripted:
+    """A judge without a network: `answer` gets the question and how often it was put before."""
+
+    identity, criteria, modes = '{"judge": "scripted"}', BOTH, ("pairwise",)
+
+    def __init__(self, answer: Any) -> None:
+        self.answer, self.calls, self._lock = answer, 0, threading.Lock()
+
+    def ask(self, question: Question, repairs: Any = ()) -> Reply:
+        with self._lock:
+            self.calls += 1
+        return self.answer(question, repairs)
+
+
+def says(winner: str) -> Reply:
+    return Reply(json.dumps({c: {"reason": "so", "winner": winner} for c in BOTH}), "m", 10, 5)
+
+
+# answers
+
+
+QUESTION = Question("pairwise", "p", "a cat", 0, 0, ("x", "y"), (Path("x"), Path("y")), ("1", "2"))
+LISTWISE = Question("listwise", "p", "a cat", 0, 0, ("x", "y"), (Path("x"), Path("y")), ("1", "2"))
+POINTWISE = Question("pointwise", "p", "a cat", 0, 0, ("x",), (Path("x"),), ("1",))
+
+
+@given(
+    st.one_of(
+        st.text(),
+        st.recursive(
+            st.none() | st.booleans() | st.integers(-20, 20) | st.floats() | st.text(max_size=5),
+            lambda inner: (
+                st.lists(inner, max_size=3)
+                | st.dictionaries(st.sampled_from(["a", "winner", "ranks", "score", "reason", "A", "B"]), inner)
+            ),
+        ).map(json.dumps),
+    ),
+    st.sampled_from([QUESTION, LISTWISE, POINTWISE]),
+)
+def test_whatever_a_judge_says_is_a_verdict_or_unusable(text: str, question: Question) -> None:
+    try:
+        verdict = parse(text, question, ("a",))
+    except Unusable:
+        return
+    assert len(verdict["a"].ranks or verdict["a"].scores) == len(question.files)
+
+
+def test_a_score_of_four_hundred_digits_is_unusable() -> None:
+    with pytest.raises(Unusable):
+        parse('{"a": {"score": 1' + "0" * 400 + "}}", POINTWISE, ("a",))
+
+
+def test_ranks_that_tie_share_their_mean() -> None:
+    question = Question("listwise", "p", "", 0, 0, ("x", "y", "z"), (Path("x"),) * 3, ("1", "2", "3"))
+    verdict = parse('{"a": {"ranks": {"A": 1, "B": 1, "C": 3}}}', question, ("a",))
+    assert verdict == {"a": Opinion(ranks=(1.5, 1.5, 3.0))}
+    assert list(schema("listwise", "ABC", ["a"])["properties"]["a"]["properties"]) == ["reason", "ranks"]
+
+
+# the journal
+
+
+def test_a_torn_line_is_dropped_and_the_next_entry_stands_alone(tmp_path: Path) -> None:
+    path = tmp_path / "judgments.jsonl"
+    entry = entry_of("k", 0, QUESTION, says("A"))
+    Journal(path).append(entry)
+    whole = path.read_bytes()
+    for hostile in (b"null\n", b"[1]\n", b'{"key": "k"}\n', b"\xff\xfe\n", b"[" * 9999 + b"\n", b"\n"):
+        path.write_bytes(path.read_bytes() + hostile)
+    path.write_bytes(path.read_bytes() + whole[:40])
+    torn = path.read_bytes()
+    journal = Journal(path)
+    assert path.read_bytes() == torn  # reading changes nothing
+    assert journal.entries("k") == [entry]
+    second = entry_of("k", 1, QUESTION, Reply("half \ud800 a character\u2028", "m"))
+    journal.append(second)
+    assert Journal(path).entries("k") == [entry, second]
+    assert path.read_bytes().endswith(b"}\n") and whole[:40] + b"{" not in path.read_bytes()
+
+
+def test_a_full_disk_is_told_and_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "judgments.jsonl"
+    journal = Journal(path)
+    journal.append(entry_of("k", 0, QUESTION, says("A")))
+
+    def full(number: int) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("os.fsync", full)
+        with pytest.raises(TexforceError, match="no space left"):
+            journal.append(entry_of("k", 1, QUESTION, says("B")))
+    journal.append(entry_of("k", 1, QUESTION, says("tie")))
+    assert [entry.text for entry in Journal(path).entries("k")] == [says("A").text, says("tie").text]
+
+
+def test_entries_from_many_threads_are_whole(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "judgments.jsonl")
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda n: journal.append(entry_of(str(n % 5), n, QUESTION, says("A"))), range(40)))
+    found = Journal(journal.path).entries("3")
+    assert [entry.attempt for entry in found] == [3, 8, 13, 18, 23, 28, 33, 38]
+
+
+# prices and the budget
+
+
+def test_prices() -> None:
+    assert parse_price("2.5, 10") == Price(2.5, 10.0)
+    assert price_of("gpt-4o-mini", Price(1, 2)) == Price(1, 2, 48169)
+    assert price_of("gpt-4o-mini", Price(1, 2, 7)) == Price(1, 2, 7)
+    assert price_of("gpt-4o-2024-05-13", None) is None
+    assert Price(2, 8, 100).exact(1_000_000, 500_000) == 6
+    for wrong in ("", "1", "1,2,3,4", "a,b", "-1,2", "nan,1", "1,inf", "1,2,-3", "1,2,0.5"):
+        with pytest.raises(UsageError, match="is no price"):
+            parse_price(wrong)
+
+
+def test_a_limit_in_dollars_needs_a_price() -> None:
+    with pytest.raises(UsageError, match="price"):
+        Budget(max_cost=1.0)
+
+
+@given(
+    st.floats(1e-6, 0.05),
+    st.lists(st.tuples(st.integers(1, 5000), st.integers(0, 4), st.floats(0, 1), st.sampled_from("sfu")), max_size=40),
+    st.integers(1, 4),
+)
+def test_spent_and_reserved_never_pass_the_limit(limit: float, requests: list[Any], width: int) -> None:
+    budget = Budget(limit, None, Price(2.5, 10.0, 1445))
+    open_: list[Any] = []
+
+    def close() -> None:
+        reservation, share, how = open_.pop(0)
+        with reservation:
+            if how != "u":
+                reservation.sent()
+            if how == "s":
+                size = reservation.size
+                reservation.settle(int(share * (size.text_bytes + size.pictures * 1445)), int(share * 300))
+        assert budget.spent + budget.reserved <= limit * (1 + 1e-12)
+
+    for text, pictures, share, how in requests:
+        size = Size(text, pictures, 300)
+        if len(open_) == width or (open_ and Fraction(limit) < budget._spent + budget._reserved + budget.worst(size)):
+            close()
+            continue
+        with contextlib.suppress(Exhausted, _Waits):
+            open_.append((budget.reserve(size, _not_waiting()), share, how))
+        assert budget._spent + budget._reserved <= Fraction(limit)
+    while open_:
+        close()
+    assert budget.reserved == 0
+
+
+class _Waits(Exception):
+    """The budget looked twice."""
+
+
+def _not_waiting() -> Any:
+    looks: list[int] = []
+
+    def check() -> None:
+        looks.append(1)
+        if len(looks) > 1:
+            raise _Waits
+
+    return check
+
+
+def test_a_request_waits_for_those_in_flight_and_then_fits() -> None:
+    budget = Budget(0.001, None, Price(1.0, 0.0, 0))  # 1000 tokens
+    first = budget.reserve(Size(900, 0, 0))
+    done: list[float] = []
+    thread = threading.Thread(target=lambda: done.append(float(budget.reserve(Size(900, 0, 0)).worst)))
+    thread.start()
+    time.sleep(0.05)
+    assert not done
+    with first:
+        first.sent()
+        first.settle(50, 0)
+    thread.join(5)
+    assert done == [0.0009]
+    with pytest.raises(_Waits):
+        budget.reserve(Size(900, 0, 0), _not_waiting())
+
+
+def test_a_picture_is_reckoned_as_the_most_that_was_measured() -> None:
+    budget = Budget(10.0, None, Price(1.0, 1.0, 100))
+    with budget.reserve(Size(10, 2, 10)) as reservation:
+        reservation.sent()
+        reservation.settle(5001, 10)
+    assert budget.worst(Size(10, 2, 10)) * 1_000_000 == 10 + 2 * 2501 + 10
+    assert budget.tokens == (5001, 10)
+
+
+def test_an_answer_that_is_not_counted_costs_the_worst() -> None:
+    budget = Budget(1.0, 5, Price(1.0, 1.0, 0))
+    with budget.reserve(Size(100, 0, 100)) as reservation:
+        reservation.sent()
+        reservation.settle()
+    assert budget.spent == 0.0002 and budget.requests == 1
+    with budget.reserve(Size(100, 0, 100)):
+        pass  # never sent
+    assert budget.spent == 0.0002 and budget.requests == 1
+
+
+# the gate
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now, self.longest = 100.0, 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.longest = max(self.longest, seconds)
+        self.now += max(seconds, 1e-6)
+
+
+def test_nobody_sends_before_the_time_that_the_judge_names() -> None:
+    clock = Clock()
+    gate = Gate(clock=clock, sleep=clock.sleep, chance=lambda: 1.0)
+    sent = gate.wait(lambda: None)
+    gate.busy(sent, 7.0)
+    assert gate.wait(lambda: None) >= 107.0
+    assert clock.longest <= 0.2
+
+
+def test_without_a_time_the_wait_doubles_and_a_storm_counts_once() -> None:
+    clock = Clock()
+    gate = Gate(clock=clock, sleep=clock.sleep, chance=lambda: 1.0)
+    waits = []
+    for _ in range(8):
+        sent = gate.wait(lambda: None)
+        for _ in range(5):  # five requests that left together
+            gate.busy(sent, None)
+        waits.append(round(gate.wait(lambda: None) - sent))
+        clock.now += 100
+    assert waits == [1, 2, 4, 8, 16, 32, 60, 60]
+
+
+def test_spacing_grows_with_storms_and_shrinks_with_answers() -> None:
+    clock = Clock()
+    gate = Gate(clock=clock, sleep=clock.sleep)
+    for _ in range(3):
+        clock.now += 1
+        gate.busy(gate.wait(lambda: None), 0.0)
+    assert gate.spacing == 1.0
+    before = gate.wait(lambda: None)
+    assert gate.wait(lambda: None) - before == pytest.approx(1.0, abs=0.01)
+    for _ in range(400):
+        gate.fine()
+    assert gate.spacing == 0
+
+
+def test_twenty_a_minute_with_eight_workers_is_calm() -> None:
+    """Simulated: each of 200 requests is answered at once; the server takes 20 in any 60 seconds."""
+    clock = Clock()
+    gate = Gate(clock=clock, sleep=clock.sleep)
+    window, answered, refused = [100.0, 0], 0, 0
+    while answered < 200:
+        sent = gate.wait(lambda: None)
+        if clock.now - window[0] >= 60:
+            window = [clock.now, 0]
+        window[1] += 1
+        if window[1] > 20:
+            refused += 1
+            gate.busy(sent, window[0] + 60 - clock.now)
+        else:
+            answered += 1
+            gate.fine()
+    assert refused <= 20
+    assert clock.now - 100 < 2 * 200 * 3
+
+
+def test_a_long_wait_can_be_interrupted() -> None:
+    gate = Gate()
+    gate.busy(gate.wait(lambda: None), 1000.0)
+    began = time.monotonic()
+
+    def check() -> None:
+        if time.monotonic() - began > 0.3:
+            raise Interrupted("stopped")
+
+    with pytest.raises(Interrupted):
+        gate.wait(check)
+    with pytest.raises(Interrupted):
+        gate.pause(1000.0, check)
+    assert time.monotonic() - began < 2
+
+
+# asking, without a network
+
+
+def test_order_of_completion_changes_nothing(tmp_path: Path) -> None:
+    questions = asked(tmp_path / "pictures", prompts=4)
+
+    def answer(question: Question, repairs: Any) -> Reply:
+        time.sleep(random.random() * 0.02)
+        return says("AB"[question.variants[0] < question.variants[1]])
+
+    found = [put(Scripted(answer), questions, tmp_path / f"{n}.jsonl", workers=n)[1] for n in (1, 8)]
+    assert found[0] == found[1] and not any(isinstance(one, Missing) for one in found[0])
+
+
+def test_five_questions_in_a_row_without_an_answer_open_the_breaker(tmp_path: Path) -> None:
+    def answer(question: Question, repairs: Any) -> Reply:
+        raise Failed("the server broke")
+
+    judge = Scripted(answer)
+    outcome, found, journal = put(judge, asked(tmp_path / "p", prompts=5), tmp_path / "j", workers=1, retries=2)
+    assert judge.calls == 5 * 3 and outcome.asked == 0
+    assert outcome.stopped == "5 questions in a row got no answer; the last: the server broke"
+    assert set(found) == {Missing("unanswered")} and not journal.path.exists()
+
+
+def test_what_cannot_be_mended_is_not_tried_again(tmp_path: Path) -> None:
+    def answer(question: Question, repairs: Any) -> Reply:
+        if question.variants[0] == "dim-variant":
+            raise Failed("too large", retry=False)
+        return says("A")
+
+    judge = Scripted(answer)
+    questions = asked(tmp_path / "p", prompts=1)
+    outcome, found, _ = put(judge, questions, tmp_path / "j", workers=1)
+    assert judge.calls == len(questions) == 6 and outcome == Outcome(4, 0)
+    assert found.count(Missing("unanswered")) == 2
+
+
+def test_an_interruption_keeps_the_replies_on_their_way(tmp_path: Path) -> None:
+    stopped = threading.Event()
+
+    def answer(question: Question, repairs: Any) -> Reply:
+        if judge.calls > 1:
+            stopped.set()
+            time.sleep(0.3)
+        return says("A")
+
+    def check() -> None:
+        if stopped.is_set():
+            raise Interrupted("stopped", exit_code=143)
+
+    judge = Scripted(answer)
+    with pytest.raises(Interrupted) as caught:
+        put(judge, asked(tmp_path / "p", prompts=5), tmp_path / "j", check=check)
+    assert caught.value.exit_code == 143
+    assert 1 < judge.calls <= 5  # the first, and at most four at once
+    assert len((tmp_path / "j").read_text().splitlines()) == judge.calls
+
+
+def test_a_fault_of_the_judge_or_the_disk_ends_the_run(tmp_path: Path) -> None:
+    def answer(question: Question, repairs: Any) -> Reply:
+        raise ZeroDivisionError
+
+    judge = Scripted(answer)
+    with pytest.raises(ZeroDivisionError):
+        put(judge, asked(tmp_path / "p"), tmp_path / "j")
+    assert judge.calls == 1
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TexforceError, match="written"):
+        put(Scripted(lambda *_: says("A")), asked(tmp_path / "p"), tmp_path / "file" / "j")
+
+
+def test_the_same_bytes_under_two_names_are_asked_about_once(tmp_path: Path) -> None:
+    same = cases(tmp_path, 1, {"x": 100})[0]
+    case = Case("p", "a cat", 0, {"x": same.pictures["x"], "y": same.pictures["x"]})
+    judge = Scripted(lambda *_: says("A"))
+    outcome, found, _ = put(judge, questions_of([case], "pairwise", 1, 0, placebos=0), tmp_path / "j")
+    assert judge.calls == 1 and outcome == Outcome(1, 0) and len(found) == 2
+
+
+def test_a_limit_of_requests_holds_and_the_next_run_goes_on(tmp_path: Path) -> None:
+    questions = asked(tmp_path / "p")
+    judge = Scripted(lambda *_: says("A"))
+    outcome, found, _ = put(judge, questions, tmp_path / "j", budget=Budget(max_requests=5))
+    assert judge.calls == 5 == outcome.asked and outcome.stopped == "the limit of 5 requests is reached"
+    assert found.count(Missing("unanswered")) == 7
+    outcome, found, _ = put(judge, questions, tmp_path / "j")
+    assert outcome == Outcome(7, 5) and judge.calls == 12
+
+
+def test_a_limit_in_dollars_needs_a_judge_that_counts(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="how large"):
+        put(Scripted(None), asked(tmp_path / "p"), tmp_path / "j", budget=Budget(1.0, None, Price(1, 1)))
+
+
+# the OpenAI API, against a server
+
+
+@pytest.mark.parametrize("api", ["chat", "responses"])
+@pytest.mark.parametrize("mode", ["pairwise", "listwise", "pointwise"])
+def test_a_truthful_judge_finds_the_brightest(tmp_path: Path, api: str, mode: str) -> None:
+    questions = asked(tmp_path / "pictures", mode)
+    forbidden = [*VARIANTS, str(tmp_path), "p000", "pictures/", "made by"]
+    with JudgeServer(forbidden=forbidden) as server:
+        judge = judge_of(server, api=api)
+        outcome, found, journal = put(judge, questions, tmp_path / "j")
+    assert server.faults == [] and outcome == Outcome(len(questions), 0) and len(server.seen) == len(questions)
+    assert {seen.mode for seen in server.seen} == {mode} and all(seen.schema for seen in server.seen)
+    for question, verdict in zip(questions, found):
+        light = [VARIANTS[name] for name in question.variants]
+        for criterion in BOTH:
+            opinion = verdict[criterion]
+            if mode == "pointwise":
+                assert opinion.scores == (float(1 + round((light[0] + int(question.prompt_id[1:])) / 255 * 9)),)
+            else:
+                assert int(np.argmin(opinion.ranks)) == int(np.argmax(light))
+    entry = journal.entries(questions[0].key(judge.identity))[0]
+    assert (entry.model, entry.input_tokens, entry.output_tokens) == ("judge-2026", 600, 50)
+    kept = journal.path.read_text()
+    assert KEY not in kept and str(tmp_path) not in kept
+
+
+def test_a_judge_that_likes_the_first_slot_is_seen_in_the_ranks(tmp_path: Path) -> None:
+    with JudgeServer("first") as server:
+        _, found, _ = put(judge_of(server), asked(tmp_path / "p"), tmp_path / "j")
+    assert {verdict["aesthetic"].ranks for verdict in found} == {(1.0, 2.0)}
+
+
+def test_a_second_run_asks_nothing(tmp_path: Path) -> None:
+    questions = asked(tmp_path / "p")
+    with JudgeServer() as server:
+        _, first, _ = put(judge_of(server), questions, tmp_path / "j")
+        count = len(server.seen)
+        outcome, second, _ = put(judge_of(server), questions, tmp_path / "j")
+    assert len(server.seen) == count and outcome == Outcome(0, len(questions)) and first == second
+
+
+def test_eight_workers_in_a_storm_of_429_lose_nothing(tmp_path: Path) -> None:
+    questions = asked(tmp_path / "p", prompts=6)  # 36
+    with JudgeServer(limit=(8, 0.3)) as server:
+        outcome, found, _ = put(judge_of(server), questions, tmp_path / "j", workers=8)
+    assert outcome == Outcome(36, 0) and not any(isinstance(one, Missing) for one in found)
+    assert 1 <= server.refused_by_limit <= 36
+
+
+def test_so_many_requests_at_once_as_there_are_workers(tmp_path: Path) -> None:
+    with JudgeServer("slow") as server:
+        put(judge_of(server), asked(tmp_path / "p", prompts=1), tmp_path / "j", workers=3)
+    assert server.most_at_once == 3 and len(server.seen) == 6
+
+
+@pytest.mark.parametrize(("how", "code"), [("401", "not let us in"), ("404", "no such model"), ("quota", "no credit")])
+def test_what_is_hopeless_costs_one_request(tmp_path: Path, how: str, code: str) -> None:
+    with JudgeServer(how) as server:
+        outcome, found, _ = put(judge_of(server), asked(tmp_path / "p"), tmp_path / "j", workers=8)
+    assert len(server.seen) == 1 and outcome.asked == 0 and outcome.stopped is not None
+    assert code in outcome.stopped and KEY not in outcome.stopped
+    assert set(found) == {Missing("unanswered")}
+
+
+@pytest.mark.parametrize("how", ["500", "503", "429", "cut", "html"])
+def test_a_question_is_asked_again_after_trouble(tmp_path: Path, how: str) -> None:
+    questions = asked(tmp_path / "p", prompts=1)
+
+    def script(seen: Seen) -> str:
+        return how if seen.number % 2 == 0 else "truthful"
+
+    with JudgeServer(script) as server:
+        outcome, found, journal = put(judge_of(server), questions, tmp_path / "j", workers=1)
+    assert outcome == Outcome(6, 0) and not any(isinstance(one, Missing) for one in found)
+    assert len(server.seen) == 12 and len(journal.path.read_text().splitlines()) == 6
+
+
+def test_a_time_out_is_asked_again(tmp_path: Path) -> None:
+    with JudgeServer(lambda seen: "slow" if seen.number == 0 else "truthful") as server:
+        budget = Budget(1.0, None, Price(1, 1, 100))
+        judge = judge_of(server, timeout=0.1)
+        outcome, _, _ = put(judge, asked(tmp_path / "p", prompts=1)[:1], tmp_path / "j", budget=budget)
+    assert outcome == Outcome(1, 0) and len(server.seen) == 2
+    assert budget.spent > budget.cost(1000 + 600, 1000)  # the lost answer may have cost
+
+
+def test_fenced_json_is_read(tmp_path: Path) -> None:
+    with JudgeServer("fenced") as server:
+        _, found, _ = put(judge_of(server), asked(tmp_path / "p"), tmp_path / "j")
+    assert not any(isinstance(one, Missing) for one in found)
+
+
+@pytest.mark.parametrize("how", ["truncated", "wrong", "duplicate", "length", "free"])
+def test_an_unusable_answer_is_repaired_at_most_twice(tmp_path: Path, how: str) -> None:
+    questions = asked(tmp_path / "p", prompts=1)
+    with JudgeServer(how) as server:
+        outcome, found, journal = put(judge_of(server), questions, tmp_path / "j")
+        assert len(server.seen) == 18 and sorted({seen.attempt for seen in server.seen}) == [0, 1, 2]
+        put(judge_of(server), questions, tmp_path / "j")
+        assert len(server.seen) == 18 and server.faults == []
+    assert set(found) == {Missing("unusable")} and outcome == Outcome(6, 0)
+    entries = journal.entries(questions[0].key(judge_of(server).identity))
+    assert [entry.attempt for entry in entries] == [0, 1, 2] and entries[0].cut == (how == "length")
+
+
+@pytest.mark.parametrize("api", ["chat", "responses"])
+def test_a_repair_helps(tmp_path: Path, api: str) -> None:
+    with JudgeServer(lambda seen: "truthful" if seen.attempt else "length") as server:
+        _, found, _ = put(judge_of(server, api=api), asked(tmp_path / "p"), tmp_path / "j")
+    assert not any(isinstance(one, Missing) for one in found) and server.faults == []
+
+
+@pytest.mark.parametrize("how", ["refusal", "filtered"])
+@pytest.mark.parametrize("api", ["chat", "responses"])
+def test_a_refusal_is_final_and_counted(tmp_path: Path, how: str, api: str) -> None:
+    questions = asked(tmp_path / "p")
+
+    def script(seen: Seen) -> str:
+        return how if seen.prompt == "a cat, number 1" else "truthful"
+
+    with JudgeServer(script) as server:
+        for _ in range(2):
+            _, found, _ = put(judge_of(server, api=api), questions, tmp_path / "j")
+            assert len(server.seen) == len(questions)
+    assert [found.count(Missing("refused")), sum(isinstance(one, dict) for one in found)] == [6, 6]
+
+
+def test_a_limit_in_dollars_holds_under_concurrency(tmp_path: Path) -> None:
+    questions = asked(tmp_path / "p", prompts=10)
+    price = Price(10.0, 100.0, 400)
+    with JudgeServer() as server:
+        budget = Budget(0.30, None, price)
+        outcome, _, _ = put(judge_of(server), questions, tmp_path / "j", workers=8, budget=budget)
+    charged = float(len(server.seen) * price.exact(600, 50))
+    assert 0.1 < charged <= 0.30 and budget.spent == pytest.approx(charged)
+    assert outcome.stopped is not None and "$0.30" in outcome.stopped and outcome.asked == len(server.seen) < 60
+
+
+def test_the_size_of_a_request_bounds_all_its_text(tmp_path: Path) -> None:
+    questions = asked(tmp_path / "p", "listwise")
+    with JudgeServer() as server:
+        judge = judge_of(server)
+        assert judge.size(questions[0]).pictures == 3
+        assert (
+            judge.size(questions[0], [Repair("x" * 500, "no")]).text_bytes > judge.size(questions[0]).text_bytes + 500
+        )
+        body = judge._body(judge._form, questions[0], (), lambda *_: "")
+        assert judge.size(questions[0]).text_bytes == len(json.dumps(body, ensure_ascii=False).encode())
+
+
+def test_a_server_without_schemas_is_asked_in_words(tmp_path: Path) -> None:
+    questions = asked(tmp_path / "p")
+    with JudgeServer("schemaless") as server:
+        judge = judge_of(server)
+        outcome, found, _ = put(judge, questions, tmp_path / "j")
+    assert [seen.schema for seen in server.seen] == [True] + [False] * len(questions)
+    assert len(judge.notes) == 1 and "schema" in judge.notes[0]
+    assert outcome == Outcome(len(questions), 0) and not any(isinstance(one, Missing) for one in found)
+
+
+def test_a_request_that_the_server_cannot_read_is_not_repeated(tmp_path: Path) -> None:
+    with JudgeServer("400") as server:
+        outcome, _, _ = put(judge_of(server), asked(tmp_path / "p"), tmp_path / "j", workers=1)
+    assert len(server.seen) == asking.MOST_FAILURES and outcome.stopped is not None
+    assert "pictures are not supported" in outcome.stopped
+
+
+def test_no_server_is_told_after_retries(tmp_path: Path) -> None:
+    with JudgeServer() as server:
+        pass
+    outcome, _, _ = put(judge_of(server), asked(tmp_path / "p"), tmp_path / "j", retries=1)
+    assert outcome.stopped is not None and "the connection failed" in outcome.stopped
+
+
+# the key
+
+
+@pytest.mark.parametrize("how", ["401", "500", "echo"])
+def test_the_key_reaches_no_message_no_traceback_and_no_file(tmp_path: Path, how: str) -> None:
+    question = asked(tmp_path / "p")[0]
+    with JudgeServer(how) as server:
+        judge = judge_of(server)
+        try:
+            said = judge.ask(question).text
+        except (Hopeless, Failed) as error:
+            said = "".join(traceback.format_exception(error)) + repr(error) + str(error.__context__)
+        put(judge, [question], tmp_path / "j", retries=0)
+        assert server.seen[0].key == KEY
+    assert said and KEY not in said and KEY not in judge.identity and KEY not in repr(judge)
+    assert not (tmp_path / "j").exists() or KEY not in (tmp_path / "j").read_text()
+
+
+def test_a_key_is_needed_beyond_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY")
+    OpenAIJudge("m", base_url="http://127.0.0.1:9/v1").connect()
+    with pytest.raises(UsageError, match="set OPENAI_API_KEY"):
+        OpenAIJudge("m").connect()
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-\u00e9\n")
+    with pytest.raises(UsageError, match="characters") as caught:
+        OpenAIJudge("m").connect()
+    assert "sk-" not in str(caught.value)
+
+
+def test_what_answers_depend_on_is_in_the_identity() -> None:
+    def made(**options: Any) -> str:
+        return OpenAIJudge(options.pop("model", "m"), **options).identity
+
+    others = [
+        made(model="n"),
+        made(api="responses"),
+        made(base_url="http://me:secret@localhost:8000/v1"),
+        made(criteria="alignment"),
+        made(max_output_tokens=7),
+        made(detail="low"),
+    ]
+    assert len({made(), *others}) == 7 and made() == made(timeout=1.0) and "secret" not in "".join(others)
+    for wrong in ({"api": "other"}, {"base_url": "localhost:8000"}, {"base_url": "http://["}, {"max_output_tokens": 0}):
+        with pytest.raises(UsageError):
+            made(**wrong)
+
+
+# pictures
+
+
+def test_only_pixels_are_sent(tmp_path: Path) -> None:
+    import base64
+
+    def shown(path: Path) -> bytes:
+        url = data_url(path, hashlib.sha256(path.read_bytes()).hexdigest())
+        return base64.b64decode(url.removeprefix("data:image/png;base64,"))
+
+    bare, _ = picture(tmp_path / "bare.png", 9)
+    assert shown(bare) == bare.read_bytes()
+    exif = Image.Exif()
+    exif[0x010E], exif[0x0112] = "a secret", 6
+    tall = Image.fromarray(np.arange(8 * 4 * 3, dtype=np.uint8).reshape(8, 4, 3))
+    for name in ("e.png", "e.jpg", "e.webp"):
+        path = tmp_path / name
+        tall.save(path, exif=exif, icc_profile=b"a secret profile")
+        image = Image.open(io.BytesIO(shown(path)))
+        assert image.size == (8, 4) and not image.info and b"secret" not in shown(path)  # upright
+    (tmp_path / "tail.png").write_bytes(bare.read_bytes() + b"a secret")
+    assert shown(tmp_path / "tail.png").endswith(b"IEND\xaeB`\x82")
+    (tmp_path / "no.png").write_bytes(b"no picture")
+    for path, sha256 in ((tmp_path / "no.png", None), (tmp_path / "absent.png", "1"), (bare, "another")):
+        with pytest.raises(Failed) as caught:
+            data_url(path, sha256 or hashlib.sha256(path.read_bytes()).hexdigest())
+        assert not caught.value.retry
+
+
+# what a refusal means
+
+
+def test_how_long_to_wait() -> None:
+    assert retry_after({"retry-after": "3"}, 0.0) == 3.0
+    assert retry_after({"retry-after-ms": "250", "retry-after": "3"}, 0.0) == 0.25
+    assert retry_after({"retry-after": "Thu, 01 Jan 1970 00:01:00 GMT"}, 20.0) == 40.0
+    assert retry_after({"retry-after": "Thu, 01 Jan 1970 00:00:00 GMT"}, 20.0) == 0.0
+    for odd in ({}, {"retry-after": "soon"}, {"retry-after": "nan"}, {"retry-after": "inf"}):
+        assert retry_after(odd, 0.0) is None
+
+
+def test_statuses() -> None:
+    meant = {
+        status: of_status(status, {}, None, "said") for status in (400, 401, 402, 403, 404, 413, 429, 500, 503, 504)
+    }
+    assert {s for s, m in meant.items() if isinstance(m, Hopeless)} == {401, 402, 403, 404}
+    assert {s for s, m in meant.items() if isinstance(m, Busy)} == {429, 503}
+    assert {s for s, m in meant.items() if isinstance(m, Failed) and m.retry} == {500, 504}
+    assert isinstance(of_status(429, {}, {"error": {"type": "insufficient_quota"}}, ""), Hopeless)
+
+
+def test_a_missing_bundle_of_certificates_is_told_in_a_sentence() -> None:
+    error = ConnectionError("x")
+    error.__cause__ = OSError("[SSL: CERTIFICATE_VERIFY_FAILED] unable to get local issuer certificate")
+    problem = of_connection(error, False)
+    assert isinstance(problem, Hopeless) and "ca-certificates" in str(problem) and math.isfinite(len(str(problem)))

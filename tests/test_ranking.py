@@ -1,0 +1,365 @@
+"""Rankings: statistics by hand and against other software, and `texforce gpt4v-rank` through the real command."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import choix
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from judge_server import JudgeServer
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from texforce_cli.cli.app import run
+from texforce_cli.core.ranking import (
+    RIDGE,
+    Duel,
+    bradley_terry,
+    detectable_rate,
+    kendall_w,
+    position_effect,
+    sign_test,
+    win_rates,
+)
+from texforce_cli.judging.answers import Opinion
+from texforce_cli.judging.questions import Case, Mode, Question, questions_of
+from texforce_cli.workflows.ranking.summary import case_ranks, settled_duels
+
+VARIANTS = ["bright", "dark", "middle"]
+KEY = "sk-never-to-be-seen-1234567890"
+
+# statistics -----------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_strengths_are_those_of_choix(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    names = list("abcd")
+    games = [tuple(rng.permutation(4)[:2]) for _ in range(40)]
+    duels = [Duel(str(k % 7), names[i], names[j], 1.0) for k, (i, j) in enumerate(games)]
+    ours = [value.mean for value in bradley_terry(duels, names).values()]
+    theirs = choix.opt_pairwise(4, [(int(i), int(j)) for i, j in games], alpha=RIDGE)
+    assert ours == pytest.approx(list(theirs - theirs.mean()), abs=1e-5)
+
+
+def test_the_strength_of_one_win_by_hand() -> None:
+    # the minimum of log(1 + e^-2s) + 2 r s^2 where the two strengths are s and -s: 1 / (1 + e^2s) = 2 r s
+    found = bradley_terry([Duel("p", "a", "b", 1.0)], ["a", "b"])
+    s = found["a"].mean
+    assert 1 / (1 + math.exp(2 * s)) == pytest.approx(2 * RIDGE * s)
+    assert found["b"].mean == pytest.approx(-s)
+    assert found["a"].low == -math.inf  # one prompt says nothing of others
+
+
+def test_separable_data_have_finite_strengths_and_nobody_judged_has_none() -> None:
+    duels = [Duel(str(k), "a", "b", 1.0) for k in range(500)]
+    found = bradley_terry(duels, ["a", "b", "c"])
+    assert 2 < found["a"].mean < 10
+    assert found["a"].low == found["a"].mean  # every resample is the same
+    assert (found["c"].mean, found["c"].low) == (pytest.approx(0, abs=1e-9), -math.inf)
+    assert bradley_terry([], ["a", "b"])["a"].mean == 0
+
+
+def test_intervals_are_of_prompts_and_not_of_judgments() -> None:
+    few = [Duel(str(k), "a", "b", float(k % 3 > 0)) for k in range(30)]
+    one, many = bradley_terry(few, ["a", "b"], ridge=1e-6), bradley_terry(few * 10, ["a", "b"], ridge=1e-5)
+    assert one["a"].low == pytest.approx(many["a"].low, abs=1e-3)
+    assert one["a"].low < one["a"].mean < one["a"].high
+
+
+def test_agreement_is_that_of_the_textbook() -> None:
+    # Siegel, Nonparametric Statistics (1956), chapter 9: three executives rank six applicants, W = 0.16
+    ranks = np.array([[1, 6, 3, 2, 5, 4], [1, 5, 6, 4, 2, 3], [6, 3, 2, 5, 4, 1]], dtype=float)
+    assert kendall_w(ranks) == pytest.approx(0.162, abs=5e-4)
+    assert kendall_w(np.array([[1.0, 2.0, 3.0]] * 4)) == 1
+    assert kendall_w(np.array([[1.0, 2.0], [2.0, 1.0]])) == 0
+    assert kendall_w(np.array([[1.0, 2.5, 2.5]] * 2)) == 1  # ties that all share are agreement
+    assert math.isnan(kendall_w(np.array([[1.5, 1.5]] * 3)))
+    assert math.isnan(kendall_w(np.array([[1.0, 2.0]])))
+
+
+def test_sign_tests_by_hand() -> None:
+    duels = [Duel(str(k), "a", "b", 1.0) for k in range(6)] + [Duel("6", "b", "a", 0.5)]
+    found = sign_test(duels, "b", "a")
+    assert (found.rate, found.prompts) == (0.5 / 7, 7)
+    assert found.p == pytest.approx(2 / 64)  # six of six; the tie is left out
+    assert sign_test([], "a", "b").prompts == 0
+    assert win_rates(duels, ["a", "b"])["a"]["b"] == pytest.approx(6.5 / 7)
+
+
+def test_a_judge_of_positions_is_seen() -> None:
+    always_first = [Duel(str(k), *pair, 1.0, 1) for k in range(20) for pair in (("a", "b"), ("b", "a"))]
+    effect = position_effect(always_first)
+    assert effect.rate == 1 and effect.p < 1e-5
+    fair = [Duel(str(k), "a", "b", 1.0, slots) for k in range(20) for slots in (1, -1)]
+    assert position_effect(fair).rate == 0.5 and position_effect(fair).p == 1
+
+
+@pytest.mark.parametrize("prompts, rate", [(100, 0.645), (200, 0.602), (800, 0.55)])
+def test_what_so_many_prompts_can_show(prompts: int, rate: float) -> None:
+    assert detectable_rate(prompts) == pytest.approx(rate, abs=2e-3)
+    draws = np.random.default_rng(0).binomial(prompts, rate, 20_000)
+    from scipy import stats
+
+    found = np.mean([stats.binomtest(int(k), prompts).pvalue <= 0.05 for k in draws[:2000]])
+    assert found == pytest.approx(0.8, abs=0.03)
+    assert math.isnan(detectable_rate(5))
+
+
+# questions ------------------------------------------------------------------------------------------------------------
+
+
+def cases(count: int) -> list[Case]:
+    pictures = {name: (Path(f"{name}.png"), name * 2) for name in VARIANTS}
+    return [Case(f"id{k}", f"prompt {k}", 0, pictures) for k in range(count)]
+
+
+def test_pairs_come_in_both_orders_and_lists_in_every_order() -> None:
+    pairs = questions_of(cases(10), "pairwise", 1, 0, placebos=0)
+    assert len(pairs) == 60
+    assert {q.variants for q in pairs if q.prompt_id == "id3"} == set(itertools.permutations(VARIANTS, 2))
+    lists = questions_of(cases(200), "listwise", 3, 0, placebos=0)
+    assert len(lists) == 600
+    firsts = [q.variants[0] for q in lists]
+    assert all(150 < firsts.count(name) < 250 for name in VARIANTS)
+    assert lists == questions_of(cases(200), "listwise", 3, 0, placebos=0)
+    assert len(questions_of(cases(2), "pointwise", 3, 0)) == 18
+
+
+def test_a_share_of_placebos_shows_the_same_bytes_twice() -> None:
+    placebos = [q for q in questions_of(cases(1000), "pairwise", 1, 0) if q.placebo]
+    assert 30 < len(placebos) < 70
+    assert all(q.hashes[0] == q.hashes[1] for q in placebos)
+
+
+def test_a_missing_picture_leaves_its_variant_out() -> None:
+    case = Case("id", "a cat", 0, {"a": (Path("a.png"), "1"), "b": (Path("b.png"), "2")})
+    lonely = Case("id2", "a dog", 0, {"a": (Path("a.png"), "1")})
+    assert {q.prompt_id for q in questions_of([case, lonely], "listwise", 1, 0, placebos=0)} == {"id"}
+
+
+def question(mode: Mode, variants: tuple[str, ...], number: int = 0) -> Question:
+    return Question(mode, "p", "text", 0, number, variants, tuple(Path(v) for v in variants), variants)
+
+
+def test_a_verdict_that_flips_with_the_order_is_a_tie() -> None:
+    first = Opinion(ranks=(1.0, 2.0))
+    flipped = [(question("pairwise", ("a", "b")), first), (question("pairwise", ("b", "a")), first)]
+    assert [duel.points for duel in settled_duels(flipped)] == [0.5]
+    agreed = [flipped[0], (question("pairwise", ("b", "a")), Opinion(ranks=(2.0, 1.0)))]
+    assert [(duel.first, duel.points) for duel in settled_duels(agreed)] == [("a", 1.0)]
+    assert settled_duels(flipped[:1]) == []  # half a pair would carry the bias of its order
+    assert case_ranks(agreed, ["a", "b"]) == {"p": {0: {0: {"a": 1.0, "b": 2.0}}}}
+
+
+def test_ranks_of_lists_and_scores() -> None:
+    listed = [(question("listwise", ("c", "a", "b")), Opinion(ranks=(2.5, 1.0, 2.5)))]
+    assert case_ranks(listed, ["a", "b", "c"])["p"][0][0] == {"a": 1.0, "b": 2.5, "c": 2.5}
+    scored = [(question("pointwise", (name,)), Opinion(scores=(s,))) for name, s in (("a", 3.0), ("b", 7.0))]
+    assert case_ranks(scored, ["a", "b"])["p"][0][0] == {"a": 2.0, "b": 1.0}
+    assert case_ranks(scored[:1], ["a", "b"]) == {}
+
+
+# the command ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+
+@pytest.fixture
+def pictures() -> list[str]:
+    """Twelve prompts by three variants whose brightness is what a truthful judge goes by."""
+    prompts = [f"a cat number {k}" for k in range(12)]
+    Path("prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
+    rng = np.random.default_rng(0)
+    for name, light in (("bright", 200), ("dark", 50), ("middle", 120)):
+        Path(name).mkdir()
+        for k, prompt in enumerate(prompts):
+            texts = PngInfo()
+            texts.add_text("prompt", prompt)
+            texts.add_text("seed", "0")
+            texts.add_text("secret", f"made by {name}")
+            noise = rng.integers(-20, 20, (16, 16, 3))
+            Image.fromarray((light + noise).astype(np.uint8)).save(f"{name}/{k}.png", pnginfo=texts)
+    return [argument for name in VARIANTS for argument in ("--images", f"{name}={name}")] + [
+        "--prompts",
+        "prompts.jsonl",
+    ]
+
+
+def ranking(folder: str = "out", judge: str = "clip", mode: str = "pairwise") -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((Path(folder) / "ranks" / f"{judge}-{mode}" / "summary.json").read_text())
+    return found
+
+
+def mean_ranks(found: dict[str, Any], criterion: str = "alignment") -> dict[str, float]:
+    return {name: row["all"]["mean"] for name, row in found["results"][criterion]["mean_rank"].items()}
+
+
+@pytest.mark.parametrize("mode", ["pairwise", "listwise", "pointwise"])
+def test_an_offline_judge_gives_back_the_true_order(pictures: list[str], mode: str, capsys: Any) -> None:
+    command = ["gpt4v-rank", "out", *pictures, "--judge", "clip", "--judge-option", "reward=brightness", "--mode", mode]
+    assert run(command) == 0
+    found = ranking(mode=mode)
+    assert mean_ranks(found) == {"bright": 1, "middle": 2, "dark": 3}
+    result = found["results"]["alignment"]
+    assert result["wins"]["bright"]["dark"] == 1
+    assert all(test["p"] == pytest.approx(2 / 2**12) for test in result["tests"])
+    assert result["bradley_terry"]["bright"]["mean"] > result["bradley_terry"]["middle"]["mean"] > 0.0 - 1e-9
+    assert found["absent"] == ["aesthetic"]
+    assert "aesthetic: this judge does not know it" in capsys.readouterr().out
+    page = Path("out/report/index.html").read_text()
+    assert 'id="more-rank-clip' in page and "brightness: A" in page
+    assert Path(f"out/ranks/clip-{mode}/summary.csv").read_text().count("\n") == 4
+
+
+def test_a_second_criterion_is_shown_as_absent_and_never_copied(pictures: list[str]) -> None:
+    assert run(["gpt4v-rank", "out", *pictures, "--judge", "clip", "--judge-option", "reward=brightness"]) == 0
+    assert list(ranking()["results"]) == ["alignment"]
+
+
+def test_votes_of_people_are_a_judge(pictures: list[str]) -> None:
+    assert run(["gpt4v-rank", "out", *pictures, "--judge", "clip", "--judge-option", "reward=brightness"]) == 0
+    first = json.loads((Path("out/ranks/clip-pairwise/verdicts.jsonl").read_text()).splitlines()[0])
+    vote = {"prompt": first["prompt_id"], "seed": 0, "left": "dark", "right": "bright", "winner": "left"}
+    document = {"texforce_votes": 1, "data": ranking()["pictures"], "votes": [vote]}
+    Path("votes.json").write_text(json.dumps(document))
+    command = ["gpt4v-rank", "out", *pictures, "--judge", "votes", "--judge-option", "file=votes.json"]
+    assert run(command) == 3  # the other pairs have no votes
+    found = ranking(judge="votes")
+    assert found["results"]["preference"]["wins"]["dark"]["bright"] == 1
+    assert found["missing_by_variant"]["refused"]["middle"] == 48
+    Path("votes.json").write_text(json.dumps({**document, "data": "0" * 64}))
+    assert run(command) == 2
+
+
+def test_mistakes_are_told_in_a_sentence(pictures: list[str], capsys: Any) -> None:
+    for extra, words in (
+        (["--judge", "clop"], "did you mean 'clip'"),
+        ([], "no judge is given"),
+        (["--judge", "openai:gpt-4o"], "OPENAI_API_KEY"),
+        (["--judge", "openai:unheard-of"], "--price"),
+        (["--judge", "clip", "--seeds", "7"], "no prompt with two pictures"),
+        (["--judge", "clip", "--judge-option", "reward"], "KEY=VALUE"),
+        (["--judge", "clip", "--judge-option", "colour=red"], "colour"),
+        (["--judge", "votes", "--judge-option", "file=none.json"], "holds no votes"),
+        (["--judge", "clip", "--judge-option", "reward=jpeg-compressibility", "--mode", "pointwise"], "pointwise"),
+    ):
+        assert run(["gpt4v-rank", "out", *pictures, *extra]) == 2, extra
+        assert words in capsys.readouterr().err
+    assert run(["gpt4v-rank", "nowhere", "--judge", "clip"]) == 2
+
+
+def openai_command(pictures: list[str], server: JudgeServer, *extra: str) -> list[str]:
+    return ["gpt4v-rank", "out", *pictures, "--judge", "openai:judge", "--base-url", server.url, *extra]
+
+
+def test_a_server_gives_back_the_true_order_and_learns_no_names(pictures: list[str], monkeypatch: Any) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    forbidden = ["bright.png", "middle", "made by", "secret", str(Path.cwd()), "seed"]
+    with JudgeServer(forbidden=forbidden) as server:
+        assert run(openai_command(pictures, server, "--protocol", "paper")) == 0
+    assert server.faults == []
+    found = ranking(judge="openai-judge", mode="listwise")
+    assert mean_ranks(found, "aesthetic") == mean_ranks(found) == {"bright": 1, "middle": 2, "dark": 3}
+    assert found["results"]["alignment"]["agreement_of_rounds"] == 1
+    assert found["models"] == ["judge-2026"]
+    assert any("reconstruction" in sentence for sentence in found["warnings"])
+    written = b"".join(path.read_bytes() for path in Path("out").rglob("*") if path.is_file())
+    assert KEY.encode() not in written
+
+
+def test_a_judge_of_slots_gives_ties_and_is_called_biased(pictures: list[str], capsys: Any) -> None:
+    with JudgeServer("first") as server:
+        assert run(openai_command(pictures, server, "--placebos", "1")) == 0
+    found = ranking(judge="openai-judge")
+    assert set(mean_ranks(found).values()) == {2}
+    result = found["results"]["aesthetic"]
+    assert all(test["p_holm"] == 1 for test in result["tests"])
+    assert result["position"]["biased"] and result["position"]["first_shown_won"] == 1
+    assert result["flipped"] == 1
+    assert result["placebo"]["ties"] == 0
+    assert "the judge is biased" in capsys.readouterr().err
+
+
+def test_refusals_are_counted_by_variant_and_the_rest_is_ranked(pictures: list[str]) -> None:
+    with JudgeServer(lambda seen: "refusal" if seen.prompt.endswith(" 3") else "truthful") as server:
+        assert run(openai_command(pictures, server, "--placebos", "0")) == 3
+        asked = len(server.seen)
+        assert run(openai_command(pictures, server, "--placebos", "0")) == 3
+        assert len(server.seen) == asked
+    found = ranking(judge="openai-judge")
+    assert found["missing_by_variant"] == {"refused": {"bright": 4, "dark": 4, "middle": 4}}
+    assert found["results"]["aesthetic"]["prompts"] == 11
+
+
+def test_the_report_is_made_anew_without_a_server(pictures: list[str]) -> None:
+    with JudgeServer() as server:
+        assert run(openai_command(pictures, server)) == 0
+        asked = len(server.seen)
+    before = Path("out/ranks/openai-judge-pairwise/summary.json").read_bytes()
+    Path("out/ranks/openai-judge-pairwise/summary.json").unlink()
+    assert run([*openai_command(pictures, server), "--report-only"]) == 0
+    assert Path("out/ranks/openai-judge-pairwise/summary.json").read_bytes() == before
+    assert len(server.seen) == asked
+
+
+def test_a_dry_run_asks_nothing_and_tells_the_cost(pictures: list[str], capsys: Any) -> None:
+    with JudgeServer() as server:
+        extra = ["--dry-run", "--json", "--price", "2,8,1000", "--placebos", "0"]
+        assert run(openai_command(pictures, server, *extra)) == 0
+        assert server.seen == []
+    plan = json.loads(capsys.readouterr().out)["plan"]
+    assert (plan["questions"], plan["requests"], plan["pictures"]) == (72, 72, 144)
+    worst = (plan["text_tokens_at_most"] + 144_000) * 2 / 1e6 + plan["output_tokens_at_most"] * 8 / 1e6
+    assert plan["usd_at_most_without_repairs"] == pytest.approx(worst, abs=1e-4)
+    assert not Path("out/ranks/openai-judge-pairwise/judgments.jsonl").exists()
+
+
+def test_a_limit_in_dollars_stops_with_a_partial_report(pictures: list[str], capsys: Any) -> None:
+    with JudgeServer(usage=(600, 50)) as server:
+        extra = ["--price", "10,10,300", "--max-cost", "0.25", "--placebos", "0"]
+        assert run(openai_command(pictures, server, *extra)) == 3
+        spent = ranking(judge="openai-judge")["spent"]
+        assert 0 < spent["usd"] <= 0.25
+        assert spent["requests"] == len(server.seen) < 72
+    assert "$0.25 allowed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("after", [3, 20, 45])
+def test_a_killed_ranking_goes_on_to_the_same_summary(pictures: list[str], after: int) -> None:
+    with JudgeServer(lambda seen: "slow" if seen.number % 5 == 0 else "truthful") as server:
+        command = openai_command(pictures, server, "--workers", "4")
+        environment = {**os.environ, "OPENAI_API_KEY": KEY}
+        process = subprocess.Popen([sys.executable, "-m", "texforce_cli", *command], env=environment)
+        while len(server.seen) < after and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        journal = Path("out/ranks/openai-judge-pairwise/judgments.jsonl")
+        kept = journal.read_text().count("\n")
+        before = len(server.seen)
+        assert run(command) == 0
+        total = ranking(judge="openai-judge")["questions"]
+        assert len(server.seen) - before == total - kept  # nothing on the disk is asked again
+        assert before - kept <= 4  # at most what was in flight repeats
+        resumed = Path("out/ranks/openai-judge-pairwise/summary.json").read_bytes()
+        Path("out").rename("killed")
+        assert run(command) == 0
+    assert Path("out/ranks/openai-judge-pairwise/summary.json").read_bytes() == resumed
+    assert KEY not in journal.read_text() if journal.exists() else True

@@ -1,0 +1,241 @@
+"""Put all questions to a judge: each reply is on disk before it is used, and nothing on disk is asked again."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Literal
+
+from texforce_cli.errors import Interrupted, UsageError
+from texforce_cli.judging.answers import Unusable, Verdict, parse
+from texforce_cli.judging.budget import Budget, Exhausted, Metered
+from texforce_cli.judging.gate import Gate
+from texforce_cli.judging.journal import Entry, Journal, entry_of
+from texforce_cli.judging.judge import Busy, Failed, Hopeless, Judge, Repair, Reply
+from texforce_cli.judging.prices import Size
+from texforce_cli.judging.questions import Question
+
+MOST_FAILURES = 5
+"""So many questions in a row without an answer: something is broken, and asking on would only cost."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What asking came to, in questions; the same question twice counts once. `stopped` says why it ended early."""
+
+    asked: int
+    answered_before: int
+    stopped: str | None = None
+
+
+@dataclass(frozen=True)
+class Missing:
+    """No verdict: the judge refused, never answered in a usable form, or was not (or not often enough) asked."""
+
+    reason: Literal["refused", "unusable", "unanswered"]
+
+
+def verdicts(
+    identity: str, criteria: Sequence[str], questions: Sequence[Question], journal: Journal, repairs: int = 2
+) -> list[Verdict | Missing]:
+    """The verdict on each question, in their order, from the journal alone."""
+    found: list[Verdict | Missing] = []
+    for question in questions:
+        state = _state(journal.entries(question.key(identity)), question, criteria, repairs)
+        found.append(Missing("unanswered") if isinstance(state, tuple) else state)
+    return found
+
+
+def ask_all(
+    judge: Judge,
+    questions: Sequence[Question],
+    journal: Journal,
+    *,
+    budget: Budget,
+    workers: int,
+    repairs: int = 2,
+    retries: int = 6,
+    gate: Gate | None = None,
+    check: Callable[[], None] = lambda: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Outcome:
+    """Ask what the journal does not settle yet, with so many requests at once; `progress` gets questions done and all.
+
+    The first request goes alone, so that a wrong key costs one. What no request settles is asked again by the next run.
+
+    Raises:
+        Interrupted: `check` raised it; the replies on their way were awaited and kept.
+        TexforceError: the journal cannot be written.
+        UsageError: a limit in dollars, and a judge that cannot say how large a request is.
+    """
+    if budget.max_cost is not None and not isinstance(judge, Metered):
+        raise UsageError(
+            "this judge does not say how large its requests are, so that a limit in dollars cannot be kept",
+            "limit the requests instead",
+        )
+    distinct = {question.key(judge.identity): question for question in questions}
+    run = _Run(judge, journal, budget, gate or Gate(), repairs, retries, check)
+    todo = deque(pair for pair in distinct.items() if isinstance(run.state(*pair), tuple))
+    before = len(distinct) - len(todo)
+    progress(before, len(distinct))
+    with ThreadPoolExecutor(max(workers, 1)) as pool:
+        try:
+            _drive(run, pool, todo, max(workers, 1), lambda done: progress(before + done, len(distinct)))
+        finally:
+            run.stop.set()  # also where progress or Ctrl-C raised: no worker begins another request
+    if run.error is not None:
+        raise run.error
+    return Outcome(len(run.replied), before, run.stopped)
+
+
+def _drive(
+    run: _Run,
+    pool: ThreadPoolExecutor,
+    todo: deque[tuple[str, Question]],
+    workers: int,
+    progress: Callable[[int], None],
+) -> None:
+    """Keep the workers busy until all is asked or the run is to stop, then await those under way."""
+    running: set[Future[bool]] = set()
+    done = failures = 0
+    width = 1
+    while running or (todo and not run.stop.is_set()):
+        while todo and len(running) < width and not run.stop.is_set():
+            running.add(pool.submit(run.settle, *todo.popleft()))
+        finished, running = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
+        for future in finished:
+            width = workers
+            failures = 0 if future.result() else failures + 1
+            done += 1
+        if failures >= MOST_FAILURES and not run.stop.is_set():
+            run.end(f"{failures} questions in a row got no answer; the last: {run.last_failure}")
+        if finished:
+            progress(done)
+        run.look()
+
+
+class _Stopped(Exception):
+    """Another worker ended the run."""
+
+
+class _Run:
+    """What the workers share."""
+
+    def __init__(
+        self,
+        judge: Judge,
+        journal: Journal,
+        budget: Budget,
+        gate: Gate,
+        repairs: int,
+        retries: int,
+        check: Callable[[], None],
+    ) -> None:
+        self.judge, self.journal, self.budget, self.gate = judge, journal, budget, gate
+        self.repairs, self.retries = repairs, retries
+        self.stop = threading.Event()
+        self.stopped: str | None = None
+        self.error: BaseException | None = None
+        self.last_failure = ""
+        self.replied: set[str] = set()
+        self._asked_to_stop = check
+        self._lock = threading.Lock()
+
+    def state(self, key: str, question: Question) -> Verdict | Missing | tuple[Repair, ...]:
+        """What the journal says of a question."""
+        return _state(self.journal.entries(key), question, self.judge.criteria, self.repairs)
+
+    def settle(self, key: str, question: Question) -> bool:
+        """Ask until the journal holds a verdict or the attempts are used up; False where no answer came."""
+        try:
+            while isinstance(state := self.state(key, question), tuple):
+                reply = self._reply(question, state)
+                if reply is None:
+                    return False
+                attempt = max((entry.attempt for entry in self.journal.entries(key)), default=-1) + 1
+                self.journal.append(entry_of(key, attempt, question, reply))
+                with self._lock:
+                    self.replied.add(key)
+            return True
+        except _Stopped:
+            return True
+        except (Hopeless, Exhausted) as error:
+            self.end(str(error))
+        except BaseException as error:
+            self.end(str(error), error)
+        return True
+
+    def end(self, why: str, error: BaseException | None = None) -> None:
+        """Let nobody send another request; the first reason is the one that is told."""
+        with self._lock:
+            if not self.stop.is_set():
+                self.stopped, self.error = why, error
+                self.stop.set()
+
+    def look(self) -> None:
+        """See whether the user asked to stop."""
+        if not self.stop.is_set():
+            try:
+                self._asked_to_stop()
+            except Interrupted as error:
+                self.end(str(error), error)
+
+    def check(self) -> None:
+        """Raise where the run is to stop."""
+        self.look()
+        if self.stop.is_set():
+            raise _Stopped
+
+    def _reply(self, question: Question, repairs: tuple[Repair, ...]) -> Reply | None:
+        """The reply to one attempt, None where it failed for good."""
+        size = Size(0, len(question.files), 0)
+        if isinstance(self.judge, Metered):
+            size = self.judge.size(question, repairs)
+        failures = 0
+        while True:
+            try:
+                return self._once(question, repairs, size)
+            except Busy:
+                continue
+            except Failed as error:
+                failures += 1
+                if not error.retry or failures > self.retries:
+                    self.last_failure = str(error)
+                    return None
+            self.gate.pause(self.gate.backoff(failures - 1), self.check)
+
+    def _once(self, question: Question, repairs: tuple[Repair, ...], size: Size) -> Reply:
+        """One request, with its worst cost set aside."""
+        with self.budget.reserve(size, self.check) as reservation:
+            sent = self.gate.wait(self.check)
+            reservation.sent()
+            try:
+                reply = self.judge.ask(question, repairs)
+            except Busy as error:
+                self.gate.busy(sent, error.seconds)
+                raise
+            except Failed as error:
+                if error.charged:
+                    reservation.settle()
+                raise
+            self.gate.fine()
+            reservation.settle(reply.input_tokens, reply.output_tokens)
+            return reply
+
+
+def _state(
+    entries: Sequence[Entry], question: Question, criteria: Sequence[str], repairs: int
+) -> Verdict | Missing | tuple[Repair, ...]:
+    """A verdict, why there is none, or the failed attempts after which the judge may be asked (again)."""
+    failed: list[Repair] = []
+    for entry in entries:
+        if entry.refused:
+            return Missing("refused")
+        try:
+            return parse(entry.text, question, criteria)
+        except Unusable as error:
+            failed.append(Repair(entry.text, "it was cut off before its end" if entry.cut else str(error)))
+    return Missing("unusable") if len(failed) > repairs else tuple(failed)

@@ -1,0 +1,141 @@
+"""The judgments that were paid for: an append-only file, so that nothing on disk is ever asked again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from texforce_cli.files import write_error
+from texforce_cli.judging.judge import Reply
+from texforce_cli.judging.questions import Mode, Question
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One reply, as it came. `key` is `Question.key` of the judge that was asked; `attempt` counts from 0."""
+
+    key: str
+    attempt: int
+    mode: Mode
+    prompt_id: str
+    seed: int
+    round: int
+    variants: tuple[str, ...]
+    placebo: bool
+    text: str
+    model: str
+    input_tokens: int
+    output_tokens: int
+    refused: bool
+    cut: bool
+
+
+def entry_of(key: str, attempt: int, question: Question, reply: Reply) -> Entry:
+    """What is kept of a reply: neither paths nor pictures."""
+    return Entry(
+        key,
+        attempt,
+        question.mode,
+        question.prompt_id,
+        question.seed,
+        question.round,
+        question.variants,
+        question.placebo,
+        reply.text,
+        reply.model,
+        reply.input_tokens,
+        reply.output_tokens,
+        reply.refused,
+        reply.cut,
+    )
+
+
+class Journal:
+    """A file of entries, one JSON object a line. Lines that are no entries are passed over; a torn last line is dropped.
+
+    Opening changes nothing on disk: the torn line is cut off by the first `append`. `append` and `entries` may be called
+    from any thread; one process writes at a time.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._entries: dict[str, list[Entry]] = {}
+        self._lock = threading.Lock()
+        self._size = 0
+        """Bytes of whole lines; what stands behind them is torn."""
+        if not path.is_file():
+            return
+        data = path.read_bytes()
+        self._size = data.rfind(b"\n") + 1
+        for line in data[: self._size].split(b"\n"):
+            entry = _read(line)
+            if entry is not None:
+                self._entries.setdefault(entry.key, []).append(entry)
+
+    def entries(self, key: str) -> list[Entry]:
+        """All replies to one question, in the order of their attempts."""
+        with self._lock:
+            return sorted(self._entries.get(key, []), key=lambda entry: entry.attempt)
+
+    def append(self, entry: Entry) -> None:
+        """Keep a reply: it is on the disk when this returns.
+
+        Raises:
+            TexforceError: the disk is full or read-only.
+        """
+        line = json.dumps(dataclasses.asdict(entry)).encode("ascii") + b"\n"
+        with self._lock:
+            try:
+                self._write(line)
+            except OSError as error:
+                raise write_error(self.path, error) from error
+            self._entries.setdefault(entry.key, []).append(entry)
+
+    def _write(self, line: bytes) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("r+b" if self.path.exists() else "xb", buffering=0) as handle:
+            # half a line, of a run that was killed or of a disk that was full, must not run into this one
+            handle.truncate(self._size)
+            handle.seek(self._size)
+            written = 0
+            while written < len(line):
+                written += handle.write(line[written:])
+            os.fsync(handle.fileno())
+        self._size += len(line)
+
+
+_TYPES: dict[str, type] = {
+    "key": str,
+    "attempt": int,
+    "prompt_id": str,
+    "seed": int,
+    "round": int,
+    "placebo": bool,
+    "text": str,
+    "model": str,
+    "input_tokens": int,
+    "output_tokens": int,
+    "refused": bool,
+    "cut": bool,
+}
+
+
+def _read(line: bytes) -> Entry | None:
+    """The entry in a line, if it is one."""
+    try:
+        row: Any = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or any(type(row.get(name)) is not kind for name, kind in _TYPES.items()):
+        return None
+    variants = row.get("variants")
+    if row.get("mode") not in get_args(Mode) or not isinstance(variants, list):
+        return None
+    if not all(isinstance(name, str) for name in variants):
+        return None
+    return Entry(mode=row["mode"], variants=tuple(variants), **{name: row[name] for name in _TYPES})

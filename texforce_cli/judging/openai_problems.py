@@ -1,0 +1,88 @@
+"""What a server's refusal means for the questions to come: wait, try again, give this one up, or stop."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+from texforce_cli.judging.judge import Busy, Failed, Hopeless
+
+_REFUSALS = {"content_filter", "content_policy_violation"}
+_FORMAT = re.compile(r"response_format|json_schema|text\.format|structured.?output", re.IGNORECASE)
+
+
+def of_status(status: int, headers: Mapping[str, str], body: Any, said: str) -> Busy | Failed | Hopeless:
+    """The meaning of an HTTP status; `said` is the server's own sentence."""
+    if status in (401, 403):
+        return Hopeless(f"the judge does not let us in ({said})", "set OPENAI_API_KEY to a key that may use the model")
+    if status == 402 or (status == 429 and "insufficient_quota" in _codes(body)):
+        return Hopeless(f"the account has no credit left ({said})")
+    if status == 404:
+        return Hopeless(f"the judge has no such model or address ({said})", "check the model's name and --base-url")
+    if status in (429, 503, 529):
+        return Busy(f"the judge is busy ({said})", retry_after(headers, time.time()))
+    return Failed(f"the judge could not answer ({said})", retry=status >= 500 or status in (408, 409))
+
+
+def is_refusal(body: Any) -> bool:
+    """Whether an error is the judge's refusal to look at this."""
+    return bool(_codes(body) & _REFUSALS)
+
+
+def is_about_format(said: str, body: Any) -> bool:
+    """Whether an error says that the server knows no JSON schemas."""
+    return bool(_FORMAT.search(said) or any(_FORMAT.search(code) for code in _codes(body)))
+
+
+def of_connection(error: BaseException, timed_out: bool) -> Failed | Hopeless:
+    """The meaning of a request without an answer."""
+    import httpx2
+
+    chain = list(_causes(error))
+    if any("CERTIFICATE_VERIFY_FAILED" in str(one) for one in chain):
+        return Hopeless(
+            "the judge's certificate cannot be checked",
+            "install the system's CA certificates (package ca-certificates), or set SSL_CERT_FILE to a bundle of them",
+        )
+    unsent = any(isinstance(one, httpx2.ConnectError | httpx2.ConnectTimeout | httpx2.PoolTimeout) for one in chain)
+    what = "no answer in time" if timed_out else "the connection failed" if unsent else "the connection was cut"
+    return Failed(f"{what} ({type(chain[-1]).__name__})", charged=not unsent)
+
+
+def retry_after(headers: Mapping[str, str], now: float) -> float | None:
+    """The seconds that a server asks for: `retry-after-ms`, or `retry-after` as seconds or as a date."""
+    given = headers.get("retry-after-ms")
+    after = headers.get("retry-after", "")
+    readers: list[Callable[[], float]] = [
+        lambda: float(given or "") / 1000,
+        lambda: float(after),
+        lambda: parsedate_to_datetime(after).timestamp() - now,
+    ]
+    for read in readers:
+        try:
+            seconds = read()
+        except (ValueError, TypeError, OverflowError):
+            continue
+        if math.isfinite(seconds):
+            return max(seconds, 0.0)
+    return None
+
+
+def _codes(body: Any) -> set[str]:
+    """The words by which a server names an error."""
+    error = body.get("error", body) if isinstance(body, dict) else None
+    if not isinstance(error, dict):
+        return set()
+    return {str(error[name]) for name in ("code", "type", "param") if error.get(name)}
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__

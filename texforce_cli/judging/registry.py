@@ -1,0 +1,100 @@
+"""Which judges there are: built-ins and plugins, through one door; each is imported only when asked for."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from texforce_cli import __version__
+from texforce_cli.errors import TexforceError, UsageError
+from texforce_cli.judging.judge import Judge
+from texforce_cli.rewards import worker
+from texforce_cli.rewards.hookspecs import API_VERSION, hookimpl
+from texforce_cli.rewards.registry import JUDGES, plugin_calls, plugin_manager, plugins
+
+_HERE = "texforce_cli.judging"
+
+
+@dataclass(frozen=True)
+class JudgeInfo:
+    """A registered judge that has not been imported yet."""
+
+    name: str
+    factory: str
+    origin: str
+    version: str
+    summary: str = ""
+
+    def create(self, options: Mapping[str, str]) -> Judge:
+        """Make it with `options`, each converted to the type of its annotation.
+
+        Raises:
+            UsageError: an option that it does not have, or a value of the wrong type.
+            TexforceError: it cannot be imported or refuses to be made.
+        """
+        try:
+            factory = worker.load(self.factory)
+            arguments = worker.typed_options(factory, options)
+            judge: Judge = factory(**arguments)
+        except TexforceError:
+            raise
+        except ValueError as error:
+            raise UsageError(f"judge '{self.name}': {error}", "correct --judge-option") from error
+        except Exception as error:  # the plugin boundary
+            raise TexforceError(
+                f"judge '{self.name}' ({self.origin}) could not start: {worker.describe(error)}", "check its options"
+            ) from error
+        return judge
+
+
+class _BuiltIn:
+    @hookimpl
+    def texforce_register_judges(self, register: Callable[..., None]) -> None:
+        """The judges that come with texforce."""
+        register("clip", f"{_HERE}.offline:ClipJudge", summary="tiny-judge, or any reward: offline", api_version=1)
+        register("votes", f"{_HERE}.offline:VotesJudge", summary="what people chose on the page", api_version=1)
+        register("openai", f"{_HERE}.openai_judge:OpenAIJudge", summary="any OpenAI-compatible server", api_version=1)
+
+
+def load_judges() -> tuple[dict[str, JudgeInfo], dict[str, str]]:
+    """Name -> judge; and the plugins that failed, with the reason."""
+    manager, judges, broken = plugin_manager(), dict[str, JudgeInfo](), dict[str, str]()
+    _add(judges, plugin_calls(manager, _BuiltIn(), "texforce", JUDGES), "texforce", __version__)
+    for plugin in plugins():
+        try:
+            _add(
+                judges, plugin_calls(manager, plugin.entry.load(), plugin.origin, JUDGES), plugin.origin, plugin.version
+            )
+        except (Exception, SystemExit) as error:  # one broken plugin must not take the others with it
+            broken[plugin.origin] = worker.describe(error)
+    return judges, broken
+
+
+def find_judge(name: str) -> JudgeInfo:
+    """The judge of that name.
+
+    Raises:
+        UsageError: there is none; the sentence names the nearest, and plugins that failed to load.
+    """
+    judges, broken = load_judges()
+    if name in judges:
+        return judges[name]
+    close = difflib.get_close_matches(name, judges, n=1)
+    hint = (f"did you mean '{close[0]}'? " if close else "") + f"Judges: openai:MODEL, {', '.join(sorted(judges))}"
+    if broken:
+        hint += ". Not loaded: " + "; ".join(f"{origin} ({why})" for origin, why in broken.items())
+    raise UsageError(f"unknown judge '{name}'", hint)
+
+
+def _add(judges: dict[str, JudgeInfo], calls: list[dict[str, Any]], origin: str, version: str) -> None:
+    for call in calls:
+        name, factory = call.get("name"), call.get("factory")
+        if not (isinstance(name, str) and name and not set(name) & set(":=/ \n") and isinstance(factory, str)):
+            raise ValueError(f"it registers the judge {name!r} with the factory {factory!r}")
+        if call.get("api_version") != API_VERSION:
+            raise ValueError(f"judge '{name}' wants API version {call.get('api_version')}, this is {API_VERSION}")
+        if name in judges:
+            raise ValueError(f"judge '{name}' is registered by both '{judges[name].origin}' and '{origin}'")
+        judges[name] = JudgeInfo(name, factory, origin, version, str(call.get("summary", "")))

@@ -1,0 +1,68 @@
+"""The page's tab of a ranking: who is better by what a judge said, how far to trust it, and its verdicts with reasons."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from texforce_cli.report.page import Tab, shown, template
+
+_MOST = 300
+"""Verdicts that the page shows; all of them are in verdicts.jsonl."""
+
+
+def ranking_tabs(folder: Path) -> tuple[Tab, ...]:
+    """A tab for each ranking in `folder`/ranks, in order of name; what cannot be read is passed over."""
+    tabs = []
+    for path in sorted(folder.glob("ranks/*/summary.json")):
+        try:
+            summary = json.loads(path.read_text(encoding="utf-8"))
+            lines = (path.parent / "verdicts.jsonl").read_text(encoding="utf-8").splitlines()
+            verdicts = [json.loads(line) for line in lines]
+            tab_id = "rank-" + re.sub("[^a-z0-9]+", "-", path.parent.name.lower()).strip("-")
+            _html(summary, verdicts, {})  # a summary of another version does not break the page
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError):
+            continue
+        tabs.append(Tab(tab_id, f"Judge {summary['judge']}", functools.partial(_html, summary, verdicts)))
+    return tuple(tabs)
+
+
+def _html(summary: Mapping[str, Any], verdicts: list[dict[str, Any]], pictures: Mapping[str, str]) -> str:
+    """`pictures`: SHA-256 -> address of the picture's thumbnail."""
+    usable = [row for row in verdicts if "criterion" in row and not row["placebo"]]
+    return template("ranking.html").render(
+        summary=summary,
+        results=[(name, summary["results"][name]) for name in summary["criteria"]],
+        verdicts=[_verdict(row, pictures) for row in usable[:_MOST]],
+        more=max(0, len(usable) - _MOST),
+        number=_number,
+        shown=shown,
+    )
+
+
+def _verdict(row: Mapping[str, Any], pictures: Mapping[str, str]) -> dict[str, Any]:
+    order = range(len(row["shown"]))
+    values = row.get("ranks") or row.get("scores") or []
+    ranked = sorted(order, key=lambda slot: values[slot]) if row.get("ranks") else list(order)
+    return {
+        **row,
+        "pictures": [
+            {
+                "name": row["shown"][slot],
+                "label": chr(ord("A") + slot),
+                "value": values[slot],
+                "src": pictures.get(row["hashes"][slot], ""),
+            }
+            for slot in ranked
+        ],
+    }
+
+
+def _number(value: float | None, decimals: int = 2, percent: bool = False) -> str:
+    if value is None:
+        return "–"
+    return f"{100 * value:.0f} %" if percent else f"{value:.{decimals}f}".replace("-", "\u2212")

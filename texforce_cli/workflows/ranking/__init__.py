@@ -1,0 +1,1 @@
+"""What `texforce gpt4v-rank` does: questions, judgments, ranking."""

@@ -1,0 +1,370 @@
+"""The order of a ranking: pictures, questions, judgments, statistics, report."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from texforce_cli.errors import UsageError
+from texforce_cli.files import write_json, write_text
+from texforce_cli.judging.answers import Verdict
+from texforce_cli.judging.asking import Missing, Outcome, ask_all, verdicts
+from texforce_cli.judging.budget import Budget, Metered
+from texforce_cli.judging.journal import Journal
+from texforce_cli.judging.judge import AESTHETIC, ALIGNMENT, Judge
+from texforce_cli.judging.prices import Price, parse_price, price_of
+from texforce_cli.judging.questions import MOST_VARIANTS, Case, Mode, Question, questions_of
+from texforce_cli.judging.registry import find_judge
+from texforce_cli.workflows.events import Listener, Progressed, Warned, silent
+from texforce_cli.workflows.ranking.summary import adjust, rank, warnings
+from texforce_cli.workflows.stopping import StopRequest
+
+if TYPE_CHECKING:
+    from texforce_cli.workflows.evaluation.run import EvalRequest
+
+RANKS = "ranks"
+_ROUNDS: dict[Mode, int] = {"pairwise": 1, "listwise": 3, "pointwise": 3}
+_REPAIRS = 2
+
+
+@dataclass(frozen=True)
+class RankRequest:
+    """Which pictures to show to which judge, how often, and what it may cost.
+
+    `evaluation` is a folder of `texforce eval`; else `images` (`NAME=DIR`) and `prompts`, and the folder is made. `seeds`
+    () is the first seed of the evaluation. `protocol` paper: listwise, three rounds (a reconstruction of sec. 3.5).
+    """
+
+    evaluation: Path
+    judge: str
+    judge_options: Mapping[str, str]
+    images: tuple[str, ...] = ()
+    prompts: str = ""
+    seeds: tuple[int, ...] = ()
+    protocol: Literal["", "paper"] = ""
+    mode: Mode | None = None
+    rounds: int | None = None
+    seed: int = 0
+    placebos: float = 0.05
+    base_url: str | None = None
+    api: str | None = None
+    max_output_tokens: int | None = None
+    price: str | None = None
+    max_cost: float | None = None
+    max_requests: int | None = None
+    workers: int = 8
+    report_only: bool = False
+    single_file: bool = False
+
+
+@dataclass(frozen=True)
+class RankResult:
+    """The ranking as plain values, its folder, and the page."""
+
+    folder: Path
+    summary: Mapping[str, Any]
+    page: Path | None
+    stopped: str | None
+
+
+@dataclass(frozen=True)
+class _Work:
+    """All that is decided before anything is asked."""
+
+    request: RankRequest
+    evaluation: EvalRequest
+    judge: Judge
+    variants: tuple[str, ...]
+    mode: Mode
+    rounds: int
+    questions: tuple[Question, ...]
+    folder: Path
+    data: str
+    missing: tuple[str, ...]
+
+
+def rank_pictures(request: RankRequest, listener: Listener = silent) -> RankResult:
+    """Ask what is not answered yet, then rank; a second call asks nothing that is on the disk.
+
+    Raises:
+        UsageError: no pictures, an unknown judge, a mode that it has not, an unknown price.
+        TexforceError: a judge that refuses to work at all, a folder that cannot be written.
+        Interrupted: asked to stop; every answer is kept.
+    """
+    from texforce_cli.workflows.evaluation.run import evaluate
+
+    stop = StopRequest()
+    with stop.listening():
+        work = _prepare(request)
+        try:
+            for sentence in work.missing[:5]:
+                listener(Warned(sentence))
+            journal = Journal(work.folder / "judgments.jsonl")
+            write_json(work.folder / "rank.json", _record(work))
+            outcome = Outcome(0, 0, None)
+            if not request.report_only:
+                outcome = ask_all(
+                    work.judge,
+                    work.questions,
+                    journal,
+                    budget=Budget(request.max_cost, request.max_requests, _price(request)),
+                    workers=request.workers,
+                    repairs=_REPAIRS,
+                    check=stop.check,
+                    progress=lambda done, total: listener(Progressed("judging", done, total)),
+                )
+            summary = _summary(work, journal)
+        finally:
+            close = getattr(work.judge, "close", None)
+            if close:
+                close()
+        _write(work.folder, summary, _verdict_rows(work, journal))
+        page = evaluate(replace(work.evaluation, stage="report", single_file=request.single_file), listener).page
+    for sentence in getattr(work.judge, "notes", []):
+        listener(Warned(sentence))
+    return RankResult(work.folder, summary, page, outcome.stopped)
+
+
+def plan_ranking(request: RankRequest) -> dict[str, Any]:
+    """What would be asked, and what it may cost at most; nothing is asked.
+
+    Raises:
+        UsageError: as `rank_pictures`.
+    """
+    work = _prepare(request)
+    journal = Journal(work.folder / "judgments.jsonl")
+    todo = list(dict.fromkeys(question for question, found in _found(work, journal) if found == Missing("unanswered")))
+    plan: dict[str, Any] = {
+        "judge": request.judge,
+        "criteria": list(work.judge.criteria),
+        "mode": work.mode,
+        "rounds": work.rounds,
+        "variants": list(work.variants),
+        "prompts": len({question.prompt_id for question in work.questions}),
+        "questions": len(work.questions),
+        "answered": len(work.questions) - len(todo),
+        "requests": len(todo),
+        "requests_with_repairs": len(todo) * (1 + _REPAIRS),
+    }
+    if isinstance(work.judge, Metered):
+        sizes = [work.judge.size(question, ()) for question in todo]
+        plan["text_tokens_at_most"] = sum(size.text_bytes for size in sizes)
+        plan["pictures"] = sum(size.pictures for size in sizes)
+        plan["output_tokens_at_most"] = sum(size.output_tokens for size in sizes)
+        price = _price(request)
+        if price:
+            budget = Budget(price=price)
+            plan["usd_at_most_without_repairs"] = round(float(sum(budget.worst(size) for size in sizes)), 4)
+    return plan
+
+
+def _found(work: _Work, journal: Journal) -> list[tuple[Question, Verdict | Missing]]:
+    known = verdicts(work.judge.identity, work.judge.criteria, work.questions, journal, _REPAIRS)
+    return list(zip(work.questions, known))
+
+
+def _prepare(request: RankRequest) -> _Work:
+    from texforce_cli.report.page import pictures_hash
+    from texforce_cli.workflows.evaluation.run import pictures_of
+
+    evaluation = _evaluation(request)
+    shown = pictures_of(evaluation)
+    variants = tuple(shown.found)
+    if len(variants) < 2:
+        raise UsageError(f"'{evaluation.out}' has one variant", "a ranking needs two")
+    if len(variants) > MOST_VARIANTS:
+        raise UsageError(f"there are {len(variants)} variants", f"at most {MOST_VARIANTS} can be labelled by letters")
+    seeds = request.seeds or evaluation.seeds[:1]
+    unknown = sorted(set(seeds) - set(evaluation.seeds))
+    if unknown:
+        raise UsageError(
+            f"the evaluation has no seed {unknown[0]}", f"its seeds: {', '.join(map(str, evaluation.seeds))}"
+        )
+    cases = [
+        Case(
+            item.prompt_id, item.text, item.seed, {v: shown.found[v][item] for v in variants if item in shown.found[v]}
+        )
+        for item in shown.items
+        if item.seed in seeds
+    ]
+    judge, data = _judge(request), pictures_hash(shown.page)
+    prepare = getattr(judge, "prepare", None)
+    if prepare:
+        prepare(cases, data)
+    mode: Mode = request.mode or ("listwise" if request.protocol == "paper" else judge.modes[0])
+    if mode not in judge.modes:
+        raise UsageError(f"the judge '{request.judge}' cannot be asked {mode}", f"its modes: {', '.join(judge.modes)}")
+    rounds = request.rounds or _ROUNDS[mode]
+    questions = questions_of(cases, mode, rounds, request.seed, request.placebos)
+    if not questions:
+        hint = (
+            "check that the folders tell of these prompts and seeds" if request.images else "draw them: texforce eval"
+        )
+        raise UsageError(f"'{evaluation.out}' has no prompt with two pictures", hint)
+    name = re.sub(r"[^A-Za-z0-9.-]+", "-", request.judge).strip("-.")[:60] or "judge"
+    folder = evaluation.out / RANKS / f"{name}-{mode}"
+    return _Work(
+        request, evaluation, judge, variants, mode, rounds, tuple(questions), folder, data, tuple(shown.missing)
+    )
+
+
+def _evaluation(request: RankRequest) -> EvalRequest:
+    """The evaluation that the pictures belong to: one that is there, or one of folders of pictures."""
+    from texforce_cli.workflows.evaluation.run import EvalRequest, gather_variants, recalled
+
+    if not request.images:
+        return recalled(EvalRequest(request.evaluation))
+    if not request.prompts:
+        raise UsageError("--images needs prompts", "add --prompts FILE or SET")
+    variants = gather_variants([], None, request.images)
+    return EvalRequest(
+        request.evaluation, variants=variants, prompts=request.prompts, seeds=request.seeds or (0,), recorded=False
+    )
+
+
+def _judge(request: RankRequest) -> Judge:
+    name, _, model = request.judge.partition(":")
+    options = dict(request.judge_options)
+    if model:
+        options["model"] = model
+    for key in ("base_url", "api", "max_output_tokens"):
+        value = getattr(request, key)
+        if value is not None:
+            options[key] = str(value)
+    return find_judge(name).create(options)
+
+
+def _price(request: RankRequest) -> Price | None:
+    """The price of what is asked for; only judges that are paid have one."""
+    name, _, model = request.judge.partition(":")
+    given = parse_price(request.price) if request.price else None
+    if name != "openai":
+        return given
+    price = price_of(model, given)
+    if price is None and (request.max_cost is not None or request.base_url is None):
+        raise UsageError(
+            f"the price of '{model}' is not known",
+            "give it: --price IN,OUT in USD for a million tokens; 0,0 where it is free",
+        )
+    return price
+
+
+def _record(work: _Work) -> dict[str, Any]:
+    from texforce_cli.workflows.run_folder import versions
+
+    request = {key: value for key, value in asdict(work.request).items() if key not in ("evaluation", "images")}
+    return {
+        "request": {**request, "judge_options": dict(work.request.judge_options)},
+        "judge": json.loads(work.judge.identity),
+        "pictures": work.data,
+        "questions": len(work.questions),
+        "versions": versions(),
+    }
+
+
+def _summary(work: _Work, journal: Journal) -> dict[str, Any]:
+    judge = work.judge
+    found = _found(work, journal)
+    keys = list(dict.fromkeys(question.key(judge.identity) for question in work.questions))
+    entries = [entry for key in keys for entry in journal.entries(key)]
+    results: dict[str, dict[str, Any]] = {}
+    for criterion in judge.criteria:
+        opinions = [(question, one[criterion]) for question, one in found if not isinstance(one, Missing)]
+        results[criterion] = rank(opinions, work.variants, work.rounds)
+    adjust(results)
+    lacks: dict[str, dict[str, int]] = {}
+    for question, one in found:
+        if isinstance(one, Missing):
+            by_variant = lacks.setdefault(one.reason, dict.fromkeys(work.variants, 0))
+            for name in set(question.variants):
+                by_variant[name] += 1
+    spent: dict[str, Any] = {
+        "requests": len(entries),
+        "input_tokens": sum(entry.input_tokens for entry in entries),
+        "output_tokens": sum(entry.output_tokens for entry in entries),
+    }
+    price = _price(work.request) if spent["input_tokens"] else None
+    if price:
+        spent["usd"] = round(float(Budget(price=price).cost(spent["input_tokens"], spent["output_tokens"])), 6)
+    answered = sum(not isinstance(one, Missing) for _, one in found)
+    said = warnings(results)
+    if work.request.protocol == "paper":
+        said.append("the protocol is a reconstruction: the paper's prompt, order and scale were never published")
+    return cast(
+        "dict[str, Any]",
+        _finite(
+            {
+                "texforce_rank": 1,
+                "judge": work.request.judge,
+                "identity": json.loads(judge.identity),
+                "models": sorted({entry.model for entry in entries if entry.model}),
+                "mode": work.mode,
+                "protocol": work.request.protocol,
+                "rounds": work.rounds,
+                "seed": work.request.seed,
+                "pictures": work.data,
+                "variants": list(work.variants),
+                "criteria": list(judge.criteria),
+                "absent": [name for name in (AESTHETIC, ALIGNMENT) if name not in judge.criteria],
+                "questions": len(work.questions),
+                "answered": answered,
+                "missing_by_variant": dict(sorted(lacks.items())),
+                "spent": spent,
+                "results": results,
+                "warnings": said,
+            }
+        ),
+    )
+
+
+def _verdict_rows(work: _Work, journal: Journal) -> list[dict[str, Any]]:
+    """Every verdict with its reason, for the table and the page."""
+    rows = []
+    for question, found in _found(work, journal):
+        about = {
+            "prompt_id": question.prompt_id,
+            "prompt": question.prompt,
+            "seed": question.seed,
+            "round": question.round,
+            "shown": list(question.variants),
+            "hashes": list(question.hashes),
+            "placebo": question.placebo,
+        }
+        if isinstance(found, Missing):
+            rows.append({**about, "missing": found.reason})
+            continue
+        for criterion, opinion in found.items():
+            rows.append({**about, "criterion": criterion, **{k: v for k, v in asdict(opinion).items() if v}})
+    return rows
+
+
+def _write(folder: Path, summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
+    write_json(folder / "summary.json", dict(summary))
+    write_text(folder / "verdicts.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["criterion", "variant", "mean_rank", "low", "high", "strength", "strength_low", "strength_high"])
+    for criterion, result in summary["results"].items():
+        for name in summary["variants"]:
+            mean, strength = result["mean_rank"][name]["all"] or {}, result["bradley_terry"][name]
+            cells = [*(mean.get(key) for key in ("mean", "low", "high")), *strength.values()]
+            writer.writerow([criterion, name, *("" if cell is None else cell for cell in cells)])
+    write_text(folder / "summary.csv", text.getvalue())
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no infinity: null instead."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
