@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from texforce_cli.algorithms.ddpo import DDPO, DDPOSettings
-from texforce_cli.algorithms.optimisation import Optimisation, OptimiserSettings, learning_rate_factor
+from texforce_cli.algorithms.optimisation import MOST_LOST, Optimisation, OptimiserSettings, learning_rate_factor
 from texforce_cli.algorithms.reference import PlainDDPO
 from texforce_cli.core.statistics import paired_interval
 from texforce_cli.core.train_steps import TrainSteps
@@ -256,7 +257,7 @@ def test_an_overflow_of_fp16_halves_the_scale_and_leaves_the_update_out() -> Non
     optimisation.backward(parameter.sum() * 0.5)
     assert parameter.grad is not None and parameter.grad.item() == 2.0
     parameter.grad.fill_(float("inf"))
-    assert optimisation.step() == 0.0
+    assert math.isnan(optimisation.step())
     assert parameter.item() == 1.0 and optimisation.loss_scale == 2.0 and optimisation.updates == 0
     optimisation.backward(parameter.sum() * 0.5)
     assert optimisation.step() == pytest.approx(0.5)
@@ -274,13 +275,41 @@ def test_the_kl_term_is_zero_at_the_base_and_holds_the_weights_back(pipeline: An
     assert report.reference_kl is not None and report.reference_kl > 0
 
 
-def test_a_gradient_that_is_not_finite_leaves_the_weights_alone() -> None:
+def test_a_gradient_that_is_not_finite_is_passed_over_and_five_in_a_row_end_the_run() -> None:
     parameter = torch.nn.Parameter(torch.ones(3))
     optimisation = Optimisation([parameter], OptimiserSettings(0.1, 10))
-    parameter.grad = torch.tensor([1.0, float("nan"), 0.0])
-    with pytest.raises(TexforceError, match="not finite"):
-        optimisation.step()
-    assert parameter.tolist() == [1.0, 1.0, 1.0]
+
+    def step(value: float) -> float:
+        parameter.grad = torch.tensor([1.0, value, 0.0])
+        return optimisation.step()
+
+    for _ in range(MOST_LOST - 1):
+        assert math.isnan(step(math.nan))
+    assert parameter.tolist() == [1.0, 1.0, 1.0] and optimisation.updates == 0
+    assert math.isfinite(step(1.0))  # begins to count anew
+    moved = parameter.tolist()
+    for _ in range(MOST_LOST - 1):
+        step(math.inf)
+    with pytest.raises(TexforceError, match="5 gradients in a row were not finite"):
+        step(math.nan)
+    assert parameter.tolist() == moved
+
+
+def test_an_epoch_counts_the_updates_that_it_passed_over(pipeline: Any) -> None:
+    algorithm = make(pipeline, update_batch=4)
+    real, calls = algorithm.optimisation.step, []
+
+    def poisoned() -> float:
+        calls.append(1)
+        if len(calls) == 2:
+            algorithm.optimisation.parameters[0].grad.fill_(math.nan)  # type: ignore[union-attr]
+        return real()
+
+    algorithm.optimisation.step = poisoned  # type: ignore[method-assign]
+    report = algorithm.run_epoch(0)
+    assert report.skipped_updates == 1 and len(calls) > 2
+    assert math.isfinite(report.grad_norm) and math.isfinite(report.approx_kl)
+    assert any("passed over" in text for text in report.warnings)
 
 
 def test_the_learning_rate_by_hand() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -57,3 +59,20 @@ def test_where_things_are_kept(tmp_path: Path, monkeypatch: Any) -> None:
     assert files.user_folder("cache") == tmp_path / "cache"
     monkeypatch.delenv("TEXFORCE_HOME")
     assert "texforce" in str(files.user_folder("data"))
+
+
+def test_a_folder_is_held_by_one_process_alone(tmp_path: Path) -> None:
+    program = (
+        "import sys, time; from pathlib import Path; from texforce_cli.files import held\n"
+        "with held(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        with pytest.raises(TexforceError, match="another process works in"), files.held(tmp_path):
+            pass
+    finally:
+        other.kill()
+        other.wait()
+    with files.held(tmp_path):  # the lock ends with its process, even a killed one
+        pass

@@ -447,3 +447,16 @@ def test_a_broken_plugin_is_imported_once_and_named_once(
     assert run(["train", "--resume", "a"]) == 0
     assert len(loads) == 2  # once a command
     assert capsys.readouterr().err.count("plugin 'moon-rewards' could not be loaded") == 2
+
+
+def test_two_runs_do_not_share_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    from texforce_cli.files import held
+
+    train("--out", "a", epochs=1)
+    before = Path("a/run.json").read_bytes()
+    with held(Path("a")):
+        program = [sys.executable, "-m", "texforce_cli", "train", "--resume", "a"]
+        other = subprocess.run(program, capture_output=True, text=True)
+    assert other.returncode == 1
+    assert "another process works in 'a'" in other.stderr and "Traceback" not in other.stderr
+    assert Path("a/run.json").read_bytes() == before

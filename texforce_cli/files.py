@@ -18,6 +18,31 @@ from texforce_cli.errors import TexforceError
 
 
 @contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process alone while the block runs, by a lock that ends with the process.
+
+    Raises:
+        TexforceError: another process works in it, or it cannot be written.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / ".lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise TexforceError(f"another process works in '{folder}'", "wait until it has ended, or stop it") from error
+    except NotImplementedError:  # a file system without locks
+        pass
+    except OSError as error:
+        raise write_error(folder / ".lock", error) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`, flushed and renamed over it when the block ends, removed when it fails.
 

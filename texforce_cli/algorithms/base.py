@@ -43,6 +43,8 @@ class EpochReport:
     reference_kl: float | None = None
     flat: bool = False
     """The rewards did not vary: nothing could be learnt."""
+    skipped_updates: int = 0
+    """Updates whose gradient was not finite: they changed nothing."""
     counts: Mapping[str, int] = field(default_factory=dict)
     """What the rewards count, since the run was started: pictures without a face, say."""
     warnings: tuple[str, ...] = field(default_factory=tuple)

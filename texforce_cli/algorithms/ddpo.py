@@ -6,6 +6,7 @@ from sampling, a KL term to the base, a learning rate steered by approx_kl.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -134,6 +135,8 @@ class DDPO:
         learning_rate = self.optimisation.learning_rate
         with self._timed("training"):
             updates = [] if flat else list(self._learn(epoch, rollouts, advantages))
+        skipped = sum(not math.isfinite(update.grad_norm) for update in updates)
+        updates = [update for update in updates if math.isfinite(update.grad_norm)]
         diagnostics = [update.diagnostics for update in updates]
         report = EpochReport(
             epoch=epoch,
@@ -154,8 +157,9 @@ class DDPO:
             if updates and self.settings.kl_weight
             else None,
             flat=flat,
+            skipped_updates=skipped,
             counts=self.rewards.counts(),
-            warnings=(*self.rewards.warnings(), *self._warnings(flat, prompts, diagnostics)),
+            warnings=(*self.rewards.warnings(), *self._warnings(flat, skipped, prompts, diagnostics)),
         )
         if self.settings.kl_target and updates:
             self.optimisation.base_rate = steered_learning_rate(
@@ -315,7 +319,11 @@ class DDPO:
 
     # bookkeeping
 
-    def _warnings(self, flat: bool, prompts: Sequence[str], diagnostics: Sequence[Diagnostics]) -> Iterator[str]:
+    def _warnings(
+        self, flat: bool, skipped: int, prompts: Sequence[str], diagnostics: Sequence[Diagnostics]
+    ) -> Iterator[str]:
+        if skipped:
+            yield f"{skipped} updates were passed over: their gradient was not finite"
         if flat:
             among = " among the images of a prompt" if self.settings.advantages == "group" else ""
             yield f"the rewards of this epoch did not vary{among}: nothing could be learnt from it"

@@ -44,6 +44,10 @@ def learning_rate_factor(step: int, updates: int, warmup: float, schedule: LRSch
     return 1 - progress if schedule == "linear" else 1.0
 
 
+MOST_LOST = 5
+"""So many gradients in a row that are not finite end a run."""
+
+
 class Optimisation:
     """The optimiser of a run over `parameters`; `step()` uses the gradients that have been gathered."""
 
@@ -53,6 +57,7 @@ class Optimisation:
         self.base_rate = settings.learning_rate
         self.loss_scale = settings.loss_scale
         self.updates = 0
+        self._lost = 0
         self._adam = torch.optim.AdamW(
             self.parameters, lr=settings.learning_rate, betas=(0.9, 0.999), weight_decay=settings.weight_decay
         )
@@ -71,10 +76,11 @@ class Optimisation:
     def step(self) -> float:
         """Update the weights and forget the gradients; returns the norm of the gradient before clipping.
 
-        An overflow of fp16 leaves the weights as they are and gives a norm of 0.
+        A gradient that is not finite is passed over: the weights stay as they are and the norm is nan. After an overflow
+        of fp16 the loss is scaled by half from then on.
 
         Raises:
-            TexforceError: a gradient is not finite at any scale; the weights are unchanged.
+            TexforceError: so many gradients in a row were not finite; the weights are those of the last one that was.
         """
         if self.loss_scale != 1:
             for parameter in self.parameters:
@@ -85,8 +91,14 @@ class Optimisation:
             self._adam.zero_grad()
             if self.loss_scale > 1:
                 self.loss_scale /= 2
-                return 0.0
-            raise TexforceError("the gradient is not finite", "use --precision fp32 or bf16, or a lower --lr")
+                return math.nan
+            self._lost += 1
+            if self._lost >= MOST_LOST:
+                raise TexforceError(
+                    f"{MOST_LOST} gradients in a row were not finite", "use --precision fp32 or bf16, or a lower --lr"
+                )
+            return math.nan
+        self._lost = 0
         for group in self._adam.param_groups:
             group["lr"] = self.learning_rate
         self._adam.step()

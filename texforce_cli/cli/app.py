@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from texforce_cli.cli import demo, evaluate, fuse, rank, rewards, sample, train
+from texforce_cli.cli import demo, doctor, evaluate, fuse, rank, rewards, sample, train
 from texforce_cli.cli.console import show_error
 from texforce_cli.errors import TexforceError
 
@@ -26,6 +26,7 @@ app.command("eval", epilog=evaluate.EXAMPLE)(evaluate.evaluate)
 app.command("gpt4v-rank", epilog=rank.EXAMPLE)(rank.rank)
 app.command(epilog=fuse.EXAMPLE)(fuse.fuse)
 app.command(epilog=demo.EXAMPLE)(demo.demo)
+app.command(epilog=doctor.EXAMPLE)(doctor.doctor)
 app.add_typer(rewards.app, name="rewards")
 
 

@@ -12,7 +12,7 @@ from texforce_cli.config import TrainConfig, differences, given
 from texforce_cli.devices import resolve_device
 from texforce_cli.diffusion.models import fingerprint, resolve_model
 from texforce_cli.errors import TexforceError, UsageError
-from texforce_cli.files import write_text
+from texforce_cli.files import held, write_text
 from texforce_cli.prompts import read_prompts
 from texforce_cli.rewards.registry import load_registry
 from texforce_cli.rewards.terms import find, parse_terms
@@ -57,9 +57,10 @@ def train(
         folder.remove_if_empty()  # nothing has begun: a second try finds the same name free
         rewards.close()
         raise
-    write_text(folder.prompts, made.prompts.to_jsonl())
-    run.write_record(status="running")
-    return run.run()
+    with held(folder.path):
+        write_text(folder.prompts, made.prompts.to_jsonl())
+        run.write_record(status="running")
+        return run.run()
 
 
 def resume(
@@ -69,12 +70,17 @@ def resume(
 
     Raises:
         UsageError: no run there, or options that differ from those of the run.
-        TexforceError: the model is not the one that the run began with.
+        TexforceError: the model is not the one that the run began with; another process works in the folder.
     """
     folder = RunFolder.open(path)
+    with held(folder.path):
+        return _resumed(folder, given(flags, config_file), listener)
+
+
+def _resumed(folder: RunFolder, wanted: dict[str, Any], listener: Listener) -> TrainResult:
     made = recorded_plan(folder)
     _warn_of_broken_plugins(made, listener)
-    _refuse_other_options(folder, made.config, given(flags, config_file))
+    _refuse_other_options(folder, made.config, wanted)
     record = folder.read_record()
     _refuse_other_model(folder, made, record, listener)
     found, damaged = checkpoints.load_latest(folder.checkpoints)

@@ -94,7 +94,12 @@ class TrainingRun:
             self._restore(checkpoint)
 
     def run(self) -> TrainResult:
-        """Epochs until the budget is spent, the user stops it, or it cannot learn."""
+        """Epochs until the budget is spent, the user stops it, or it cannot learn.
+
+        Raises:
+            TexforceError: another process trains in this folder; the reward fails; the disk is full.
+            Interrupted: asked to stop.
+        """
         begun = time.perf_counter()
         total = self.config.total_epochs
         self.write_record(status="running")
@@ -257,6 +262,7 @@ class TrainingRun:
                     "reference_kl",
                 )
             },
+            **({"skipped_updates": report.skipped_updates} if report.skipped_updates else {}),
             **({"reward_counts": dict(report.counts)} if report.counts else {}),
             **({"reward_memory_mb": memory} if memory else {}),
             **{f"seconds_{phase}": round(value, 3) for phase, value in seconds.items()},

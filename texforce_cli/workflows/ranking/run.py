@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from texforce_cli.errors import UsageError
-from texforce_cli.files import write_json, write_text
+from texforce_cli.files import held, write_json, write_text
 from texforce_cli.judging.answers import Verdict
 from texforce_cli.judging.asking import Missing, Outcome, ask_all, verdicts
 from texforce_cli.judging.budget import Budget, Metered
@@ -103,7 +104,9 @@ def rank_pictures(request: RankRequest, listener: Listener = silent) -> RankResu
     stop = StopRequest()
     with stop.listening():
         work = _prepare(request)
-        try:
+        with contextlib.ExitStack() as closing:
+            closing.callback(getattr(work.judge, "close", lambda: None))
+            closing.enter_context(held(work.folder))
             for sentence in work.missing[:5]:
                 listener(Warned(sentence))
             journal = Journal(work.folder / "judgments.jsonl")
@@ -121,11 +124,7 @@ def rank_pictures(request: RankRequest, listener: Listener = silent) -> RankResu
                     progress=lambda done, total: listener(Progressed("judging", done, total)),
                 )
             summary = _summary(work, journal)
-        finally:
-            close = getattr(work.judge, "close", None)
-            if close:
-                close()
-        _write(work.folder, summary, _verdict_rows(work, journal))
+            _write(work.folder, summary, _verdict_rows(work, journal))
         page = evaluate(replace(work.evaluation, stage="report", single_file=request.single_file), listener).page
     for sentence in getattr(work.judge, "notes", []):
         listener(Warned(sentence))

@@ -1,0 +1,50 @@
+"""`texforce doctor`: what it finds, and what it says when something is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from texforce_cli.cli.app import run
+from texforce_cli.workflows import doctor
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def findings(capsys: Any) -> dict[str, dict[str, str]]:
+    return {one["name"]: one for one in json.loads(capsys.readouterr().out)["doctor"]["findings"]}
+
+
+def test_a_machine_that_is_well_is_told_so_in_two_lines(tmp_path: Path, capsys: Any) -> None:
+    assert run(["doctor", "--model", "tiny", "--device", "cpu"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.splitlines()[-2:] == ["ready: training will work here", "begin with: texforce demo"]
+    assert "preflight: max |ratio - 1| = 0.0e+00 in fp32" in shown.out
+    assert "warning" not in shown.err
+    assert list(tmp_path.iterdir()) == []  # it only looks
+
+
+def test_a_model_that_is_not_there_is_named(capsys: Any) -> None:
+    assert run(["doctor", "--model", "nowhere", "--json"]) == 1
+    assert "nowhere" in findings(capsys)["model"]["trouble"]
+
+
+def test_a_full_disk_is_trouble(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    usage = type("Usage", (), {"free": 5e8})
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage)
+    assert run(["doctor", "--model", "tiny", "--device", "cpu", "--json"]) == 1
+    assert "make room" in findings(capsys)["disk here"]["trouble"]
+
+
+def test_a_broken_plugin_is_told_and_stops_nothing(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    registry = doctor.load_registry()
+    registry.broken["texforce-bad"] = "ImportError: no module"
+    monkeypatch.setattr(doctor, "load_registry", lambda: registry)
+    assert run(["doctor", "--model", "tiny", "--device", "cpu", "--json"]) == 0
+    assert "texforce-bad" in findings(capsys)["plugins"]["trouble"]
