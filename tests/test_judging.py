@@ -287,6 +287,19 @@ def test_a_picture_is_reckoned_as_the_most_that_was_measured() -> None:
     assert budget.tokens == (5001, 10)
 
 
+def test_an_output_that_is_not_counted_costs_the_worst_of_it() -> None:
+    budget = Budget(1.0, 5, Price(1.0, 1.0, 0))
+    with budget.reserve(Size(100, 0, 300)) as reservation:
+        reservation.sent()
+        reservation.settle(40, 0)
+    assert budget.spent == pytest.approx(340e-6)
+
+
+def test_a_limit_needs_the_size_of_a_picture() -> None:
+    with pytest.raises(UsageError, match="IN,OUT,IMAGE"):
+        Budget(1.0, None, Price(1.0, 1.0))
+
+
 def test_an_answer_that_is_not_counted_costs_the_worst() -> None:
     budget = Budget(1.0, 5, Price(1.0, 1.0, 0))
     with budget.reserve(Size(100, 0, 100)) as reservation:
@@ -449,7 +462,7 @@ def test_a_fault_of_the_judge_or_the_disk_ends_the_run(tmp_path: Path) -> None:
         raise ZeroDivisionError
 
     judge = Scripted(answer)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(TexforceError, match=r"the judge failed \(ZeroDivisionError"):
         put(judge, asked(tmp_path / "p"), tmp_path / "j")
     assert judge.calls == 1
     (tmp_path / "file").write_text("")
@@ -477,7 +490,7 @@ def test_a_limit_of_requests_holds_and_the_next_run_goes_on(tmp_path: Path) -> N
 
 def test_a_limit_in_dollars_needs_a_judge_that_counts(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="how large"):
-        put(Scripted(None), asked(tmp_path / "p"), tmp_path / "j", budget=Budget(1.0, None, Price(1, 1)))
+        put(Scripted(None), asked(tmp_path / "p"), tmp_path / "j", budget=Budget(1.0, None, Price(1, 1, 0)))
 
 
 # the OpenAI API, against a server
@@ -758,3 +771,17 @@ def test_a_missing_bundle_of_certificates_is_told_in_a_sentence() -> None:
     error.__cause__ = OSError("[SSL: CERTIFICATE_VERIFY_FAILED] unable to get local issuer certificate")
     problem = of_connection(error, False)
     assert isinstance(problem, Hopeless) and "ca-certificates" in str(problem) and math.isfinite(len(str(problem)))
+
+
+def test_half_an_emoji_in_a_reason_can_be_written() -> None:
+    text = '{"a": {"reason": "cut \\ud83d", "winner": "A"}}'
+    question = Question("pairwise", "p", "", 0, 0, ("x", "y"), (Path("x"), Path("y")), ("1", "2"))
+    assert parse(text, question, ("a",))["a"].reason.encode("utf-8") == b"cut ?"
+
+
+def test_what_a_model_thinks_aloud_is_passed_over_at_once() -> None:
+    question = Question("pairwise", "p", "", 0, 0, ("x", "y"), (Path("x"), Path("y")), ("1", "2"))
+    text = '<think>maybe {"a": {"winner": "B"}}</think> {"a": {"reason": "", "winner": "A"}}'
+    assert parse(text, question, ("a",))["a"].ranks == (1.0, 2.0)
+    with pytest.raises(Unusable):
+        parse("<think>" * 40_000, question, ("a",))

@@ -35,7 +35,8 @@ from texforce_cli.core.ranking import (
 )
 from texforce_cli.judging.answers import Opinion
 from texforce_cli.judging.questions import Case, Mode, Question, questions_of
-from texforce_cli.workflows.ranking.summary import case_ranks, settled_duels
+from texforce_cli.report.verdicts import ranking_tabs
+from texforce_cli.workflows.ranking.summary import case_ranks, settled_duels, shown_duels
 
 VARIANTS = ["bright", "dark", "middle"]
 KEY = "sk-never-to-be-seen-1234567890"
@@ -67,7 +68,7 @@ def test_separable_data_have_finite_strengths_and_nobody_judged_has_none() -> No
     duels = [Duel(str(k), "a", "b", 1.0) for k in range(500)]
     found = bradley_terry(duels, ["a", "b", "c"])
     assert 2 < found["a"].mean < 10
-    assert found["a"].low == found["a"].mean  # every resample is the same
+    assert found["a"].low == -math.inf  # every resample is the same: how much stronger, nobody can say
     assert (found["c"].mean, found["c"].low) == (pytest.approx(0, abs=1e-9), -math.inf)
     assert bradley_terry([], ["a", "b"])["a"].mean == 0
 
@@ -75,6 +76,7 @@ def test_separable_data_have_finite_strengths_and_nobody_judged_has_none() -> No
 def test_intervals_are_of_prompts_and_not_of_judgments() -> None:
     few = [Duel(str(k), "a", "b", float(k % 3 > 0)) for k in range(30)]
     one, many = bradley_terry(few, ["a", "b"], ridge=1e-6), bradley_terry(few * 10, ["a", "b"], ridge=1e-5)
+    assert bradley_terry(few[:19], ["a", "b"])["a"].low == -math.inf  # too few prompts for a bootstrap
     assert one["a"].low == pytest.approx(many["a"].low, abs=1e-3)
     assert one["a"].low < one["a"].mean < one["a"].high
 
@@ -203,7 +205,12 @@ def pictures() -> list[str]:
 
 
 def ranking(folder: str = "out", judge: str = "clip", mode: str = "pairwise") -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((Path(folder) / "ranks" / f"{judge}-{mode}" / "summary.json").read_text())
+    found: dict[str, Any] = json.loads((rank_folder(folder, judge, mode) / "summary.json").read_text())
+    return found
+
+
+def rank_folder(folder: str = "out", judge: str = "openai-judge", mode: str = "pairwise") -> Path:
+    (found,) = Path(folder, "ranks").glob(f"{judge}*-{mode}")
     return found
 
 
@@ -257,6 +264,15 @@ def test_mistakes_are_told_in_a_sentence(pictures: list[str], capsys: Any) -> No
         (["--judge", "clip", "--seeds", "7"], "no prompt with two pictures"),
         (["--judge", "clip", "--judge-option", "reward"], "KEY=VALUE"),
         (["--judge", "clip", "--judge-option", "colour=red"], "colour"),
+        (["--judge", "openai"], "openai:MODEL"),
+        (["--judge", "clip", "--protocol", "paper", "--mode", "pairwise"], "three rounds"),
+        (["--judge", "openai:gpt-4o", "--price", "1,1", "--max-cost", "inf"], "limit of inf"),
+        (
+            ["--judge", "openai:x", "--price", "1,1", "--max-cost", "1", "--base-url", "http://127.0.0.1:9"],
+            "IN,OUT,IMAGE",
+        ),
+        (["--judge", "openai:gpt-4o", "--judge-option", "timeout=nan"], "timeout"),
+        (["--judge", "openai:gpt-4o", "--judge-option", "criteria=a,a"], "distinct"),
         (["--judge", "votes", "--judge-option", "file=none.json"], "holds no votes"),
         (["--judge", "clip", "--judge-option", "reward=jpeg-compressibility", "--mode", "pointwise"], "pointwise"),
     ):
@@ -312,10 +328,10 @@ def test_the_report_is_made_anew_without_a_server(pictures: list[str]) -> None:
     with JudgeServer() as server:
         assert run(openai_command(pictures, server)) == 0
         asked = len(server.seen)
-    before = Path("out/ranks/openai-judge-pairwise/summary.json").read_bytes()
-    Path("out/ranks/openai-judge-pairwise/summary.json").unlink()
+    before = (rank_folder() / "summary.json").read_bytes()
+    (rank_folder() / "summary.json").unlink()
     assert run([*openai_command(pictures, server), "--report-only"]) == 0
-    assert Path("out/ranks/openai-judge-pairwise/summary.json").read_bytes() == before
+    assert (rank_folder() / "summary.json").read_bytes() == before
     assert len(server.seen) == asked
 
 
@@ -328,7 +344,7 @@ def test_a_dry_run_asks_nothing_and_tells_the_cost(pictures: list[str], capsys: 
     assert (plan["questions"], plan["requests"], plan["pictures"]) == (72, 72, 144)
     worst = (plan["text_tokens_at_most"] + 144_000) * 2 / 1e6 + plan["output_tokens_at_most"] * 8 / 1e6
     assert plan["usd_at_most_without_repairs"] == pytest.approx(worst, abs=1e-4)
-    assert not Path("out/ranks/openai-judge-pairwise/judgments.jsonl").exists()
+    assert not Path("out/ranks").exists()
 
 
 def test_a_limit_in_dollars_stops_with_a_partial_report(pictures: list[str], capsys: Any) -> None:
@@ -351,15 +367,91 @@ def test_a_killed_ranking_goes_on_to_the_same_summary(pictures: list[str], after
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        journal = Path("out/ranks/openai-judge-pairwise/judgments.jsonl")
+        journal = rank_folder() / "judgments.jsonl"
         kept = journal.read_text().count("\n")
         before = len(server.seen)
         assert run(command) == 0
         total = ranking(judge="openai-judge")["questions"]
         assert len(server.seen) - before == total - kept  # nothing on the disk is asked again
         assert before - kept <= 4  # at most what was in flight repeats
-        resumed = Path("out/ranks/openai-judge-pairwise/summary.json").read_bytes()
+        resumed = (rank_folder() / "summary.json").read_bytes()
         Path("out").rename("killed")
         assert run(command) == 0
-    assert Path("out/ranks/openai-judge-pairwise/summary.json").read_bytes() == resumed
-    assert KEY not in journal.read_text() if journal.exists() else True
+    assert (rank_folder() / "summary.json").read_bytes() == resumed
+    assert KEY not in "".join(path.read_text(errors="replace") for path in Path("killed/ranks").rglob("*.json*"))
+
+
+def test_half_a_pair_is_no_sign_of_bias() -> None:
+    first = Opinion(ranks=(1.0, 2.0))
+    lonely = [(question("pairwise", ("a", "b")), first)]
+    assert shown_duels(lonely) == []
+    both = [*lonely, (question("pairwise", ("b", "a")), Opinion(ranks=(2.0, 1.0)))]
+    assert [(duel.points, duel.slots) for duel in shown_duels(both)] == [(1.0, 1), (0.0, 1)]
+
+
+def test_names_that_differ_little_do_not_share_a_folder_and_the_page_keeps_both(pictures: list[str]) -> None:
+    with JudgeServer() as server:
+        for name in ("openai:Qwen-VL", "openai:qwen-vl", "openai:qwen/vl"):
+            command = ["gpt4v-rank", "out", *pictures, "--judge", name, "--base-url", server.url]
+            assert run(command) == 0
+    assert len(list(Path("out/ranks").iterdir())) == 3
+    assert Path("out/report/index.html").read_text().count('role="tab" id="tab-more') == 3
+
+
+def test_a_damaged_summary_of_old_pictures_or_another_version_does_not_break_the_page(pictures: list[str]) -> None:
+    command = ["gpt4v-rank", "out", *pictures, "--judge", "clip", "--judge-option", "reward=brightness"]
+    assert run(command) == 0
+    path = rank_folder(judge="clip") / "summary.json"
+    summary = json.loads(path.read_text())
+    for key in ("spent", "rounds", "missing_by_variant", "results"):
+        path.write_text(json.dumps({k: v for k, v in summary.items() if k != key}))
+        assert ranking_tabs(Path("out")) == ()
+    path.write_text(json.dumps(summary))
+    (tab,) = ranking_tabs(Path("out"), "other pictures")
+    assert callable(tab.html_safe) and "about other pictures" in tab.html_safe({})
+
+
+def test_an_evaluation_is_not_overwritten_by_other_pictures(pictures: list[str], capsys: Any) -> None:
+    Path("out").mkdir()
+    Path("out/eval.json").write_text("{}")
+    assert run(["gpt4v-rank", "out", *pictures, "--judge", "clip"]) == 2
+    assert "evaluation of its own" in capsys.readouterr().err
+
+
+def test_a_password_in_an_address_is_not_written(pictures: list[str], monkeypatch: Any) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with JudgeServer() as server:
+        url = server.url.replace("http://", "http://user:hunter2@")
+        run(["gpt4v-rank", "out", *pictures, "--judge", "openai:judge", "--base-url", url])
+    assert b"hunter2" not in b"".join(path.read_bytes() for path in Path("out").rglob("*") if path.is_file())
+
+
+def test_a_judge_that_breaks_is_named_and_what_was_answered_is_kept(
+    pictures: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    from texforce_cli.judging.offline import ClipJudge
+
+    real, calls = ClipJudge.ask, []
+
+    def breaking(self: ClipJudge, question: Question, repairs: Any = ()) -> Any:
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyError("colour")
+        return real(self, question, repairs)
+
+    monkeypatch.setattr(ClipJudge, "ask", breaking)
+    command = [
+        "gpt4v-rank",
+        "out",
+        *pictures,
+        "--judge",
+        "clip",
+        "--judge-option",
+        "reward=brightness",
+        "--workers",
+        "1",
+    ]
+    assert run(command) == 1
+    assert "the judge failed (KeyError" in capsys.readouterr().err
+    assert len((rank_folder(judge="clip") / "judgments.jsonl").read_text().splitlines()) == 4
+    assert run(command) == 0

@@ -6,9 +6,10 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -94,6 +95,26 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` to `path` as indented JSON, as one atomic step."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """The same plain value with null for what is not finite: JSON knows no infinity."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value
+
+
+def csv_cell(value: Any) -> Any:
+    """What a CSV file gets for a value. A text that a spreadsheet would take for a formula is quoted; what is not finite is left empty."""
+    if isinstance(value, str) and value[:1] in "=+-@\t\r":
+        return f"'{value}"
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return ""
+    return value if not isinstance(value, float) else json.dumps(value)
 
 
 def sha256(path: Path) -> str:

@@ -15,8 +15,9 @@ _WHAT, _JUDGE, _HOW, _LIMITS, _OUT = "What to rank", "Judge", "Protocol", "Limit
 
 def rank(
     evaluation: Annotated[
-        Path, typer.Argument(help="A folder of texforce eval; with --images the folder to make.", show_default=False)
-    ] = Path("evals/latest"),
+        Optional[Path],
+        typer.Argument(help="A folder of texforce eval; with --images one to make.", show_default=False),
+    ] = None,
     judge: Annotated[
         str, typer.Option(help="openai:MODEL, clip, votes, or a plugin's.", show_default=False, rich_help_panel=_JUDGE)
     ] = "",
@@ -85,7 +86,7 @@ def rank(
     if not judge:
         raise UsageError("no judge is given", "add --judge clip (offline), votes, or openai:MODEL")
     request = RankRequest(
-        evaluation=evaluation,
+        evaluation=evaluation or Path("evals/ranked" if images else "evals/latest"),
         judge=judge,
         judge_options=_options(judge_option or []),
         images=tuple(images or []),
@@ -120,10 +121,11 @@ def rank(
     for reason, counts in result.summary["missing_by_variant"].items():
         warn(f"{reason}: {', '.join(f'{name} {count}' for name, count in counts.items())}")
     note(f"judgments: {result.folder}")
-    note(f"report: {result.page}")
+    if result.page:
+        note(f"report: {result.page}")
     if result.stopped:
-        warn(f"{result.stopped}; what is answered is kept, go on with the same command")
-    if result.stopped or result.summary["missing_by_variant"]:
+        warn(f"{result.stopped}; what is answered is kept; the same command goes on, and may spend as much again")
+    if result.stopped or result.page is None or result.summary["missing_by_variant"]:
         raise typer.Exit(3)
 
 
@@ -155,11 +157,11 @@ def _show_plan(plan: dict[str, Any], json: bool) -> None:
 def _show(summary: Any) -> None:
     from rich.table import Table
 
-    from texforce_cli.cli.console import clean, data, printable, show_table
+    from texforce_cli.cli.console import data, printable, show_table
 
     for criterion in summary["criteria"]:
         result = summary["results"][criterion]
-        table = Table(title=clean(criterion), title_justify="left", box=None, header_style="bold")
+        table = Table(title=printable(criterion), title_justify="left", box=None, header_style="bold")
         for name in ("variant", "mean rank", "95 %", "strength", "95 %"):
             table.add_column(name, justify="left" if name == "variant" else "right")
         for name in summary["variants"]:

@@ -23,7 +23,7 @@ ByPrompt = Mapping[str, Sequence[float]]
 """Prompt -> a value for each of its seeds."""
 
 RESAMPLES = 10_000
-_FEWEST = 20
+FEWEST = 20
 _CHUNK = 2_000_000
 
 
@@ -60,9 +60,9 @@ def interval(values: Sequence[float], seed: int = 0) -> Interval:
     n, mean = len(array), float(array.mean())
     if n == 1:
         return Interval(mean, -math.inf, math.inf, 1)
-    if n < _FEWEST:
+    if n < FEWEST:
         return mean_interval(array.tolist())
-    tail = float(stats.norm.cdf(-math.sqrt(n / (n - 1)) * stats.t.ppf(0.975, n - 1)))
+    tail = expanded_tail(n)
     rng = np.random.default_rng(seed)
     means: list[Floats] = []
     size = max(1, _CHUNK // n)
@@ -71,6 +71,11 @@ def interval(values: Sequence[float], seed: int = 0) -> Interval:
         means.append(array[picks].mean(axis=1))
     low, high = np.quantile(np.concatenate(means), (tail, 1 - tail))
     return Interval(mean, float(low), float(high), n)
+
+
+def expanded_tail(n: int) -> float:
+    """The lower percentile, as a share, of the expanded bootstrap (Hesterberg 2015) of n values: below 0.025."""
+    return float(stats.norm.cdf(-math.sqrt(n / (n - 1)) * stats.t.ppf(0.975, n - 1)))
 
 
 def compare(values: ByPrompt, baseline: ByPrompt, *, higher_is_better: bool = True) -> Comparison:

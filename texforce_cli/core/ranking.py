@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize, stats
 
+from texforce_cli.core.comparison import FEWEST, expanded_tail
 from texforce_cli.core.statistics import Interval
 
 Floats = NDArray[np.float64]
@@ -39,9 +40,10 @@ def bradley_terry(
     duels: Sequence[Duel], variants: Sequence[str], *, ridge: float = RIDGE, seed: int = 0
 ) -> dict[str, Interval]:
     """Log-strengths with mean 0: P(i beats j) = 1 / (1 + exp(s_j - s_i)) (Bradley, Terry 1952), ties as half wins, by
-    penalised maximum likelihood; 95 % percentile intervals of a bootstrap over prompts, whose number is n.
+    penalised maximum likelihood; 95 % intervals of an expanded percentile bootstrap over prompts, whose number is n.
 
-    A variant that nobody judged has 0 and an interval without ends.
+    An interval has no ends below 20 prompts, where the bootstrap is too narrow, where every resample is the same (one side
+    always wins: how strong it is, the data do not say), and for a variant that nobody judged, which has 0.
     """
     tables = np.stack([_points(part, variants) for part in _by_prompt(duels).values()] or [_points([], variants)])
     middle = _strengths(tables.sum(axis=0), ridge)
@@ -49,11 +51,13 @@ def bradley_terry(
     picks = rng.integers(len(tables), size=(_RESAMPLES, len(tables)))
     weights = np.stack([np.bincount(row, minlength=len(tables)) for row in picks])
     fits = _strengths(np.tensordot(weights, tables, axes=1), ridge)
-    low, high = np.quantile(fits, (0.025, 0.975), axis=0)
+    enough = len(tables) >= FEWEST
+    tail = expanded_tail(len(tables)) if enough else 0.025
+    low, high = np.quantile(fits, (tail, 1 - tail), axis=0)
     judged = (tables.sum(axis=0) + tables.sum(axis=0).T).any(axis=1)
     return {
         name: Interval(float(middle[i]), float(low[i]), float(high[i]), len(tables))
-        if judged[i] and len(tables) > 1
+        if judged[i] and enough and high[i] - low[i] > 1e-9
         else Interval(float(middle[i]), -math.inf, math.inf, len(tables))
         for i, name in enumerate(variants)
     }

@@ -14,7 +14,7 @@ from texforce_cli.judging.questions import Mode, Question
 
 TIE = "tie"
 LOWEST, HIGHEST = 1, 10
-_LONGEST_REASON = 2000
+_LONGEST_REASON, _LONGEST_ANSWER = 2_000, 100_000
 
 
 class Unusable(Exception):
@@ -69,7 +69,7 @@ def _object(properties: dict[str, Any]) -> dict[str, Any]:
 
 def _object_in(text: str) -> dict[str, Any]:
     decoder = json.JSONDecoder(object_pairs_hook=_once)
-    text = re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL)  # what reasoning models say to themselves
+    text = text.rpartition("</think>")[2][:_LONGEST_ANSWER]  # after what reasoning models say to themselves
     fenced = re.search(r"```(?:json)?\s*(\{.*\})\s*```", text, re.DOTALL)
     start = text.find("{")
     if start < 0:
@@ -94,7 +94,8 @@ def _opinion(answer: dict[str, Any], criterion: str, question: Question) -> Opin
     one = answer.get(criterion)
     if not isinstance(one, dict):
         raise Unusable(f"'{criterion}' is missing")
-    reason = str(one.get("reason", ""))[:_LONGEST_REASON]
+    # half a surrogate pair is what is left of an emoji that was cut
+    reason = str(one.get("reason", ""))[:_LONGEST_REASON].encode("utf-8", "replace").decode("utf-8")
     if question.mode == "pointwise":
         return Opinion(scores=(_score(one, criterion),), reason=reason)
     ranks = _winner(one, criterion, question) if question.mode == "pairwise" else _ranks(one, criterion, question)

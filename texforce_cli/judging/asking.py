@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Literal
 
-from texforce_cli.errors import Interrupted, UsageError
+from texforce_cli.errors import Interrupted, TexforceError, UsageError
 from texforce_cli.judging.answers import Unusable, Verdict, parse
 from texforce_cli.judging.budget import Budget, Exhausted, Metered
 from texforce_cli.judging.gate import Gate
@@ -18,6 +19,8 @@ from texforce_cli.judging.judge import Busy, Failed, Hopeless, Judge, Repair, Re
 from texforce_cli.judging.prices import Size
 from texforce_cli.judging.questions import Question
 
+PATIENCE = 600.0
+"""Seconds without any answer after which a judge that is always busy ends the run."""
 MOST_FAILURES = 5
 """So many questions in a row without an answer: something is broken, and asking on would only cost."""
 
@@ -141,6 +144,7 @@ class _Run:
         self.error: BaseException | None = None
         self.last_failure = ""
         self.replied: set[str] = set()
+        self.last_reply = time.monotonic()
         self._asked_to_stop = check
         self._lock = threading.Lock()
 
@@ -164,8 +168,12 @@ class _Run:
             return True
         except (Hopeless, Exhausted) as error:
             self.end(str(error))
-        except BaseException as error:
+        except (TexforceError, KeyboardInterrupt, SystemExit) as error:
             self.end(str(error), error)
+        except Exception as error:  # the plugin boundary
+            failure = TexforceError(f"the judge failed ({type(error).__name__}: {str(error)[:200]})", "repair it")
+            failure.__cause__ = error
+            self.end(str(failure), failure)
         return True
 
     def end(self, why: str, error: BaseException | None = None) -> None:
@@ -198,7 +206,8 @@ class _Run:
         while True:
             try:
                 return self._once(question, repairs, size)
-            except Busy:
+            except Busy as error:
+                self._bear(error)
                 continue
             except Failed as error:
                 failures += 1
@@ -206,6 +215,12 @@ class _Run:
                     self.last_failure = str(error)
                     return None
             self.gate.pause(self.gate.backoff(failures - 1), self.check)
+
+    def _bear(self, error: Busy) -> None:
+        """End the run where the judge asks for more patience than people have."""
+        if (error.seconds or 0) > PATIENCE or time.monotonic() - self.last_reply > PATIENCE:
+            self.end(f"{error.message}, for more than {PATIENCE / 60:.0f} minutes")
+            raise _Stopped
 
     def _once(self, question: Question, repairs: tuple[Repair, ...], size: Size) -> Reply:
         """One request, with its worst cost set aside."""
@@ -221,6 +236,9 @@ class _Run:
                 if error.charged:
                     reservation.settle()
                 raise
+            if not isinstance(reply.text, str):
+                raise TexforceError(f"the judge answered {reply.text!r}", "it must answer with text")
+            self.last_reply = time.monotonic()
             self.gate.fine()
             reservation.settle(reply.input_tokens, reply.output_tokens)
             return reply

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from fractions import Fraction
@@ -47,6 +48,13 @@ class Budget:
             raise UsageError(
                 "the price of this model is not known, so that a limit in dollars cannot be kept",
                 "give it with --price, or limit the requests instead",
+            )
+        if max_cost is not None and not math.isfinite(max_cost):
+            raise UsageError(f"the limit of {max_cost} dollars is none", "leave --max-cost out")
+        if max_cost is not None and price and price.input and price.image_tokens is None:
+            raise UsageError(
+                "a limit in dollars cannot be kept without the most tokens that a picture may be counted as",
+                "give them too: --price IN,OUT,IMAGE",
             )
         self.price = price
         self.max_cost = max_cost
@@ -126,8 +134,10 @@ class Budget:
             elif used is not None:
                 self._input += used[0]
                 self._output += used[1]
-                # a judge that does not count is taken at the worst
-                self._spent += self.cost(*used) if any(used) else reservation.worst
+                # what a judge does not count is taken at the worst
+                size = reservation.size
+                given = used[0] or size.text_bytes + size.pictures * self._picture, used[1] or size.output_tokens
+                self._spent += self.cost(*given)
                 if reservation.size.pictures:
                     self._picture = max(self._picture, -(-used[0] // reservation.size.pictures))
             self._changed.notify_all()

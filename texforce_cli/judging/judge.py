@@ -58,7 +58,12 @@ class Hopeless(TexforceError):
 
 
 class Judge(Protocol):
-    """Called from several threads at once. Errors other than those above end the run."""
+    """Called from several threads at once. Errors other than those above end the run.
+
+    Optional: `prepare(cases, data)`, called once before anything else with the cases and the hash of the pictures;
+    `close()`; `notes`, a list of sentences for the user; `size(question, repairs)` as in `budget.Metered`, needed for
+    `--max-cost`.
+    """
 
     identity: str
     """All that its answers depend on beside the question, without secrets: a part of each judgment's key."""

@@ -53,7 +53,7 @@ class ClipJudge:
         if not info.range:
             self.modes = ("pairwise", "listwise")  # a score from 1 to 10 needs to know the reward's ends
         self.identity = json.dumps(["clip", 1, self._name, info.origin, info.version])
-        self._rewards = RewardSet([spec], registry)
+        self._make = lambda: RewardSet([spec], registry)  # when it is asked first: a dry run loads nothing
 
     def ask(self, question: Question, repairs: Sequence[Repair] = ()) -> Reply:
         """Its verdict, by the scores of the pictures."""
@@ -84,7 +84,8 @@ class ClipJudge:
     def _score(self, question: Question, slot: int) -> float:
         key = question.hashes[slot], question.prompt
         if key not in self._known:
-            assert self._rewards is not None
+            if self._rewards is None:
+                self._rewards = self._make()
             try:
                 images = _pixels(question.files[slot])[None]
                 self._known[key] = float(self._rewards.score(images, [question.prompt], [{}])[self._name][0])

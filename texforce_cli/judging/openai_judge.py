@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import math
 import os
+import re
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +24,9 @@ from texforce_cli.judging.prices import Size
 from texforce_cli.judging.questions import MODES, Question
 
 OPENAI = "https://api.openai.com/v1"
+_CRITERION = re.compile(r"[a-z][a-z0-9_-]{0,30}")
+_SHORTEST_KEY = 8
+"""A shorter key is a stand-in such as "none" or "x": not secret, and found in any text."""
 _SCHEMA_VERSION = 1
 _KEY = "OPENAI_API_KEY"
 
@@ -58,6 +63,10 @@ class OpenAIJudge:
             raise UsageError(f"an answer cannot have {max_output_tokens} tokens", "allow 300 or more")
         self.model, self.api = model, api
         self.criteria = tuple(criteria.split(",") if isinstance(criteria, str) else criteria)
+        if len(set(self.criteria)) != len(self.criteria) or not all(map(_CRITERION.fullmatch, self.criteria)):
+            raise UsageError(f"the criteria '{','.join(self.criteria)}' are no distinct words", "aesthetic,alignment")
+        if not 0 < timeout < math.inf:
+            raise UsageError(f"the timeout of {timeout} seconds is no time", "for example timeout=120")
         self._timeout = timeout
         self._form = Form(model, self.criteria, max_output_tokens, detail, "max_tokens")
         if self._host == _host(OPENAI)[0]:
@@ -167,7 +176,8 @@ class OpenAIJudge:
             text, model, usage, refused, cut = (read_chat if self.api == "chat" else read_responses)(answer)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise Failed("the server's answer is not of the API's form", charged=True) from None
-        return Reply(self._without_key(text), self._without_key(model)[:200], *usage, refused, cut)
+        model = self._without_key(model)[:200].encode("utf-8", "replace").decode("utf-8")
+        return Reply(self._without_key(text), model, *usage, refused, cut)
 
     def _adapted(self, form: Form, status: int, said: str, body: Any) -> Failed | None:
         """Leave out what the server does not know, for the rest of the run; the question is asked again."""
@@ -190,7 +200,7 @@ class OpenAIJudge:
                 self.notes.append(note)
 
     def _without_key(self, text: str) -> str:
-        return text.replace(self._key, "(key)") if self._key else text
+        return text.replace(self._key, "(key)") if len(self._key) >= _SHORTEST_KEY else text
 
     def _scrubbed(self, text: str) -> str:
         """What a server said, on one line, at a bearable length and without the key."""

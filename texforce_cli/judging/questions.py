@@ -78,7 +78,7 @@ def questions_of(cases: Sequence[Case], mode: Mode, rounds: int, seed: int, plac
             elif len(names) > 1:
                 for pair in itertools.combinations(names, 2):
                     found += [_question(case, mode, number, pair), _question(case, mode, number, pair[::-1])]
-        if mode != "pointwise" and names and _share("placebo", case, 0, seed) < placebos:
+        if mode != "pointwise" and len(names) > 1 and _share("placebo", case, 0, seed) < placebos:
             name = _shuffled(names, case, -1, seed)[0]
             found.append(_question(case, mode, 0, (name, name), placebo=True))
     return found

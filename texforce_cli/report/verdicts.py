@@ -9,14 +9,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
 from texforce_cli.report.page import Tab, shown, template
 
 _MOST = 300
 """Verdicts that the page shows; all of them are in verdicts.jsonl."""
 
 
-def ranking_tabs(folder: Path) -> tuple[Tab, ...]:
-    """A tab for each ranking in `folder`/ranks, in order of name; what cannot be read is passed over."""
+def ranking_tabs(folder: Path, data: str = "") -> tuple[Tab, ...]:
+    """A tab for each ranking in `folder`/ranks, in order of name; what cannot be read is passed over.
+
+    `data` is the hash of the pictures as they are now: a ranking of others says so.
+    """
     tabs = []
     for path in sorted(folder.glob("ranks/*/summary.json")):
         try:
@@ -24,20 +29,23 @@ def ranking_tabs(folder: Path) -> tuple[Tab, ...]:
             lines = (path.parent / "verdicts.jsonl").read_text(encoding="utf-8").splitlines()
             verdicts = [json.loads(line) for line in lines]
             tab_id = "rank-" + re.sub("[^a-z0-9]+", "-", path.parent.name.lower()).strip("-")
-            _html(summary, verdicts, {})  # a summary of another version does not break the page
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError):
+            _html(summary, verdicts, data, {})  # a summary of another version does not break the page
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, TemplateError):
             continue
-        tabs.append(Tab(tab_id, f"Judge {summary['judge']}", functools.partial(_html, summary, verdicts)))
+        tabs.append(
+            Tab(tab_id, f"{summary['judge']}, {summary['mode']}", functools.partial(_html, summary, verdicts, data))
+        )
     return tuple(tabs)
 
 
-def _html(summary: Mapping[str, Any], verdicts: list[dict[str, Any]], pictures: Mapping[str, str]) -> str:
+def _html(summary: Mapping[str, Any], verdicts: list[dict[str, Any]], data: str, pictures: Mapping[str, str]) -> str:
     """`pictures`: SHA-256 -> address of the picture's thumbnail."""
     usable = [row for row in verdicts if "criterion" in row and not row["placebo"]]
     return template("ranking.html").render(
         summary=summary,
         results=[(name, summary["results"][name]) for name in summary["criteria"]],
         verdicts=[_verdict(row, pictures) for row in usable[:_MOST]],
+        outdated=bool(data) and summary["pictures"] != data,
         more=max(0, len(usable) - _MOST),
         number=_number,
         shown=shown,

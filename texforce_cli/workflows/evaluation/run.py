@@ -113,8 +113,7 @@ def evaluate(request: EvalRequest, listener: Listener = silent) -> EvalResult:
         raise UsageError("there are no prompts", "give --prompts SET or FILE")
     registry = load_registry()
     metrics = metrics_of(parse_terms(request.metrics, request.metric_options), registry)
-    tabs = ranking_tabs(request.out)
-    if not (metrics or tabs) and request.stage != "images":
+    if not (metrics or ranking_tabs(request.out)) and request.stage != "images":
         raise UsageError("there is no metric", "add --metric brightness, or another of: texforce rewards")
     stop = StopRequest()
     with stop.listening():
@@ -169,7 +168,7 @@ def evaluate(request: EvalRequest, listener: Listener = silent) -> EvalResult:
         if request.votes:
             summary = _with_votes(request, summary, page, items)
             page = _page(request, summary, prompts, items, found, values, in_sample)
-        page = replace(page, extra_tabs=tabs)
+        page = replace(page, extra_tabs=ranking_tabs(request.out, pictures_hash(page)))
         write_summary(summary, request.out)
         listener(Note("writing the report"))
         written = write_page(page, request.out / "report", single_file=request.single_file)

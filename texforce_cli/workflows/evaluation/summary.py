@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from texforce_cli.core.comparison import ByPrompt, Comparison, compare, holm, interval, unit_means, win_matrix
-from texforce_cli.files import write_json, write_text
+from texforce_cli.files import csv_cell, finite, write_json, write_text
 from texforce_cli.report.page import Row
 from texforce_cli.workflows.evaluation.pictures import Item
 
@@ -56,7 +54,7 @@ class Summary:
             "unpaired": self.unpaired,
             "missing": list(self.missing),
         }
-        return {key: _finite(value) for key, value in document.items()}
+        return {key: finite(value) for key, value in document.items()}
 
 
 Values = Mapping[str, Mapping[Item, float]]
@@ -102,7 +100,7 @@ def write_summary(summary: Summary, folder: Path) -> None:
     writer = csv.DictWriter(text, list(Row.__dataclass_fields__), lineterminator="\n")
     writer.writeheader()
     for row in summary.rows:
-        writer.writerow({key: _cell(value) for key, value in asdict(row).items()})
+        writer.writerow({key: csv_cell(value) for key, value in asdict(row).items()})
     write_text(folder / "summary.csv", text.getvalue())
 
 
@@ -186,23 +184,3 @@ def adjusted(rows: Sequence[Row]) -> list[Row]:
         tested = [(index, row.p) for index, row in enumerate(rows) if row.group == group and row.p is not None]
         corrected |= dict(zip((index for index, _ in tested), holm([p for _, p in tested])))
     return [replace(row, p_holm=corrected.get(index)) for index, row in enumerate(rows)]
-
-
-def _finite(value: Any) -> Any:
-    """JSON knows no infinity: null instead."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value
-
-
-def _cell(value: Any) -> Any:
-    """A text that a spreadsheet would take for a formula is quoted; what is not finite is left empty."""
-    if isinstance(value, str) and value[:1] in "=+-@\t\r":
-        return f"'{value}"
-    if value is None or (isinstance(value, float) and not math.isfinite(value)):
-        return ""
-    return value if not isinstance(value, float) else json.dumps(value)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import hashlib
 import io
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from texforce_cli.errors import UsageError
-from texforce_cli.files import held, write_json, write_text
+from texforce_cli.errors import Interrupted, TexforceError, UsageError
+from texforce_cli.files import csv_cell, finite, held, write_json, write_text
 from texforce_cli.judging.answers import Verdict
 from texforce_cli.judging.asking import Missing, Outcome, ask_all, verdicts
 from texforce_cli.judging.budget import Budget, Metered
@@ -125,7 +125,13 @@ def rank_pictures(request: RankRequest, listener: Listener = silent) -> RankResu
                 )
             summary = _summary(work, journal)
             _write(work.folder, summary, _verdict_rows(work, journal))
-        page = evaluate(replace(work.evaluation, stage="report", single_file=request.single_file), listener).page
+        page = None
+        try:
+            page = evaluate(replace(work.evaluation, stage="report", single_file=request.single_file), listener).page
+        except Interrupted:
+            raise
+        except TexforceError as error:  # what was paid for is shown all the same
+            listener(Warned(f"there is no page: {error}"))
     for sentence in getattr(work.judge, "notes", []):
         listener(Warned(sentence))
     return RankResult(work.folder, summary, page, outcome.stopped)
@@ -173,6 +179,11 @@ def _prepare(request: RankRequest) -> _Work:
     from texforce_cli.report.page import pictures_hash
     from texforce_cli.workflows.evaluation.run import pictures_of
 
+    if request.protocol == "paper" and (request.mode or "listwise", request.rounds or 3) != ("listwise", 3):
+        raise UsageError(
+            "the paper's protocol is listwise, in three rounds", "leave out --protocol, or --mode and --rounds"
+        )
+    _price(request)
     evaluation = _evaluation(request)
     shown = pictures_of(evaluation)
     variants = tuple(shown.found)
@@ -194,24 +205,32 @@ def _prepare(request: RankRequest) -> _Work:
         if item.seed in seeds
     ]
     judge, data = _judge(request), pictures_hash(shown.page)
-    prepare = getattr(judge, "prepare", None)
-    if prepare:
-        prepare(cases, data)
+    _prepare_judge(judge, request.judge, cases, data)
     mode: Mode = request.mode or ("listwise" if request.protocol == "paper" else judge.modes[0])
     if mode not in judge.modes:
         raise UsageError(f"the judge '{request.judge}' cannot be asked {mode}", f"its modes: {', '.join(judge.modes)}")
     rounds = request.rounds or _ROUNDS[mode]
     questions = questions_of(cases, mode, rounds, request.seed, request.placebos)
-    if not questions:
+    if all(question.placebo for question in questions):
         hint = (
             "check that the folders tell of these prompts and seeds" if request.images else "draw them: texforce eval"
         )
         raise UsageError(f"'{evaluation.out}' has no prompt with two pictures", hint)
-    name = re.sub(r"[^A-Za-z0-9.-]+", "-", request.judge).strip("-.")[:60] or "judge"
-    folder = evaluation.out / RANKS / f"{name}-{mode}"
+    folder = evaluation.out / RANKS / f"{_file_name(request.judge)}-{mode}"
     return _Work(
         request, evaluation, judge, variants, mode, rounds, tuple(questions), folder, data, tuple(shown.missing)
     )
+
+
+def _prepare_judge(judge: Judge, name: str, cases: Sequence[Case], data: str) -> None:
+    try:
+        getattr(judge, "prepare", lambda cases, data: None)(cases, data)
+    except TexforceError:
+        raise
+    except Exception as error:  # the plugin boundary
+        raise TexforceError(
+            f"judge '{name}' failed ({type(error).__name__}: {str(error)[:200]})", "repair it"
+        ) from error
 
 
 def _evaluation(request: RankRequest) -> EvalRequest:
@@ -222,6 +241,10 @@ def _evaluation(request: RankRequest) -> EvalRequest:
         return recalled(EvalRequest(request.evaluation))
     if not request.prompts:
         raise UsageError("--images needs prompts", "add --prompts FILE or SET")
+    if (request.evaluation / "eval.json").exists():
+        raise UsageError(
+            f"'{request.evaluation}' is an evaluation of its own pictures", "name another folder, or leave --images out"
+        )
     variants = gather_variants([], None, request.images)
     return EvalRequest(
         request.evaluation, variants=variants, prompts=request.prompts, seeds=request.seeds or (0,), recorded=False
@@ -240,9 +263,19 @@ def _judge(request: RankRequest) -> Judge:
     return find_judge(name).create(options)
 
 
+def _file_name(judge: str) -> str:
+    """A judge's name as part of a folder's; different names stay different."""
+    if re.fullmatch("[a-z0-9][a-z0-9.-]{0,40}", judge):
+        return judge
+    plain = re.sub("[^a-z0-9.]+", "-", judge.lower()).strip("-.")[:40]
+    return f"{plain}-{hashlib.sha256(judge.encode('utf-8', 'replace')).hexdigest()[:6]}"
+
+
 def _price(request: RankRequest) -> Price | None:
     """The price of what is asked for; only judges that are paid have one."""
     name, _, model = request.judge.partition(":")
+    if name == "openai" and not model:
+        raise UsageError("the judge 'openai' needs a model", "--judge openai:MODEL")
     given = parse_price(request.price) if request.price else None
     if name != "openai":
         return given
@@ -258,10 +291,12 @@ def _price(request: RankRequest) -> Price | None:
 def _record(work: _Work) -> dict[str, Any]:
     from texforce_cli.workflows.run_folder import versions
 
-    request = {key: value for key, value in asdict(work.request).items() if key not in ("evaluation", "images")}
+    # addresses and options of judges may hold secrets: what answers depend on is in the judge's identity
+    left_out = ("evaluation", "images", "base_url", "judge_options")
+    request = {key: value for key, value in asdict(work.request).items() if key not in left_out}
     return {
-        "request": {**request, "judge_options": dict(work.request.judge_options)},
-        "judge": json.loads(work.judge.identity),
+        "request": {**request, "judge_options": sorted(work.request.judge_options)},
+        "judge": work.judge.identity,
         "pictures": work.data,
         "questions": len(work.questions),
         "versions": versions(),
@@ -298,11 +333,11 @@ def _summary(work: _Work, journal: Journal) -> dict[str, Any]:
         said.append("the protocol is a reconstruction: the paper's prompt, order and scale were never published")
     return cast(
         "dict[str, Any]",
-        _finite(
+        finite(
             {
                 "texforce_rank": 1,
                 "judge": work.request.judge,
-                "identity": json.loads(judge.identity),
+                "identity": judge.identity,
                 "models": sorted({entry.model for entry in entries if entry.model}),
                 "mode": work.mode,
                 "protocol": work.request.protocol,
@@ -354,16 +389,5 @@ def _write(folder: Path, summary: Mapping[str, Any], rows: Sequence[Mapping[str,
         for name in summary["variants"]:
             mean, strength = result["mean_rank"][name]["all"] or {}, result["bradley_terry"][name]
             cells = [*(mean.get(key) for key in ("mean", "low", "high")), *strength.values()]
-            writer.writerow([criterion, name, *("" if cell is None else cell for cell in cells)])
+            writer.writerow([csv_cell(cell) for cell in (criterion, name, *cells)])
     write_text(folder / "summary.csv", text.getvalue())
-
-
-def _finite(value: Any) -> Any:
-    """JSON knows no infinity: null instead."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value

@@ -82,11 +82,12 @@ def warnings(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def shown_duels(opinions: Opinions) -> list[Duel]:
-    """Every pair as it was shown, to see what the order does; none of pictures that were shown alone."""
+    """Every pair as it was shown, to see what the order does. Half a pair is left out: it would tell of the variants."""
+    whole = {key for key, found in _grouped(opinions).items() if found[0][1] != "pairwise" or len(found) == 2}
     return [
         Duel(question.prompt_id, question.variants[i], question.variants[j], _points(opinion, i, j), j - i)
         for question, opinion in opinions
-        if opinion.ranks
+        if opinion.ranks and (question.mode != "pairwise" or _pair_key(question) in whole)
         for i, j in itertools.combinations(range(len(question.variants)), 2)
     ]
 
@@ -142,6 +143,11 @@ def _grouped(opinions: Opinions) -> dict[tuple[str, int, int, str, str], list[tu
             points = (float(np.sign(given[one] - given[two])) + 1) / 2
             found.setdefault((*case, one, two), []).append((points, "pointwise"))
     return dict(sorted(found.items()))
+
+
+def _pair_key(question: Question) -> tuple[str, int, int, str, str]:
+    first, second = sorted(question.variants)
+    return question.prompt_id, question.seed, question.round, first, second
 
 
 def _points(opinion: Opinion, i: int, j: int) -> float:
