@@ -460,3 +460,90 @@ def test_two_runs_do_not_share_a_folder(capsys: pytest.CaptureFixture[str]) -> N
     assert other.returncode == 1
     assert "another process works in 'a'" in other.stderr and "Traceback" not in other.stderr
     assert Path("a/run.json").read_bytes() == before
+
+
+def test_a_watched_reward_is_measured_shown_and_chooses_the_best_epoch(capsys: pytest.CaptureFixture[str]) -> None:
+    train("--out", "a", "--eval-every", "1", "--watch", "brightness", "--keep", "1", "--save-every", "0", epochs=3)
+    assert "watched brightness" in capsys.readouterr().err
+    measured = [json.loads(line) for line in Path("a/evaluations.jsonl").read_text().splitlines()]
+    values = {row["epoch"]: row["watched"]["brightness"]["mean"] for row in measured}
+    assert len(values) == 3
+    first = measured[0]["watched"]["brightness"]
+    assert first["difference"]["mean"] == pytest.approx(first["mean"] - first["base_mean"], abs=1e-9)
+    record = json.loads(Path("a/run.json").read_text())
+    assert record["best_epoch"] == max(values, key=lambda epoch: values[epoch])
+    assert Path("a/curve.png").is_file()
+    assert run(["train", "--resume", "a"]) == 0  # the measurements are read again
+
+
+def test_a_run_ends_when_what_is_watched_has_fallen(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from texforce_cli.workflows.heldout import HeldOut
+
+    monkeypatch.setattr(HeldOut, "fallen", lambda self, patience: "brightness" if len(self.history) >= 2 else None)
+    train("--out", "a", "--eval-every", "1", "--watch", "brightness", "--watch-patience", "2", epochs=5)
+    assert "brightness was surely below the base in 2 measurements in a row" in capsys.readouterr().err
+    record = json.loads(Path("a/run.json").read_text())
+    assert (record["status"], record["epochs_done"]) == ("finished", 2)
+    assert "surely below" in record["reason"]
+
+
+def test_only_a_sure_fall_of_the_first_watched_reward_counts() -> None:
+    from texforce_cli.core.statistics import Interval
+    from texforce_cli.workflows.events import Evaluation, Watched
+    from texforce_cli.workflows.heldout import HeldOut
+
+    def measured(high: float) -> Evaluation:
+        interval = Interval(high - 1, high - 2, high, 8)
+        watched = {"judge": Watched(0.0, 0.0, interval), "other": Watched(0.0, 0.0, Interval(-1, -2, -0.5, 8))}
+        return Evaluation(1, 1, 0.0, 0.0, interval, None, None, (), (), watched)
+
+    heldout = object.__new__(HeldOut)
+    heldout.watch = dict.fromkeys(("judge", "other"))  # type: ignore[arg-type]
+    heldout.history = [measured(-0.1), measured(-0.1)]
+    assert heldout.fallen(2) == "judge"
+    assert heldout.fallen(3) is None  # too few measurements
+    assert heldout.fallen(0) is None
+    heldout.history.append(measured(0.1))
+    assert heldout.fallen(2) is None
+
+
+def test_what_cannot_be_watched_is_told_beforehand(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["train", "--reward", "brightness", "--model", "tiny", "--watch", "brihgtness"]) == 2
+    assert "did you mean 'brightness'" in capsys.readouterr().err
+    assert (
+        run(["train", "--reward", "brightness", "--model", "tiny", "--watch", "tiny-judge", "--eval-images", "0"]) == 2
+    )
+    assert "--eval-images is 0" in capsys.readouterr().err
+    assert not Path("runs").exists()
+
+
+def test_a_resume_removes_what_a_killed_process_was_writing() -> None:
+    train("--out", "a", epochs=1)
+    leftovers = [Path("a/checkpoints/.epoch_0002.0123abcd.tmp"), Path("a/.metrics.0123abcd.tmp.jsonl")]
+    leftovers[0].mkdir()
+    (leftovers[0] / "state.safetensors").write_bytes(b"half")
+    leftovers[1].write_text("half")
+    Path("a/.mine.tmp").write_text("kept")
+    assert run(["train", "--resume", "a"]) == 0
+    assert not any(path.exists() for path in leftovers)
+    assert Path("a/.mine.tmp").exists()
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_at_random_moments_ends_with_the_same_bits() -> None:
+    root = Path(__file__).parent.parent
+    program = [
+        sys.executable,
+        "-m",
+        "benchmarks.kill_resume",
+        str(Path.cwd() / "kills"),
+        "--kills",
+        "4",
+        "--epochs",
+        "8",
+    ]
+    done = subprocess.run([*program, "--out", str(Path.cwd() / "kills.json")], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(Path("kills.json").read_text())["differences"] == []

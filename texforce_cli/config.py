@@ -155,6 +155,16 @@ class TrainConfig:
     )
     eval_every: int = option(5, EVALUATION, "Epochs between measurements; 0 = only before and after.", _not_negative)
 
+    watch: list[str] = option(
+        [], EVALUATION, "Measure the held-out pictures by this reward too, one not trained on; may be repeated."
+    )
+    watch_patience: int = option(
+        0,
+        EVALUATION,
+        "End the run after so many measurements in a row with the first --watch surely below the base; 0 = never.",
+        _not_negative,
+    )
+
     save_every: int = option(10, OUTPUT, "Epochs between checkpoints that are kept for good; 0 = none.", _not_negative)
     keep: int = option(2, OUTPUT, "How many of the last checkpoints to keep.", _positive)
     log: Literal["none", "tensorboard", "wandb"] = option("none", OUTPUT, "Also log the metrics there.")

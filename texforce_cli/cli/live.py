@@ -120,6 +120,9 @@ def describe_evaluation(evaluation: Evaluation) -> str:
     ]
     if evaluation.unseen:
         parts.append(f"unseen prompts {evaluation.unseen.mean:+.4f} ± {evaluation.unseen.half_width:.4f}")
+    for name, watched in evaluation.watched.items():
+        change = watched.difference
+        parts.append(f"watched {name} {watched.mean:.4f}: {change.mean:+.4f} ± {change.half_width:.4f}")
     return "  " + "; ".join(parts)
 
 

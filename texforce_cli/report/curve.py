@@ -16,18 +16,23 @@ def reward_curve(
     title: str,
     reward_label: str,
     evaluations: Sequence[Mapping[str, float]] = (),
+    watched: Mapping[str, Sequence[Mapping[str, float]]] | None = None,
 ) -> None:
-    """Write a PNG.
+    """Write a PNG; what is watched has a panel of its own.
 
     `rows` have images, reward_mean, reward_std, approx_kl; `evaluations` images, mean, low, high and base, the reward
-    of the base model on the same pairs.
+    of the base model on the same pairs. `watched`: name -> points with images, mean, low and high, differences to the base.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.5, 5.2), layout="constrained")
+    shown = {name: points for name, points in (watched or {}).items() if points}
+    figure = Figure(figsize=(7.5, 5.2 + 1.6 * bool(shown)), layout="constrained")
     FigureCanvasAgg(figure)
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    panels = figure.subplots(2 + bool(shown), 1, sharex=True, height_ratios=(3, *[1.5] * bool(shown), 1))
+    top, bottom = panels[0], panels[-1]
+    if shown:
+        _watched_panel(panels[1], shown)
     images = [row["images"] for row in rows]
     means = [row["reward_mean"] for row in rows]
     top.plot(images, means, color="#8fb3d9", linewidth=1.5, label="training images (mean of an epoch)")
@@ -48,9 +53,20 @@ def reward_curve(
         bottom.semilogy(images, kl, color="#57534e", linewidth=1.2)
     bottom.set_ylabel("approx. KL")
     bottom.set_xlabel("images")
-    for axes in (top, bottom):
+    for axes in panels:
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
     with atomic_path(path) as temporary:
         # no version in the file: the same run writes the same bytes
         figure.savefig(temporary, dpi=110, format="png", metadata={"Software": None})
+
+
+def _watched_panel(axes: Any, watched: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
+    axes.axhline(0, color="#57534e", linestyle=":", linewidth=1.2)
+    for index, (name, points) in enumerate(watched.items()):
+        at, mean = ([point[key] for point in points] for key in ("images", "mean"))
+        error = [[p["mean"] - p["low"] for p in points], [p["high"] - p["mean"] for p in points]]
+        colour = ("#15803d", "#7e22ce", "#a16207", "#0e7490")[index % 4]
+        axes.errorbar(at, mean, yerr=error, color=colour, marker="o", markersize=4, capsize=3, label=name)
+    axes.set_ylabel("watched, to base")
+    axes.legend(fontsize=8, frameon=False)

@@ -31,6 +31,12 @@ def make_rewards(config: TrainConfig, registry: Registry) -> RewardSet:
     return RewardSet(terms, registry, normalize=config.normalize_rewards, workers=workers, hosts=hosts)
 
 
+def make_watches(config: TrainConfig, registry: Registry) -> list[RewardSet]:
+    """The rewards that are only watched, each by itself."""
+    workers = WorkerSettings(config.reward_timeout, memory_gb=config.reward_memory)
+    return [RewardSet([spec], registry, workers=workers) for spec in parse_terms(config.watch)]
+
+
 def make_adapter(pipeline: Any, config: TrainConfig, *, begin: bool = True) -> Adapter:
     """A LoRA on the trained component; to `begin`, it takes over `--init-lora` where one is given."""
     rank = config.rank

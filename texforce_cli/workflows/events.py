@@ -56,8 +56,17 @@ class Progressed:
 
 
 @dataclass(frozen=True)
+class Watched:
+    """A reward that is not trained on, over the held-out pairs; of every one more is better."""
+
+    mean: float
+    base_mean: float
+    difference: Interval
+
+
+@dataclass(frozen=True)
 class Evaluation:
-    """Reward on the held-out pairs. Differences are paired with the base: same prompts, same noise."""
+    """Reward on the held-out pairs. Differences are paired with the base: same prompts, same noise. `watched` by name."""
 
     epoch: int
     images: int
@@ -68,6 +77,7 @@ class Evaluation:
     unseen: Interval | None
     rewards: tuple[float, ...] = field(repr=False)
     base_rewards: tuple[float, ...] = field(repr=False)
+    watched: Mapping[str, Watched] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from texforce_cli.diffusion.sampler import draw
 from texforce_cli.prompts import Prompt, PromptSet
 from texforce_cli.report.pictures import before_after, save_png
 from texforce_cli.rewards.terms import RewardSet
-from texforce_cli.workflows.events import Evaluation
+from texforce_cli.workflows.events import Evaluation, Watched
 
 Floats = NDArray[np.float64]
 
@@ -40,13 +40,24 @@ def _spread(prompts: tuple[Prompt, ...], count: int, index: int) -> Prompt:
 class HeldOut:
     """The pairs of one run with what the base makes of them."""
 
-    def __init__(self, prompts: PromptSet, count: int, policy: Policy, rewards: RewardSet, *, batch: int) -> None:
+    def __init__(
+        self,
+        prompts: PromptSet,
+        count: int,
+        policy: Policy,
+        rewards: RewardSet,
+        *,
+        batch: int,
+        watch: Sequence[RewardSet] = (),
+    ) -> None:
         self.prompts, self.seeds = heldout_pairs(prompts, count)
         self.unseen = count // 2 if prompts.unseen else 0
         self.policy, self.rewards, self.batch = policy, rewards, batch
+        self.watch = {str(one): one for one in watch}
         self.history: list[Evaluation] = []
         self._base_images: NDArray[np.uint8] | None = None
         self._base_rewards: Floats = np.empty(0)
+        self._base_watched: dict[str, Floats] = {}
         self._images: NDArray[np.uint8] | None = None
 
     def __bool__(self) -> bool:
@@ -57,11 +68,11 @@ class HeldOut:
         if not self or self.policy.adapter is None:
             return
         with self.policy.adapter.disabled():
-            self._base_images, self._base_rewards = self._draw(progress)
+            self._base_images, self._base_rewards, self._base_watched = self._draw(progress)
 
     def measure(self, epoch: int, images: int, progress: Callable[[int, int], None]) -> Evaluation:
         """Draw and score the pairs with the weights as they are, compared with the base."""
-        self._images, rewards = self._draw(progress)
+        self._images, rewards, watched = self._draw(progress)
         base = self._base_rewards
         split = len(rewards) - self.unseen
         evaluation = Evaluation(
@@ -74,6 +85,11 @@ class HeldOut:
             unseen=_paired(rewards[split:], base[split:]) if self.unseen > 1 else None,
             rewards=tuple(rewards.tolist()),
             base_rewards=tuple(base.tolist()),
+            watched={
+                name: Watched(float(values.mean()), float(before.mean()), _paired(values, before))
+                for name, values in watched.items()
+                for before in (self._base_watched[name],)
+            },
         )
         self.history.append(evaluation)
         return evaluation
@@ -85,7 +101,19 @@ class HeldOut:
                 name: Interval(**row[name]) if row[name] else None for name in ("difference", "seen", "unseen")
             }
             lists = {name: tuple(row[name]) for name in ("rewards", "base_rewards")}
-            self.history.append(Evaluation(**{**row, **intervals, **lists}))
+            watched = {
+                name: Watched(**{**value, "difference": Interval(**value["difference"])})
+                for name, value in row.get("watched", {}).items()
+            }
+            self.history.append(Evaluation(**{**row, **intervals, **lists, "watched": watched}))
+
+    def fallen(self, patience: int) -> str | None:
+        """The first watched reward, where it was surely below the base in the last `patience` measurements."""
+        last = self.history[-patience:] if patience and self.watch else []
+        name = next(iter(self.watch), "")
+        if len(last) == patience > 0 and all(e.watched[name].difference.high < 0 for e in last):
+            return name
+        return None
 
     def save_pictures(
         self, path: Path, count: int, title: str, *, before_label: str = "base", after_label: str = "tuned"
@@ -106,17 +134,26 @@ class HeldOut:
         )
         save_png(path, picture, {"title": title})
 
-    def _draw(self, progress: Callable[[int, int], None]) -> tuple[NDArray[np.uint8], Floats]:
+    def close(self) -> None:
+        """Let the watched rewards go."""
+        for one in self.watch.values():
+            one.close()
+
+    def _draw(self, progress: Callable[[int, int], None]) -> tuple[NDArray[np.uint8], Floats, dict[str, Floats]]:
         self.policy.snapshot_unconditional()
         texts = [prompt.text for prompt in self.prompts]
         images = draw(self.policy, texts, self.seeds, batch=self.batch, progress=progress)
+        watched = {name: self._scored(one, images, texts) for name, one in self.watch.items()}
+        return images, self._scored(self.rewards, images, texts), watched
+
+    def _scored(self, rewards: RewardSet, images: NDArray[np.uint8], texts: Sequence[str]) -> Floats:
         terms: dict[str, list[Floats]] = {}
         for start in range(0, len(texts), self.batch):
             part = slice(start, start + self.batch)
             metadata = [prompt.metadata for prompt in self.prompts[part]]
-            for name, values in self.rewards.score(images[part], texts[part], metadata).items():
+            for name, values in rewards.score(images[part], texts[part], metadata).items():
                 terms.setdefault(name, []).append(values)
-        return images, self.rewards.weighted({name: np.concatenate(values) for name, values in terms.items()})
+        return rewards.weighted({name: np.concatenate(values) for name, values in terms.items()})
 
 
 def _paired(after: Floats, before: Floats) -> Interval:

@@ -96,6 +96,10 @@ def plan(flags: Mapping[str, Any], config_file: Path | None = None) -> Plan:
     terms = parse_terms(first.config.reward, first.config.reward_option)
     parse_hosts(first.config.reward_host, terms)
     infos = [find(spec, registry) for spec in terms]
+    for spec in parse_terms(first.config.watch):
+        find(spec, registry)
+    if first.config.watch and not first.config.eval_images:
+        raise UsageError("--watch measures held-out pictures, and --eval-images is 0", "leave one of them out")
     wanting = [info for info in infos if info.prompts] if first.origins["prompts"] == "default" else []
     if wanting:
         flags = {**flags, "prompts": wanting[0].prompts}

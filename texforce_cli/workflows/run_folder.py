@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import platform
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import tomli_w
 from texforce_cli.errors import TexforceError, UsageError
 from texforce_cli.files import write_error, write_json, write_text
 
+_LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.tmp(\.\w+)?")
 PACKAGES = ("texforce", "torch", "diffusers", "transformers", "peft", "safetensors", "numpy", "pillow", "tokenizers")
 
 
@@ -111,6 +113,16 @@ class RunFolder:
                 f"'{path}' is no run folder (there is no run.json)", "give the folder of a run, such as runs/a"
             )
         return folder
+
+    def remove_leftovers(self) -> None:
+        """Remove what a killed process was writing; nobody else may work in the folder meanwhile."""
+        for path in sorted(self.path.rglob(".*")):
+            if _LEFTOVER.fullmatch(path.name):
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    with contextlib.suppress(OSError):
+                        path.unlink()
 
     def remove_if_empty(self) -> None:
         """Remove the folder, and `runs/` with it, where nothing has been written into them."""

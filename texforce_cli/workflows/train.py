@@ -74,6 +74,7 @@ def resume(
     """
     folder = RunFolder.open(path)
     with held(folder.path):
+        folder.remove_leftovers()
         return _resumed(folder, given(flags, config_file), listener)
 
 

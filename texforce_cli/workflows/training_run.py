@@ -20,7 +20,13 @@ from texforce_cli.report.curve import reward_curve
 from texforce_cli.rewards.terms import RewardSet
 from texforce_cli.workflows import checkpoint as checkpoints
 from texforce_cli.workflows import model_card
-from texforce_cli.workflows.assembly import make_adapter, make_algorithm, make_optimisation, make_policy
+from texforce_cli.workflows.assembly import (
+    make_adapter,
+    make_algorithm,
+    make_optimisation,
+    make_policy,
+    make_watches,
+)
 from texforce_cli.workflows.checkpoint import Checkpoint
 from texforce_cli.workflows.events import (
     Checked,
@@ -86,7 +92,14 @@ class TrainingRun:
         self.algorithm = make_algorithm(
             config, self.policy, rewards, self.optimisation, made.prompts.seen, self._progress
         )
-        self.heldout = HeldOut(made.prompts, config.eval_images, self.policy, self.rewards, batch=config.micro_batch)
+        self.heldout = HeldOut(
+            made.prompts,
+            config.eval_images,
+            self.policy,
+            self.rewards,
+            batch=config.micro_batch,
+            watch=make_watches(config, made.registry),
+        )
         self.rows: list[dict[str, Any]] = []
         self.epoch, self.flat_epochs = 0, 0
         self.preflight: Preflight | None = None
@@ -136,8 +149,9 @@ class TrainingRun:
             raise
         finally:
             self.rewards.close()
+            self.heldout.close()
         self._save_before_after()
-        self.write_record(status="finished")
+        self.write_record(status="finished", reason=self._ended_early())
         return TrainResult(
             self.folder.path,
             self.folder.adapter,
@@ -154,8 +168,10 @@ class TrainingRun:
             self.heldout.measure_base(lambda done, n: self._progress("evaluation", done, n))
             with self.optimisation.averaged():
                 self._conclude()  # what an interruption after the last checkpoint has left out
-            while self.epoch < self.config.total_epochs:
+            while self.epoch < self.config.total_epochs and not self._ended_early():
                 logger.log(self._epoch())
+            if reason := self._ended_early():
+                self.listener(Warned(f"{reason}; the best epoch by it is {self.best_epoch}"))
         finally:
             logger.close()
 
@@ -171,8 +187,10 @@ class TrainingRun:
 
     @property
     def best_epoch(self) -> int | None:
-        """The epoch with the highest held-out reward where it is measured, else the highest of its own images."""
-        values = {e.epoch: e.mean for e in self.heldout.history} or {r["epoch"]: r["reward_mean"] for r in self.rows}
+        """The epoch with the highest held-out value of the first --watch, else of the reward, else of its own images."""
+        history, watched = self.heldout.history, next(iter(self.heldout.watch), "")
+        values = {e.epoch: e.watched[watched].mean if watched else e.mean for e in history}
+        values = values or {row["epoch"]: row["reward_mean"] for row in self.rows}
         return max(values, key=lambda epoch: values[epoch]) if values else None
 
     def write_record(self, status: str, reason: str | None = None) -> None:
@@ -303,6 +321,7 @@ class TrainingRun:
             title=f"{self.plan.source.short_name}, {self.config.train}",
             reward_label=f"{self.rewards}" + (f" ({self.rewards.unit})" if self.rewards.unit else ""),
             evaluations=[_curve_point(evaluation) for evaluation in evaluations],
+            watched={name: [_watched_point(e, name) for e in evaluations] for name in self.heldout.watch},
         )
         lora = model_card.adapter_bytes(self.adapter.export(), self.plan, self.rows[-1]["images"])
         model_card.write_adapter(self.folder.adapter, lora, self.plan, self.rows[-1], evaluations)
@@ -310,6 +329,14 @@ class TrainingRun:
             self.folder.checkpoints, keep=self.config.keep, every=self.config.save_every, best=self.best_epoch
         )
         self.write_record(status="running")
+
+    def _ended_early(self) -> str | None:
+        """Why the run ends before its budget is spent."""
+        if self.epoch >= self.config.total_epochs:
+            return None
+        patience = self.config.watch_patience
+        name = self.heldout.fallen(patience)
+        return f"{name} was surely below the base in {patience} measurements in a row" if name else None
 
     def _evaluation_is_due(self) -> bool:
         every = self.config.eval_every
@@ -337,6 +364,11 @@ class TrainingRun:
     def _progress(self, phase: Phase | str, done: int, total: int, *, reward: float | None = None) -> None:
         self.listener(Progressed(phase, done, total, reward))
         self.stop.check()
+
+
+def _watched_point(evaluation: Evaluation, name: str) -> dict[str, float]:
+    change = evaluation.watched[name].difference
+    return {"images": evaluation.images, "mean": change.mean, "low": change.low, "high": change.high}
 
 
 def _curve_point(evaluation: Evaluation) -> dict[str, float]:
