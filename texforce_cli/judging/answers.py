@@ -58,6 +58,11 @@ def parse(text: str, question: Question, criteria: Sequence[str]) -> Verdict:
     return {criterion: _opinion(answer, criterion, question) for criterion in criteria}
 
 
+def encodable(text: str) -> str:
+    """The text without half characters, such as an emoji that was cut leaves: neither file nor request can carry them."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
 def _object(properties: dict[str, Any]) -> dict[str, Any]:
     return {
         "type": "object",
@@ -94,8 +99,7 @@ def _opinion(answer: dict[str, Any], criterion: str, question: Question) -> Opin
     one = answer.get(criterion)
     if not isinstance(one, dict):
         raise Unusable(f"'{criterion}' is missing")
-    # half a surrogate pair is what is left of an emoji that was cut
-    reason = str(one.get("reason", ""))[:_LONGEST_REASON].encode("utf-8", "replace").decode("utf-8")
+    reason = encodable(str(one.get("reason", ""))[:_LONGEST_REASON])
     if question.mode == "pointwise":
         return Opinion(scores=(_score(one, criterion),), reason=reason)
     ranks = _winner(one, criterion, question) if question.mode == "pairwise" else _ranks(one, criterion, question)

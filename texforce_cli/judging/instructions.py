@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from texforce_cli.judging.answers import HIGHEST, LOWEST, TIE
+from texforce_cli.judging.answers import HIGHEST, LOWEST, TIE, encodable
 from texforce_cli.judging.judge import AESTHETIC, ALIGNMENT, Repair
 from texforce_cli.judging.questions import Question
 
@@ -37,7 +37,7 @@ def system(question: Question, criteria: Sequence[str]) -> str:
 
 def text_of(question: Question) -> str:
     """The prompt as a quoted string, so that it cannot pass for anything else."""
-    return "The text: " + json.dumps(_encodable(question.prompt), ensure_ascii=False)
+    return "The text: " + json.dumps(encodable(question.prompt), ensure_ascii=False)
 
 
 def label_of(label: str) -> str:
@@ -47,12 +47,12 @@ def label_of(label: str) -> str:
 
 def again(repair: Repair) -> str:
     """Why an answer is asked for once more."""
-    return f"Your answer could not be used: {_encodable(repair.why)}. Answer again, with nothing but the JSON object."
+    return f"Your answer could not be used: {encodable(repair.why)}. Answer again, with nothing but the JSON object."
 
 
 def quoted(repair: Repair) -> str:
     """The judge's own unusable answer, at a bearable length."""
-    return _encodable(repair.text[:4000]) or "(nothing)"
+    return encodable(repair.text[:4000]) or "(nothing)"
 
 
 def _shown(question: Question) -> str:
@@ -79,8 +79,3 @@ def _rule(question: Question) -> str:
             "pictures that are equally good share a number."
         )
     return f'"score" is a whole number from {LOWEST} (worst) to {HIGHEST} (best).'
-
-
-def _encodable(text: str) -> str:
-    """The text without half characters, which no request can carry."""
-    return text.encode("utf-8", "replace").decode("utf-8")

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from texforce_cli.errors import TexforceError, UsageError
 from texforce_cli.judging import instructions
-from texforce_cli.judging.answers import schema
+from texforce_cli.judging.answers import encodable, schema
 from texforce_cli.judging.judge import AESTHETIC, ALIGNMENT, Busy, Failed, Hopeless, Repair, Reply
 from texforce_cli.judging.openai_problems import is_about_format, is_refusal, of_connection, of_status
 from texforce_cli.judging.openai_wire import Form, chat_body, read_chat, read_responses, responses_body
@@ -176,7 +176,7 @@ class OpenAIJudge:
             text, model, usage, refused, cut = (read_chat if self.api == "chat" else read_responses)(answer)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise Failed("the server's answer is not of the API's form", charged=True) from None
-        model = self._without_key(model)[:200].encode("utf-8", "replace").decode("utf-8")
+        model = encodable(self._without_key(model)[:200])
         return Reply(self._without_key(text), model, *usage, refused, cut)
 
     def _adapted(self, form: Form, status: int, said: str, body: Any) -> Failed | None:

@@ -41,10 +41,11 @@ def chat_body(
     form: Form, schema: dict[str, Any], question: Question, repairs: Sequence[Repair], url: Url
 ) -> dict[str, Any]:
     """A body for /chat/completions."""
-    content: list[dict[str, Any]] = [{"type": "text", "text": instructions.text_of(question)}]
-    for label, path, sha256 in zip(question.labels, question.files, question.hashes, strict=True):
-        content.append({"type": "text", "text": instructions.label_of(label)})
-        content.append({"type": "image_url", "image_url": {"url": url(path, sha256), "detail": form.detail}})
+    content = _content(
+        question,
+        lambda text: {"type": "text", "text": text},
+        lambda path, sha256: {"type": "image_url", "image_url": {"url": url(path, sha256), "detail": form.detail}},
+    )
     messages = [
         {"role": "system", "content": instructions.system(question, form.criteria)},
         {"role": "user", "content": content},
@@ -61,10 +62,11 @@ def responses_body(
     form: Form, schema: dict[str, Any], question: Question, repairs: Sequence[Repair], url: Url
 ) -> dict[str, Any]:
     """A body for /responses; the server is asked to keep nothing."""
-    content: list[dict[str, Any]] = [{"type": "input_text", "text": instructions.text_of(question)}]
-    for label, path, sha256 in zip(question.labels, question.files, question.hashes, strict=True):
-        content.append({"type": "input_text", "text": instructions.label_of(label)})
-        content.append({"type": "input_image", "image_url": url(path, sha256), "detail": form.detail})
+    content = _content(
+        question,
+        lambda text: {"type": "input_text", "text": text},
+        lambda path, sha256: {"type": "input_image", "image_url": url(path, sha256), "detail": form.detail},
+    )
     body: dict[str, Any] = {
         "model": form.model,
         "instructions": instructions.system(question, form.criteria),
@@ -109,6 +111,17 @@ def read_responses(answer: dict[str, Any]) -> Read:
     usage = _usage(answer, "input_tokens", "output_tokens")
     refused = bool(refusal) or why == "content_filter"
     return text or refusal, str(answer.get("model") or ""), usage, refused, why == "max_output_tokens"
+
+
+Part = dict[str, Any]
+
+
+def _content(question: Question, say: Callable[[str], Part], show: Callable[[Path, str], Part]) -> list[Part]:
+    """The text, then each label with its picture."""
+    parts = [say(instructions.text_of(question))]
+    for label, path, sha256 in zip(question.labels, question.files, question.hashes, strict=True):
+        parts += [say(instructions.label_of(label)), show(path, sha256)]
+    return parts
 
 
 def _again(repairs: Sequence[Repair]) -> list[dict[str, Any]]:

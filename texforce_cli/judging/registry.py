@@ -11,8 +11,8 @@ from texforce_cli import __version__
 from texforce_cli.errors import TexforceError, UsageError
 from texforce_cli.judging.judge import Judge
 from texforce_cli.rewards import worker
-from texforce_cli.rewards.hookspecs import API_VERSION, hookimpl
-from texforce_cli.rewards.registry import JUDGES, plugin_calls, plugin_manager, plugins
+from texforce_cli.rewards.hookspecs import hookimpl
+from texforce_cli.rewards.registry import JUDGES, plugin_calls, plugin_manager, plugins, registered
 
 _HERE = "texforce_cli.judging"
 
@@ -90,11 +90,7 @@ def find_judge(name: str) -> JudgeInfo:
 
 def _add(judges: dict[str, JudgeInfo], calls: list[dict[str, Any]], origin: str, version: str) -> None:
     for call in calls:
-        name, factory = call.get("name"), call.get("factory")
-        if not (isinstance(name, str) and name and not set(name) & set(":=/ \n") and isinstance(factory, str)):
-            raise ValueError(f"it registers the judge {name!r} with the factory {factory!r}")
-        if call.get("api_version") != API_VERSION:
-            raise ValueError(f"judge '{name}' wants API version {call.get('api_version')}, this is {API_VERSION}")
+        name, factory = registered("judge", call)
         if name in judges:
             raise ValueError(f"judge '{name}' is registered by both '{judges[name].origin}' and '{origin}'")
         judges[name] = JudgeInfo(name, factory, origin, version, str(call.get("summary", "")))

@@ -13,6 +13,8 @@ from jinja2 import TemplateError
 
 from texforce_cli.report.page import Tab, shown, template
 
+RANKS = "ranks"
+"""The folder of an evaluation that holds one folder a ranking."""
 _MOST = 300
 """Verdicts that the page shows; all of them are in verdicts.jsonl."""
 
@@ -23,7 +25,7 @@ def ranking_tabs(folder: Path, data: str = "") -> tuple[Tab, ...]:
     `data` is the hash of the pictures as they are now: a ranking of others says so.
     """
     tabs = []
-    for path in sorted(folder.glob("ranks/*/summary.json")):
+    for path in sorted(folder.glob(f"{RANKS}/*/summary.json")):
         try:
             summary = json.loads(path.read_text(encoding="utf-8"))
             lines = (path.parent / "verdicts.jsonl").read_text(encoding="utf-8").splitlines()

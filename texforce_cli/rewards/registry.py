@@ -209,12 +209,22 @@ class Registry:
         self.rewards.update(found)
 
 
-def _info(call: Mapping[str, Any], origin: str, version: str, environment: Any) -> RewardInfo:
+def registered(kind: str, call: Mapping[str, Any]) -> tuple[str, str]:
+    """Name and factory of what a plugin registers.
+
+    Raises:
+        ValueError: no usable name or factory, or an API version that is not ours.
+    """
     name, factory, api_version = call.get("name"), call.get("factory"), call.get("api_version")
     if not (isinstance(name, str) and name and not set(name) & set(":=/ \n") and isinstance(factory, str)):
-        raise ValueError(f"it registers the reward {name!r} with the factory {factory!r}")
+        raise ValueError(f"it registers the {kind} {name!r} with the factory {factory!r}")
     if api_version != hookspecs.API_VERSION:
-        raise ValueError(f"reward '{name}' wants API version {api_version}, this is {hookspecs.API_VERSION}")
+        raise ValueError(f"{kind} '{name}' wants API version {api_version}, this is {hookspecs.API_VERSION}")
+    return name, factory
+
+
+def _info(call: Mapping[str, Any], origin: str, version: str, environment: Any) -> RewardInfo:
+    name, factory = registered("reward", call)
     # keys of later versions of the contract are passed over; a near miss of a known one is a mistake
     about = {key: value for key, value in call.items() if key in _ABOUT}
     for key in call.keys() - about.keys() - {"name", "factory", "api_version", "distribution"}:

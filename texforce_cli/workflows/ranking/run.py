@@ -23,6 +23,7 @@ from texforce_cli.judging.judge import AESTHETIC, ALIGNMENT, Judge
 from texforce_cli.judging.prices import Price, parse_price, price_of
 from texforce_cli.judging.questions import MOST_VARIANTS, Case, Mode, Question, questions_of
 from texforce_cli.judging.registry import find_judge
+from texforce_cli.report.verdicts import RANKS
 from texforce_cli.workflows.events import Listener, Progressed, Warned, silent
 from texforce_cli.workflows.ranking.summary import adjust, rank, warnings
 from texforce_cli.workflows.stopping import StopRequest
@@ -30,7 +31,6 @@ from texforce_cli.workflows.stopping import StopRequest
 if TYPE_CHECKING:
     from texforce_cli.workflows.evaluation.run import EvalRequest
 
-RANKS = "ranks"
 _ROUNDS: dict[Mode, int] = {"pairwise": 1, "listwise": 3, "pointwise": 3}
 _REPAIRS = 2
 
@@ -123,8 +123,9 @@ def rank_pictures(request: RankRequest, listener: Listener = silent) -> RankResu
                     check=stop.check,
                     progress=lambda done, total: listener(Progressed("judging", done, total)),
                 )
-            summary = _summary(work, journal)
-            _write(work.folder, summary, _verdict_rows(work, journal))
+            found = _found(work, journal)
+            summary = _summary(work, journal, found)
+            _write(work.folder, summary, _verdict_rows(found))
         page = None
         try:
             page = evaluate(replace(work.evaluation, stage="report", single_file=request.single_file), listener).page
@@ -170,7 +171,10 @@ def plan_ranking(request: RankRequest) -> dict[str, Any]:
     return plan
 
 
-def _found(work: _Work, journal: Journal) -> list[tuple[Question, Verdict | Missing]]:
+_Found = list[tuple[Question, Verdict | Missing]]
+
+
+def _found(work: _Work, journal: Journal) -> _Found:
     known = verdicts(work.judge.identity, work.judge.criteria, work.questions, journal, _REPAIRS)
     return list(zip(work.questions, known))
 
@@ -303,9 +307,8 @@ def _record(work: _Work) -> dict[str, Any]:
     }
 
 
-def _summary(work: _Work, journal: Journal) -> dict[str, Any]:
+def _summary(work: _Work, journal: Journal, found: _Found) -> dict[str, Any]:
     judge = work.judge
-    found = _found(work, journal)
     keys = list(dict.fromkeys(question.key(judge.identity) for question in work.questions))
     entries = [entry for key in keys for entry in journal.entries(key)]
     results: dict[str, dict[str, Any]] = {}
@@ -358,10 +361,10 @@ def _summary(work: _Work, journal: Journal) -> dict[str, Any]:
     )
 
 
-def _verdict_rows(work: _Work, journal: Journal) -> list[dict[str, Any]]:
+def _verdict_rows(questions: _Found) -> list[dict[str, Any]]:
     """Every verdict with its reason, for the table and the page."""
     rows = []
-    for question, found in _found(work, journal):
+    for question, found in questions:
         about = {
             "prompt_id": question.prompt_id,
             "prompt": question.prompt,
