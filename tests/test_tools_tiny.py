@@ -81,7 +81,7 @@ def regression(folder: Path, steps: int, stop_at: int | None = None) -> torch.Te
         x = torch.randn((8, 3), generator=generator)
         return (model(x) - x.sum(1, keepdim=True)).pow(2).mean()
 
-    train(Recipe("line", steps, 0.05, warmup=5, ema=0.9), {"line": model}, loss, folder)
+    train(Recipe("line", steps, 0.05, warmup=5, ema=0.9), {"line": model}, [loss], folder)
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 

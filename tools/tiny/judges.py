@@ -105,7 +105,7 @@ def train_judge(
         by_caption = logits[:, :_BATCH].T.masked_fill(twins, -1e4)
         return (F.cross_entropy(by_picture, target) + F.cross_entropy(by_caption, target)) / 2
 
-    train(recipe, {recipe.name: model}, loss_of_step, folder)
+    train(recipe, {recipe.name: model}, [loss_of_step], folder)
     return model
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +17,7 @@ from tools.tiny.training import Recipe, autocast, device, train
 
 Prediction = Literal["v_prediction", "epsilon"]
 
-RECIPE = Recipe("unet", steps=6_000, learning_rate=1.2e-3, muon=3e-3, hold=0.5, warmup=100, weight_decay=0.1)
+RECIPE = Recipe("unet", steps=5_000, learning_rate=1.2e-3, muon=3e-3, hold=0.5, warmup=100, weight_decay=0.1)
 BATCH = 64
 _EMPTY = 0.1  # share of captions left empty, for guidance
 
@@ -111,13 +112,16 @@ def train_unet(
         target = signal * noise - sigma * z if prediction == "v_prediction" else noise
         return F.mse_loss(output.float(), target)
 
-    def loss_of_step(generator: torch.Generator) -> torch.Tensor:
+    threads = 1 if device().type == "cuda" else min(2, torch.get_num_threads())
+
+    def loss_of_step(part: int, generator: torch.Generator) -> torch.Tensor:
         picks = torch.randint(len(latents), (BATCH,), generator=generator).to(device())
         tokens = torch.where(torch.rand(BATCH, 1, generator=generator).to(device()) < _EMPTY, empty, ids[picks])
         spread = (torch.rand(1, generator=generator) + torch.arange(BATCH) / BATCH) % 1
         t = (spread * TIMESTEPS).long().clamp(0, TIMESTEPS - 1).to(device())
         noise = torch.randn((BATCH, *latents.shape[1:]), generator=generator).to(device())
-        return loss(latents[picks].float(), t, tokens, noise)
+        of_part = slice(part, None, threads)
+        return loss(latents[picks[of_part]].float(), t[of_part], tokens[of_part], noise[of_part])
 
     held_latents, held_captions = validation
     held_ids = token_ids(tokenizer, held_captions).to(device())
@@ -133,6 +137,7 @@ def train_unet(
             losses.append(loss(z, t, held_ids[start : start + len(z)], noise))
         return float(torch.stack(losses).mean())
 
-    train(recipe, {"unet": unet, "text_encoder": text_encoder}, loss_of_step, folder, validate=validate)
+    parts = [partial(loss_of_step, part) for part in range(threads)]
+    train(recipe, {"unet": unet, "text_encoder": text_encoder}, parts, folder, validate=validate)
     unet.to(memory_format=torch.contiguous_format).set_attn_processor(AttnProcessor2_0())
     return unet, text_encoder

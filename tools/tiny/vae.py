@@ -57,7 +57,7 @@ def train_vae(folder: Path, train_set: Pictures, validation: Pictures, recipe: R
         return (y - x).abs().mean() + 2 * (y - x).pow(2).mean() + 0.5 * rough + 1e-3 * z.pow(2).mean()
 
     real = normalised(torch.from_numpy(validation.images[:512]))
-    train(recipe, {"vae": vae}, loss_of_step, folder, validate=lambda: psnr(vae, real), validations=10)
+    train(recipe, {"vae": vae}, [loss_of_step], folder, validate=lambda: psnr(vae, real), validations=10)
     with torch.no_grad():
         latents = torch.cat([vae.encode(part.to(device())).latents for part in real.split(64)])
     vae.register_to_config(scaling_factor=float(1 / latents.std()))
