@@ -16,7 +16,7 @@ LAYERS = [
     {"workflows"},
     {"algorithms", "judging"},
     {"diffusion", "lora", "rewards", "prompts", "report"},
-    {"tiny", "presets", "config", "files", "devices", "tensorfile", "quiet"},
+    {"tiny", "presets", "config", "files", "devices", "tensorfile", "quiet", "team"},
     {"core"},
     {"errors"},
 ]

@@ -391,3 +391,50 @@ def test_the_kl_term_compares_with_the_base_whatever_embeds_the_empty_prompt(pip
         output, _ = plain.output(drawn.latents[0], 0, expected_embeddings)
         expected = plain.schedule.mean(drawn.latents[0], output, 0)
     assert torch.allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("where", ["drawing", "learning"])
+def test_a_full_memory_halves_the_micro_batch_and_changes_nothing_but_rounding(where: str) -> None:
+    from texforce_cli.diffusion.models import load_pipeline, resolve_model
+
+    class Full(DDPO):
+        """Has room for two images; learning fails after the first step of a pass, whose gradients are there by then."""
+
+        losses = 0
+
+        def _draw(self, epoch: int, indices: Any, prompts: Any) -> Any:
+            if where == "drawing" and len(indices) > 2:
+                raise torch.OutOfMemoryError("full")
+            return super()._draw(epoch, indices, prompts)
+
+        def _loss(self, drawn: Any, images: Any, *rest: Any) -> Any:
+            self.losses += 1
+            if where == "learning" and len(images) > 2 and self.losses > 1:
+                raise torch.OutOfMemoryError("full")
+            return super()._loss(drawn, images, *rest)
+
+    found, said = [], []
+    for kind in (DDPO, Full):
+        pipeline = load_pipeline(resolve_model("tiny"), device=torch.device("cpu"), precision="fp32")
+        algorithm = make(pipeline, kind, train="both")
+        reports = [algorithm.run_epoch(epoch) for epoch in range(2)]
+        said.append([text for report in reports for text in report.warnings])
+        assert algorithm.policy.adapter is not None
+        found.append(torch.cat([p.detach().flatten() for p in algorithm.policy.adapter.parameters()]))
+    assert said[0] == []
+    assert said[1] == [
+        "the memory of cpu was too full for 4 images at once: it goes on with 2, and the result differs by rounding only"
+    ]
+    assert algorithm.state_dict()["micro_batch"] == 2
+    assert ((found[0] - found[1]).norm() / found[0].norm()).item() < 1e-3
+
+
+def test_a_memory_too_small_for_one_image_is_an_error(pipeline: Any) -> None:
+    class Full(DDPO):
+        def _draw(self, epoch: int, indices: Any, prompts: Any) -> Any:
+            raise torch.OutOfMemoryError("full")
+
+    algorithm = make(pipeline, Full)
+    with pytest.raises(torch.OutOfMemoryError):
+        algorithm.run_epoch(0)
+    assert algorithm.micro_batch == 1

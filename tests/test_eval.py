@@ -24,8 +24,8 @@ from texforce_cli.diffusion.models import load_pipeline, resolve_model
 from texforce_cli.errors import TexforceError, UsageError
 from texforce_cli.lora.write import lora_bytes
 from texforce_cli.prompts import Prompt
+from texforce_cli.team import launched
 from texforce_cli.workflows.evaluation.pictures import Item, items_of, read_picture
-from texforce_cli.workflows.evaluation.run import processes_of
 from texforce_cli.workflows.evaluation.scores import ScoreFile
 from texforce_cli.workflows.evaluation.variants import parse_variant, read_variants
 from texforce_cli.workflows.loras import trained_on
@@ -266,9 +266,9 @@ def test_several_processes_draw_the_same(prompts: str, monkeypatch: pytest.Monke
 
 
 def test_which_process_this_is() -> None:
-    assert processes_of({"RANK": "1", "WORLD_SIZE": "4"}) == (1, 4)
+    assert launched({"RANK": "1", "WORLD_SIZE": "4"}) == (1, 4)
     for odd in ({}, {"RANK": "x"}, {"RANK": "4", "WORLD_SIZE": "4"}, {"WORLD_SIZE": "0"}):
-        assert processes_of(odd) == (0, 1)
+        assert launched(odd) == (0, 1)
 
 
 @pytest.mark.parametrize(

@@ -329,6 +329,30 @@ def test_a_second_ctrl_c_quits_at_once() -> None:
     assert "Traceback" not in error and "epochs are saved" not in error  # it did not wait for a safe point
 
 
+@pytest.mark.parametrize(("grace", "saved"), [("60s", 3), ("0.3", 2), ("0", 2)])
+def test_a_scheduler_that_gives_time_gets_the_epoch_that_ends_within_it(
+    grace: str, saved: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from texforce_cli.workflows.training_run import TrainingRun
+
+    progress, asked = TrainingRun._progress, []
+
+    def interrupted(self: TrainingRun, phase: str, done: int, total: int, **reward: float) -> None:
+        if self.epoch == 2 and phase == "sampling" and not asked:
+            self.rows[-1]["seconds_total"] = 0.1
+            asked.append(time.monotonic())
+            os.kill(os.getpid(), signal.SIGTERM)
+            if grace == "0.3":
+                time.sleep(20)  # a pass that takes long is broken off
+        progress(self, phase, done, total, **reward)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingRun, "_progress", interrupted)
+        train("--out", "a", "--save-within", grace, "--eval-images", "0", epochs=9, code=143)
+    assert grace != "0.3" or time.monotonic() - asked[0] < 10
+    assert json.loads(Path("a/run.json").read_text())["epochs_done"] == saved
+
+
 def test_an_epoch_is_safe_before_it_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     from texforce_cli.workflows.training_run import TrainingRun
 

@@ -93,6 +93,12 @@ class TrainConfig:
     )
     gradient_checkpointing: bool = option(False, MODEL, "Less memory, more time.")
     compile: bool = option(False, MODEL, "torch.compile the U-Net.")
+    num_processes: int = option(
+        1, MODEL, "Share the work among so many processes here, a GPU each; the result is the same.", _between(1, 64)
+    )
+    process_timeout: float = option(
+        600.0, MODEL, "Seconds after which a process that does not answer ends the job.", _positive
+    )
 
     steps: int = option(50, SAMPLING, "Denoising steps.", _positive)
     guidance: float = option(
@@ -166,6 +172,12 @@ class TrainConfig:
     )
 
     save_every: int = option(10, OUTPUT, "Epochs between checkpoints that are kept for good; 0 = none.", _not_negative)
+    save_within: float = option(
+        0.0,
+        OUTPUT,
+        "Seconds between SIGTERM and the scheduler's kill: an epoch that ends within them is finished and saved.",
+        _not_negative,
+    )
     keep: int = option(2, OUTPUT, "How many of the last checkpoints to keep.", _positive)
     log: Literal["none", "tensorboard", "wandb"] = option("none", OUTPUT, "Also log the metrics there.")
 
@@ -320,6 +332,8 @@ def _convert(name: str, value: Any, origin: str, mistakes: list[str]) -> Any:
             mistakes.append(f"{flag} '{value}' ({origin}) is none of {', '.join(choices(name))}")
             return None
         return value
+    if kind is float and isinstance(value, str) and "Seconds" in FIELDS[name].metadata["help"]:
+        value = value.removesuffix("s")
     try:
         converted = _typed(kind, value)
     except (TypeError, ValueError, OverflowError):

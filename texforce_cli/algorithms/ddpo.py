@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -30,6 +30,7 @@ from texforce_cli.diffusion.policy import Embeddings, Policy
 from texforce_cli.diffusion.sampler import Trajectory, rollout
 from texforce_cli.prompts import Prompt
 from texforce_cli.rewards.terms import RewardSet, Scores
+from texforce_cli.team import Team
 
 
 @dataclass(frozen=True)
@@ -52,15 +53,21 @@ class DDPOSettings:
 
 @dataclass(frozen=True)
 class Rollouts:
-    """An epoch's images with their rewards."""
+    """An epoch's images with their rewards. Where several processes share the work, `trajectory` has the images of this
+    one alone, each at its `places` [N] (-1: another's); the rest is of all images.
+    """
 
     trajectory: Trajectory
+    places: Tensor
+    prompts: tuple[str, ...]
     scores: Scores
+    counts: Mapping[str, int]
+    warnings: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Update:
-    """What one optimiser step saw."""
+    """What one optimiser step saw, in all processes."""
 
     diagnostics: Diagnostics
     grad_norm: float
@@ -80,23 +87,31 @@ class DDPO:
         *,
         seed: int,
         progress: Progress,
+        team: Team | None = None,
     ) -> None:
+        self.team = team or Team()
         self.policy, self.rewards, self.optimisation = policy, rewards, optimisation
         self.prompts, self.settings, self.seed, self.progress = list(prompts), settings, seed, progress
         self.tracker = adv.PromptTracker()
+        self.micro_batch = settings.micro_batch
+        """Images in one pass: halved where the memory was full."""
+        self._halved: list[str] = []
         self._seconds: dict[Phase, float] = {}
 
     def preflight(self) -> Preflight:
         """Draw two micro-batches and take their log-probabilities again as training will: mixed, with gradients."""
-        prompts = [prompt.text for prompt in self._prompts_of(epoch=-1)[: 2 * self.settings.micro_batch]]
-        batches = [
-            range(i, min(i + self.settings.micro_batch, len(prompts)))
-            for i in range(0, len(prompts), self.settings.micro_batch)
-        ]
+        while True:
+            with self._room_for(self.micro_batch):
+                return self._preflight()
+
+    def _preflight(self) -> Preflight:
+        size = self.micro_batch
+        prompts = [prompt.text for prompt in self._prompts_of(epoch=-1)[: 2 * size]]
+        batches = [range(i, min(i + size, len(prompts))) for i in range(0, len(prompts), size)]
         drawn = Trajectory.join([self._draw(-1, batch, [prompts[i] for i in batch]) for batch in batches])
         order = torch.from_numpy(self._rng("order", -1).permutation(len(prompts))).to(self.policy.device)
         schedule, errors = self.policy.schedule, dict.fromkeys(self.policy.schedule.stochastic, 0.0)
-        for images in order.split(self.settings.micro_batch):
+        for images in order.split(size):
             embeddings = self.policy.embed([prompts[i] for i in images.tolist()])
             for index in schedule.stochastic:
                 log_prob, _ = self._log_prob(drawn, images, torch.full_like(images, index), embeddings.leaf())
@@ -128,7 +143,7 @@ class DDPO:
         self._seconds = {"sampling": 0.0, "rewards": 0.0, "training": 0.0}
         self.policy.snapshot_unconditional()
         rollouts = self._collect(epoch)
-        rewards, prompts = rollouts.scores.total, rollouts.trajectory.prompts
+        rewards, prompts = rollouts.scores.total, rollouts.prompts
         raw = self.rewards.weighted(rollouts.scores.terms)
         advantages = self._advantages(rewards, prompts)
         flat = not adv.varies(rewards) or bool(advantages.abs().max() < adv.EPSILON)
@@ -158,8 +173,8 @@ class DDPO:
             else None,
             flat=flat,
             skipped_updates=skipped,
-            counts=self.rewards.counts(),
-            warnings=(*self.rewards.warnings(), *self._warnings(flat, skipped, prompts, diagnostics)),
+            counts=rollouts.counts,
+            warnings=(*rollouts.warnings, *self._warnings(flat, skipped, prompts, diagnostics)),
         )
         if self.settings.kl_target and updates:
             self.optimisation.base_rate = steered_learning_rate(
@@ -168,17 +183,19 @@ class DDPO:
         return report
 
     def state_dict(self) -> dict[str, Any]:
-        """The tracker of the prompts."""
-        return {"tracker": self.tracker.state_dict()}
+        """The tracker of the prompts, and the micro-batch that there is room for."""
+        return {"tracker": self.tracker.state_dict(), "micro_batch": self.micro_batch}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a `state_dict`."""
         self.tracker.load_state_dict(state["tracker"])
+        self.micro_batch = state.get("micro_batch", self.micro_batch)
 
     # sampling
 
     def _collect(self, epoch: int) -> Rollouts:
         chosen = self._prompts_of(epoch)
+        mine, total, done = self._share(epoch), len(chosen), 0
         parts, terms = [], defaultdict(list)
         pending: deque[Future[dict[str, NDArray[np.float64]]]] = deque()
 
@@ -187,24 +204,67 @@ class DDPO:
                 for name, values in pending.popleft().result().items():
                     terms[name].append(values)
             so_far = self.rewards.weighted({name: np.concatenate(values) for name, values in terms.items()})
-            self.progress("rewards", len(so_far), len(chosen), reward=float(so_far.mean()))
+            self.progress("rewards", self._of_all(len(so_far), total), total, reward=float(so_far.mean()))
 
-        for start in range(0, len(chosen), self.settings.micro_batch):
-            batch = chosen[start : start + self.settings.micro_batch]
-            indices = range(start, start + len(batch))
+        while done < len(mine):
             with self._timed("sampling"):
-                parts.append(self._draw(epoch, indices, [prompt.text for prompt in batch]))
-            self.progress("sampling", start + len(batch), len(chosen))
+                parts.append(self._draw_first(epoch, mine[done:], chosen))
+            batch = [chosen[i] for i in mine[done : done + len(parts[-1].seeds)]]
+            done += len(batch)
+            self.progress("sampling", self._of_all(done, total), total)
             with self._timed("rewards"):
                 pending.append(self._score(parts[-1], batch))
             while pending and pending[0].done():
                 collect()
         while pending:  # rewards in processes of their own score while the next images are drawn
             collect()
-        scores = self.rewards.total({name: np.concatenate(values) for name, values in terms.items()})
-        return Rollouts(Trajectory.join(parts), scores)
+        places = torch.full((total,), -1)
+        places[torch.tensor(mine)] = torch.arange(len(mine))
+        scored = {name: np.concatenate(values) for name, values in terms.items()}
+        return Rollouts(
+            Trajectory.join(parts),
+            places.to(self.policy.device),
+            tuple(prompt.text for prompt in chosen),
+            *self._of_team(mine, scored),
+        )
 
-    def _draw(self, epoch: int, indices: range, prompts: Sequence[str]) -> Trajectory:
+    def _share(self, epoch: int) -> Sequence[int]:
+        """The images that this process draws: an equal part of those of each update, in ascending order."""
+        images, size = self.settings.samples, self.settings.update_batch
+        if self.team.size == 1:
+            return range(images)
+        order = self._order(epoch, 0).tolist()
+        updates = [order[start : start + size] for start in range(0, images, size)]
+        return sorted(i for update in updates for i in update[self.team.rank :: self.team.size])
+
+    def _of_all(self, done: int, total: int) -> int:
+        """How many images are done by all processes when this one has done `done`."""
+        return min(total, done * self.team.size)
+
+    def _of_team(
+        self, mine: Sequence[int], scored: Mapping[str, NDArray[np.float64]]
+    ) -> tuple[Scores, Mapping[str, int], tuple[str, ...]]:
+        """The scores of all images, what the rewards counted and what they have to say, of all processes."""
+        terms = {spec.name: np.empty(self.settings.samples) for spec in self.rewards.specs}
+        counts: Counter[str] = Counter()
+        warnings: list[str] = []
+        for indices, values, counted, said in self.team.each(
+            (list(mine), dict(scored), self.rewards.counts(), self.rewards.warnings())
+        ):
+            for name, theirs in values.items():
+                terms[name][indices] = theirs
+            counts.update(counted)
+            warnings += said
+        return self.rewards.total(terms), dict(counts), tuple(dict.fromkeys(warnings))
+
+    def _draw_first(self, epoch: int, images: Sequence[int], prompts: Sequence[Prompt]) -> Trajectory:
+        """A micro-batch of `images`, as many of the first as there is room for."""
+        while True:
+            indices = images[: self.micro_batch]
+            with self._room_for(len(indices)):
+                return self._draw(epoch, indices, [prompts[i].text for i in indices])
+
+    def _draw(self, epoch: int, indices: Sequence[int], prompts: Sequence[str]) -> Trajectory:
         seeds = [derive(self.seed, "image", epoch, index) for index in indices]
         drawn: Trajectory = rollout(self.policy, prompts, seeds)
         return drawn
@@ -236,27 +296,41 @@ class DDPO:
         total = self.settings.inner_epochs * -(-images // size)
         done = 0
         for inner in range(self.settings.inner_epochs):
-            order = torch.from_numpy(self._rng("order", epoch, inner).permutation(images)).to(self.policy.device)
+            order = self._order(epoch, inner)
             rng = self._rng("steps", epoch, inner)
             chosen = self.settings.train_steps.choose(self.policy.schedule.stochastic, images, rng)
             steps = torch.from_numpy(chosen).to(self.policy.device)
             for start in range(0, images, size):
-                yield self._update(rollouts.trajectory, order[start : start + size], steps, advantages)
+                yield self._update(rollouts, order[start : start + size], steps, advantages)
                 done += 1
                 self.progress("training", done, total)
 
-    def _update(self, drawn: Trajectory, chosen: Tensor, steps: Tensor, advantages: Tensor) -> Update:
-        """One optimiser step on the images `chosen` [n] at their `steps` [K, N]."""
-        scale = 1 / (len(chosen) * len(steps))
-        log_ratios, penalties = [], []
-        for images in chosen.split(self.settings.micro_batch):
-            for log_ratio, penalty in self._accumulate(drawn, images, steps[:, images], advantages[images], scale):
-                log_ratios.append(log_ratio)
-                penalties.append(penalty)
+    def _order(self, epoch: int, inner: int) -> Tensor:
+        """The images [N] in the order in which they are learnt from."""
+        order = self._rng("order", epoch, inner).permutation(self.settings.samples)
+        return torch.from_numpy(order).to(self.policy.device)
+
+    def _update(self, rollouts: Rollouts, chosen: Tensor, steps: Tensor, advantages: Tensor) -> Update:
+        """One optimiser step on the images `chosen` [n] at their `steps` [K, N]; each process learns from its own."""
+        count = len(chosen) * len(steps)
+        mine = chosen[rollouts.places[chosen] >= 0]
+        learnt = None
+        while learnt is None:
+            self.optimisation.forget()
+            with self._room_for(self.micro_batch):
+                learnt = [
+                    one
+                    for part in (mine.split(self.micro_batch) if len(mine) else ())
+                    for one in self._accumulate(
+                        rollouts.trajectory, rollouts.places[part], steps[:, part], advantages[part], 1 / count
+                    )
+                ]
+        log_ratios = torch.cat([advantages[:0], *(log_ratio for log_ratio, _ in learnt)])
+        every = self.team.each((log_ratios.cpu(), sum(penalty for _, penalty in learnt)))
         return Update(
-            Diagnostics.of(torch.cat(log_ratios), self.settings.clip_range),
+            Diagnostics.of(torch.cat([ratios for ratios, _ in every]), self.settings.clip_range),
             self.optimisation.step(),
-            float(np.mean(penalties)),
+            sum(penalty for _, penalty in every) / count,
         )
 
     def _accumulate(
@@ -282,7 +356,7 @@ class DDPO:
         embeddings: Embeddings,
         reference: Embeddings | None,
     ) -> tuple[Tensor, Tensor, float]:
-        """Eq. (5) summed over a micro-batch at one step each, plus the KL term; with the log-ratios [n]."""
+        """Eq. (5) summed over a micro-batch at one step each, plus the KL term; the log-ratios [n]; the summed KL."""
         log_prob, mean = self._log_prob(drawn, images, step, embeddings)
         old = drawn.log_probs[step, images]
         loss = clipped_surrogate(log_prob, old, advantages, self.settings.clip_range).sum()
@@ -292,7 +366,7 @@ class DDPO:
                 reference_mean = self._reference_mean(drawn, images, step, reference)
             divergence = reference_kl(mean, reference_mean, self.policy.schedule.sigma_at(step, mean))
             loss = loss + self.settings.kl_weight * divergence.sum()
-            penalty = divergence.mean().item()
+            penalty = divergence.sum().item()
         return loss, (log_prob - old).detach(), penalty
 
     def _log_prob(
@@ -322,6 +396,8 @@ class DDPO:
     def _warnings(
         self, flat: bool, skipped: int, prompts: Sequence[str], diagnostics: Sequence[Diagnostics]
     ) -> Iterator[str]:
+        yield from self._halved
+        self._halved.clear()
         if skipped:
             yield f"{skipped} updates were passed over: their gradient was not finite"
         if flat:
@@ -339,6 +415,27 @@ class DDPO:
                     f"{len(inert)} of {len(set(prompts))} prompts have fewer than {self.tracker.minimum} rewards so far: "
                     "they use the statistics of the epoch (more images a prompt, or --advantages group)"
                 )
+
+    @contextmanager
+    def _room_for(self, images: int) -> Iterator[None]:
+        """Where the memory is too full for `images` at once, the micro-batch is halved and the block is left unfinished.
+
+        Raises:
+            torch.OutOfMemoryError: one image alone is too much.
+        """
+        try:
+            yield
+            return
+        except torch.OutOfMemoryError:
+            if images == 1:
+                raise
+        self.micro_batch = max(1, images // 2)  # outside the handler, which holds what the failed pass has filled
+        if self.policy.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._halved.append(
+            f"the memory of {self.policy.device} was too full for {images} images at once: it goes on with "
+            f"{self.micro_batch}, and the result differs by rounding only"
+        )
 
     def _rng(self, *purpose: str | int) -> np.random.Generator:
         return np.random.default_rng(derive(self.seed, *purpose))

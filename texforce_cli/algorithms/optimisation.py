@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from texforce_cli.errors import TexforceError
+from texforce_cli.team import Team
 
 LRSchedule = Literal["constant", "cosine", "linear"]
 
@@ -49,11 +50,14 @@ MOST_LOST = 5
 
 
 class Optimisation:
-    """The optimiser of a run over `parameters`; `step()` uses the gradients that have been gathered."""
+    """The optimiser of a run over `parameters`; `step()` uses the gradients that `team` has gathered."""
 
-    def __init__(self, parameters: Sequence[nn.Parameter], settings: OptimiserSettings) -> None:
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], settings: OptimiserSettings, team: Team | None = None
+    ) -> None:
         self.parameters = list(parameters)
         self.settings = settings
+        self.team = team or Team()
         self.base_rate = settings.learning_rate
         self.loss_scale = settings.loss_scale
         self.updates = 0
@@ -73,6 +77,10 @@ class Optimisation:
         """Gather the gradient of a loss."""
         (loss * self.loss_scale).backward()
 
+    def forget(self) -> None:
+        """Drop the gradients that were gathered since the last step."""
+        self._adam.zero_grad()
+
     def step(self) -> float:
         """Update the weights and forget the gradients; returns the norm of the gradient before clipping.
 
@@ -82,10 +90,14 @@ class Optimisation:
         Raises:
             TexforceError: so many gradients in a row were not finite; the weights are those of the last one that was.
         """
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        self.team.total(gradients)
         if self.loss_scale != 1:
-            for parameter in self.parameters:
-                if parameter.grad is not None:
-                    parameter.grad /= self.loss_scale
+            for gradient in gradients:
+                gradient /= self.loss_scale
         norm = float(nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm))
         if not math.isfinite(norm):
             self._adam.zero_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -35,7 +36,9 @@ def _train(
     """Fine-tune a Stable Diffusion model on any reward, with reinforcement learning on its text encoder."""
     from texforce_cli.cli.console import write_json
     from texforce_cli.cli.live import TrainView, describe_plan, result_document, summarise
+    from texforce_cli.team import launched
     from texforce_cli.workflows import train as workflow
+    from texforce_cli.workflows.events import silent
     from texforce_cli.workflows.plan import plan
     from texforce_cli.workflows.run_folder import RunFolder
 
@@ -43,11 +46,14 @@ def _train(
         made = workflow.recorded_plan(RunFolder.open(resume)) if resume else plan(flags, config)
         describe_plan(made, as_json=json)
         return
-    with TrainView() as view:
+    follower = launched()[0] > 0  # of a launcher's processes the first one speaks
+    with nullcontext(silent) if follower else TrainView() as view:
         if resume:
             result = workflow.resume(resume, flags, config_file=config, listener=view)
         else:
             result = workflow.train(flags, config_file=config, listener=view)
+    if follower:
+        return
     summarise(result)
     if json:
         write_json(result_document(result))

@@ -20,6 +20,7 @@ from texforce_cli.prompts import Prompt
 from texforce_cli.rewards.isolation import WorkerSettings
 from texforce_cli.rewards.registry import Registry
 from texforce_cli.rewards.terms import RewardSet, parse_hosts, parse_terms
+from texforce_cli.team import Team
 from texforce_cli.workflows.loras import load_lora
 
 
@@ -58,7 +59,7 @@ def make_policy(pipeline: Any, config: TrainConfig, adapter: Adapter) -> Policy:
     return policy
 
 
-def make_optimisation(config: TrainConfig, adapter: Adapter) -> Optimisation:
+def make_optimisation(config: TrainConfig, adapter: Adapter, team: Team | None = None) -> Optimisation:
     """AdamW over the LoRA with the schedule of the whole run."""
     settings = OptimiserSettings(
         learning_rate=config.lr,
@@ -70,7 +71,7 @@ def make_optimisation(config: TrainConfig, adapter: Adapter) -> Optimisation:
         ema=config.ema,
         loss_scale=2.0**12 if config.precision == "fp16" else 1.0,
     )
-    return Optimisation(adapter.parameters(), settings)
+    return Optimisation(adapter.parameters(), settings, team)
 
 
 def make_algorithm(
@@ -80,6 +81,7 @@ def make_algorithm(
     optimisation: Optimisation,
     prompts: Sequence[Prompt],
     progress: Progress,
+    team: Team | None = None,
 ) -> Algorithm:
     """What learns. DDPO is the one there is; others that follow `algorithms.base.Algorithm` are chosen here."""
     settings = DDPOSettings(
@@ -95,4 +97,4 @@ def make_algorithm(
         kl_weight=config.kl,
         kl_target=config.kl_target,
     )
-    return DDPO(policy, rewards, optimisation, prompts, settings, seed=config.seed, progress=progress)
+    return DDPO(policy, rewards, optimisation, prompts, settings, seed=config.seed, progress=progress, team=team)

@@ -13,10 +13,11 @@ from PIL import Image
 from texforce_cli.core.seeds import derive
 from texforce_cli.core.statistics import Interval, paired_interval
 from texforce_cli.diffusion.policy import Policy
-from texforce_cli.diffusion.sampler import draw
+from texforce_cli.diffusion.sampler import rollout
 from texforce_cli.prompts import Prompt, PromptSet
 from texforce_cli.report.pictures import before_after, save_png
 from texforce_cli.rewards.terms import RewardSet
+from texforce_cli.team import Team
 from texforce_cli.workflows.events import Evaluation, Watched
 
 Floats = NDArray[np.float64]
@@ -49,10 +50,11 @@ class HeldOut:
         *,
         batch: int,
         watch: Sequence[RewardSet] = (),
+        team: Team | None = None,
     ) -> None:
         self.prompts, self.seeds = heldout_pairs(prompts, count)
         self.unseen = count // 2 if prompts.unseen else 0
-        self.policy, self.rewards, self.batch = policy, rewards, batch
+        self.policy, self.rewards, self.batch, self.team = policy, rewards, batch, team or Team()
         self.watch = {str(one): one for one in watch}
         self.history: list[Evaluation] = []
         self._base_images: NDArray[np.uint8] | None = None
@@ -140,20 +142,22 @@ class HeldOut:
             one.close()
 
     def _draw(self, progress: Callable[[int, int], None]) -> tuple[NDArray[np.uint8], Floats, dict[str, Floats]]:
+        """All pairs, each process of the team drawing and scoring every n-th batch."""
         self.policy.snapshot_unconditional()
-        texts = [prompt.text for prompt in self.prompts]
-        images = draw(self.policy, texts, self.seeds, batch=self.batch, progress=progress)
-        watched = {name: self._scored(one, images, texts) for name, one in self.watch.items()}
-        return images, self._scored(self.rewards, images, texts), watched
-
-    def _scored(self, rewards: RewardSet, images: NDArray[np.uint8], texts: Sequence[str]) -> Floats:
-        terms: dict[str, list[Floats]] = {}
-        for start in range(0, len(texts), self.batch):
-            part = slice(start, start + self.batch)
+        texts, total = [prompt.text for prompt in self.prompts], len(self.prompts)
+        sets = {"": self.rewards, **self.watch}
+        parts: dict[int, tuple[NDArray[np.uint8], dict[str, Floats]]] = {}
+        for start in range(self.team.rank * self.batch, total, self.team.size * self.batch):
+            part = slice(start, min(start + self.batch, total))
+            images = rollout(self.policy, texts[part], self.seeds[part]).images
             metadata = [prompt.metadata for prompt in self.prompts[part]]
-            for name, values in rewards.score(images[part], texts[part], metadata).items():
-                terms.setdefault(name, []).append(values)
-        return rewards.weighted({name: np.concatenate(values) for name, values in terms.items()})
+            scored = {name: one.weighted(one.score(images, texts[part], metadata)) for name, one in sets.items()}
+            parts[start] = images, scored
+            progress(min(total, part.stop * self.team.size), total)
+        found = {start: batch for shared in self.team.each(parts) for start, batch in shared.items()}
+        drawn, scores = zip(*(found[start] for start in sorted(found)))
+        values = {name: np.concatenate([score[name] for score in scores]) for name in sets}
+        return np.concatenate(drawn), values.pop(""), values
 
 
 def _paired(after: Floats, before: Floats) -> Interval:

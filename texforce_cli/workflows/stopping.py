@@ -1,10 +1,14 @@
-"""Ctrl-C and SIGTERM: a request to stop at the next safe point; a second Ctrl-C stops at once."""
+"""Ctrl-C and SIGTERM: a request to stop at the next safe point; a second Ctrl-C stops at once.
+
+A cluster's scheduler sends SIGTERM and kills some time later: work that will be saved within that time may go on.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 
@@ -12,10 +16,15 @@ from texforce_cli.errors import Interrupted
 
 
 class StopRequest:
-    """Set by a signal, looked at between batches and optimiser steps."""
+    """Set by a signal, looked at between batches and optimiser steps.
 
-    def __init__(self) -> None:
+    After SIGTERM there are `grace` seconds, and at their end even a pass that is under way is broken off.
+    """
+
+    def __init__(self, grace: float = 0.0) -> None:
         self._exit_code: int | None = None
+        self._grace = grace
+        self._deadline = 0.0
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -23,19 +32,33 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        previous = {number: signal.signal(number, self._asked) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGALRM] if self._grace and _ALARMS else [])]
+        previous = {number: signal.signal(number, self._asked) for number in numbers}
         try:
             yield
         finally:
+            if self._grace and _ALARMS:
+                signal.setitimer(signal.ITIMER_REAL, 0)
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
-    def check(self) -> None:
-        """Raise Interrupted when a stop was asked for."""
-        if self._exit_code is not None:
+    def check(self, saved_in: float = float("inf")) -> None:
+        """Raise Interrupted when a stop was asked for, unless what is under way will be saved in time (in seconds)."""
+        if self._exit_code is not None and time.monotonic() + saved_in > self._deadline:
             raise Interrupted("stopped", exit_code=self._exit_code)
 
     def _asked(self, number: int, frame: FrameType | None) -> None:
+        if number not in (signal.SIGINT, signal.SIGTERM):  # the time is over
+            raise Interrupted("stopped", exit_code=143)
         if self._exit_code is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if number == signal.SIGTERM and self._grace and self._exit_code is None:
+            self._deadline = time.monotonic() + self._grace
+            if _ALARMS:
+                signal.setitimer(signal.ITIMER_REAL, self._grace)
+        elif number == signal.SIGINT:
+            self._deadline = 0.0
         self._exit_code = 130 if number == signal.SIGINT else 143
+
+
+_ALARMS = hasattr(signal, "setitimer")  # not on Windows

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from texforce_cli.files import held, write_text
 from texforce_cli.prompts import read_prompts
 from texforce_cli.rewards.registry import load_registry
 from texforce_cli.rewards.terms import find, parse_terms
+from texforce_cli.team import Team, launched
+from texforce_cli.team import team as team_of
 from texforce_cli.workflows import checkpoint as checkpoints
 from texforce_cli.workflows.assembly import make_rewards
 from texforce_cli.workflows.events import (
@@ -24,6 +27,7 @@ from texforce_cli.workflows.events import (
     Warned,
     silent,
 )
+from texforce_cli.workflows.learner import follow, lead
 from texforce_cli.workflows.plan import Plan, plan
 from texforce_cli.workflows.run_folder import RunFolder, versions
 from texforce_cli.workflows.training_run import TrainingRun, TrainResult
@@ -38,6 +42,8 @@ def train(
         UsageError, TexforceError: a mistake of the user or a fault of the machine; finished epochs are saved.
         Interrupted: Ctrl-C or SIGTERM.
     """
+    if launched()[0]:
+        return _followed(flags, config_file)
     made = plan(flags, config_file)
     _warn_of_broken_plugins(made, listener)
     listener(Note(f"model: {made.source.name} ({made.source.reason}), on {made.config.device}"))
@@ -50,17 +56,18 @@ def train(
     except BaseException:
         rewards.close()
         raise
-    config = replace(made.config, out=str(folder.path))
-    try:
-        run = TrainingRun(folder, replace(made, config=config), rewards, listener)
-    except BaseException:
-        folder.remove_if_empty()  # nothing has begun: a second try finds the same name free
-        rewards.close()
-        raise
-    with held(folder.path):
-        write_text(folder.prompts, made.prompts.to_jsonl())
-        run.write_record(status="running")
-        return run.run()
+    made = replace(made, config=replace(made.config, out=str(folder.path)))
+    with _leading(made) as team:
+        try:
+            run = TrainingRun(folder, made, rewards, listener, team=team)
+        except BaseException:
+            folder.remove_if_empty()  # nothing has begun: a second try finds the same name free
+            rewards.close()
+            raise
+        with held(folder.path):
+            write_text(folder.prompts, made.prompts.to_jsonl())
+            run.write_record(status="running")
+            return run.run()
 
 
 def resume(
@@ -72,6 +79,8 @@ def resume(
         UsageError: no run there, or options that differ from those of the run.
         TexforceError: the model is not the one that the run began with; another process works in the folder.
     """
+    if launched()[0]:
+        return _followed(flags, config_file)
     folder = RunFolder.open(path)
     with held(folder.path):
         folder.remove_leftovers()
@@ -90,13 +99,39 @@ def _resumed(folder: RunFolder, wanted: dict[str, Any], listener: Listener) -> T
     if found is None:
         listener(Warned("there is no whole checkpoint: beginning again"))
         checkpoints.remove_after(folder.checkpoints, 0)
+    made = replace(made, config=replace(made.config, **{name: wanted[name] for name in _FREE if name in wanted}))
     rewards = make_rewards(made.config, made.registry)
-    try:
-        run = TrainingRun(folder, made, rewards, listener, checkpoint=found)
-    except BaseException:
-        rewards.close()
-        raise
-    return run.run()
+    with _leading(made) as team:
+        try:
+            run = TrainingRun(folder, made, rewards, listener, team=team, checkpoint=found)
+        except BaseException:
+            rewards.close()
+            raise
+        return run.run()
+
+
+_FREE = ("num_processes", "process_timeout")
+"""Options that may change when a run goes on: they do not change its result."""
+
+
+@contextlib.contextmanager
+def _leading(made: Plan) -> Iterator[Team]:
+    """The team of the run, told which run it is; it hears what goes wrong within the block."""
+    config = made.config
+    with team_of(config.num_processes, config.device, config.process_timeout, follow) as team:
+        try:
+            lead(team, config, made.prompts)
+            yield team
+        except BaseException as error:
+            team.leave(error)
+            raise
+
+
+def _followed(flags: Mapping[str, Any], config_file: Path | None) -> TrainResult:
+    """This process of a launcher is not the leader: it does what the leader does, whatever else its command says."""
+    config = TrainConfig(**{k: v for k, v in given(flags, config_file).items() if k in ("device", "process_timeout")})
+    result: TrainResult = follow(str(resolve_device(config.device)), config.process_timeout)
+    return result
 
 
 def recorded_plan(folder: RunFolder) -> Plan:
@@ -132,7 +167,7 @@ def _refuse_other_options(folder: RunFolder, config: TrainConfig, wanted: dict[s
     if "device" in wanted:
         wanted["device"] = str(resolve_device(wanted["device"]))
     recorded = dataclasses.asdict(config)
-    changed = differences(recorded, {**recorded, **wanted}, ignore=("out", "init_lora"))
+    changed = differences(recorded, {**recorded, **wanted}, ignore=("out", "init_lora", *_FREE))
     if changed:
         raise UsageError(
             f"'{folder.path}' was begun with other options: {', '.join(changed)}",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
+import math
 import shlex
 import time
 from collections.abc import Mapping
@@ -14,19 +14,13 @@ from typing import Any
 import torch
 
 from texforce_cli.algorithms.base import EpochReport, Phase, Preflight
-from texforce_cli.diffusion.models import fingerprint, load_pipeline
+from texforce_cli.diffusion.models import fingerprint
 from texforce_cli.errors import Interrupted, TexforceError
 from texforce_cli.report.curve import reward_curve
 from texforce_cli.rewards.terms import RewardSet
+from texforce_cli.team import Team
 from texforce_cli.workflows import checkpoint as checkpoints
 from texforce_cli.workflows import model_card
-from texforce_cli.workflows.assembly import (
-    make_adapter,
-    make_algorithm,
-    make_optimisation,
-    make_policy,
-    make_watches,
-)
 from texforce_cli.workflows.checkpoint import Checkpoint
 from texforce_cli.workflows.events import (
     Checked,
@@ -39,7 +33,7 @@ from texforce_cli.workflows.events import (
     Started,
     Warned,
 )
-from texforce_cli.workflows.heldout import HeldOut
+from texforce_cli.workflows.learner import Learner
 from texforce_cli.workflows.loggers import open_logger
 from texforce_cli.workflows.plan import Plan
 from texforce_cli.workflows.run_folder import RunFolder, read_rows, versions, write_rows
@@ -73,38 +67,32 @@ class TrainingRun:
         rewards: RewardSet,
         listener: Listener,
         *,
+        team: Team,
         checkpoint: Checkpoint | None = None,
     ) -> None:
         self.folder, self.plan, self.config = folder, made, made.config
-        self.rewards, self.listener = rewards, listener
-        self.stop = StopRequest()
-        config = self.config
-        device = torch.device(config.device)
-        if device.type == "cuda":  # the same command, the same bits, as far as CUDA has deterministic kernels
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True, warn_only=True)
-        pipeline = load_pipeline(made.source, device=device, precision=config.precision)
+        self.rewards, self.listener, self.team = rewards, listener, team
+        self.stop = StopRequest(self.config.save_within)
+        self._begun = 0.0
+        self.learner = Learner(
+            self.config,
+            made.prompts,
+            made.registry,
+            rewards,
+            team=team,
+            progress=self._progress,
+            begin=checkpoint is None,
+        )
+        self.heldout = self.learner.heldout
         if made.source.family == "sd":
             listener(Note("the safety checker is off while training"))
-        self.adapter = make_adapter(pipeline, config, begin=checkpoint is None)
-        self.policy = make_policy(pipeline, config, self.adapter)
-        self.optimisation = make_optimisation(config, self.adapter)
-        self.algorithm = make_algorithm(
-            config, self.policy, rewards, self.optimisation, made.prompts.seen, self._progress
-        )
-        self.heldout = HeldOut(
-            made.prompts,
-            config.eval_images,
-            self.policy,
-            self.rewards,
-            batch=config.micro_batch,
-            watch=make_watches(config, made.registry),
-        )
         self.rows: list[dict[str, Any]] = []
         self.epoch, self.flat_epochs = 0, 0
         self.preflight: Preflight | None = None
         if checkpoint is not None:
             self._restore(checkpoint)
+        elif team.size > 1:  # the others begin with the weights of this process
+            self.learner.restore(self.learner.tensors(), self.learner.numbers())
 
     def run(self) -> TrainResult:
         """Epochs until the budget is spent, the user stops it, or it cannot learn.
@@ -152,7 +140,7 @@ class TrainingRun:
             self.heldout.close()
         self._save_before_after()
         self.write_record(status="finished", reason=self._ended_early())
-        return TrainResult(
+        result = TrainResult(
             self.folder.path,
             self.folder.adapter,
             self.epoch,
@@ -160,13 +148,15 @@ class TrainingRun:
             time.perf_counter() - begun,
             self.heldout.history[-1] if self.heldout.history else None,
         )
+        self.learner.end(result)
+        return result
 
     def _train(self) -> None:
         logger = open_logger(self.config.log, self.folder.path, dataclasses.asdict(self.config))
         try:
             self._check_preflight()
-            self.heldout.measure_base(lambda done, n: self._progress("evaluation", done, n))
-            with self.optimisation.averaged():
+            self.learner.measure_base()
+            with self.learner.optimisation.averaged():
                 self._conclude()  # what an interruption after the last checkpoint has left out
             while self.epoch < self.config.total_epochs and not self._ended_early():
                 logger.log(self._epoch())
@@ -176,11 +166,8 @@ class TrainingRun:
             logger.close()
 
     def _restore(self, found: Checkpoint) -> None:
-        numbers = found.numbers
-        self.adapter.load_state_dict({k[5:]: v for k, v in found.tensors.items() if k.startswith("lora.")})
-        self.optimisation.load(found.tensors, numbers["optimisation"])
-        self.algorithm.load_state_dict(numbers["algorithm"])
-        self.epoch, self.flat_epochs = found.epoch, numbers["flat_epochs"]
+        self.learner.restore(found.tensors, found.numbers)
+        self.epoch, self.flat_epochs = found.epoch, found.numbers["flat_epochs"]
         checkpoints.remove_after(self.folder.checkpoints, self.epoch)
         self.rows = [row for row in read_rows(self.folder.metrics) if row["epoch"] <= self.epoch]
         self.heldout.restore(row for row in read_rows(self.folder.evaluations) if row["epoch"] <= self.epoch)
@@ -219,20 +206,21 @@ class TrainingRun:
                     "unseen": len(self.plan.prompts.unseen),
                 },
                 "preflight": dataclasses.asdict(self.preflight) if self.preflight else None,
+                "processes": self.team.size,
                 "versions": versions(),
             }
         )
 
     def _warn_of_long_prompts(self) -> None:
         prompts = [prompt.text for prompt in (*self.plan.prompts.seen, *self.plan.prompts.unseen)]
-        cut = [(text, tokens) for text in prompts if (tokens := self.policy.too_long(text))]
+        cut = [(text, tokens) for text in prompts if (tokens := self.learner.policy.too_long(text))]
         for text, tokens in cut[:3]:
             self.listener(Warned(f"{tokens} tokens of the prompt '{text[:60]}' are beyond the limit and are not seen"))
         if len(cut) > 3:
             self.listener(Warned(f"so are some of {len(cut) - 3} more prompts"))
 
     def _check_preflight(self) -> None:
-        result = self.preflight = self.algorithm.preflight()
+        result = self.preflight = self.learner.preflight()
         self.listener(Checked(result))
         if not result.ok:
             raise TexforceError(
@@ -242,13 +230,14 @@ class TrainingRun:
             )
 
     def _epoch(self) -> dict[str, Any]:
-        report = self.algorithm.run_epoch(self.epoch)
+        self._begun = time.monotonic()
+        report = self.learner.epoch(self.epoch)
         for text in report.warnings:
             self.listener(Warned(f"epoch {self.epoch + 1}: {text}"))
         self.flat_epochs = self.flat_epochs + 1 if report.flat else 0
         row = self._row(report)
-        state = self._state()
-        with self.optimisation.averaged():
+        state = self.learner.tensors()
+        with self.learner.optimisation.averaged():
             self._save(row, state)
             self._conclude()
         self.listener(EpochDone(report, row["images"]))
@@ -292,12 +281,8 @@ class TrainingRun:
     def _save(self, row: dict[str, Any], state: Mapping[str, torch.Tensor]) -> None:
         """The finished epoch on disk; from here on nothing of it can be lost."""
         write_rows(self.folder.metrics, [*self.rows, row])
-        numbers = {
-            "optimisation": self.optimisation.numbers(),
-            "algorithm": self.algorithm.state_dict(),
-            "flat_epochs": self.flat_epochs,
-        }
-        lora = model_card.adapter_bytes(self.adapter.export(), self.plan, row["images"])
+        numbers = {**self.learner.numbers(), "flat_epochs": self.flat_epochs}
+        lora = model_card.adapter_bytes(self.learner.adapter.export(), self.plan, row["images"])
         checkpoints.save(self.folder.checkpoints, Checkpoint(row["epoch"], state, numbers), lora)
         self.epoch = row["epoch"]
         self.rows.append(row)
@@ -308,7 +293,7 @@ class TrainingRun:
             return
         if self._evaluation_is_due():
             images = self.rows[-1]["images"]
-            evaluation = self.heldout.measure(self.epoch, images, lambda done, n: self._progress("evaluation", done, n))
+            evaluation = self.learner.measure(self.epoch, images)
             write_rows(self.folder.evaluations, [dataclasses.asdict(e) for e in self.heldout.history])
             self.heldout.save_pictures(
                 self.folder.samples / f"epoch_{self.epoch:04d}.png", PICTURES, f"{self.rewards} after {images} images"
@@ -323,7 +308,7 @@ class TrainingRun:
             evaluations=[_curve_point(evaluation) for evaluation in evaluations],
             watched={name: [_watched_point(e, name) for e in evaluations] for name in self.heldout.watch},
         )
-        lora = model_card.adapter_bytes(self.adapter.export(), self.plan, self.rows[-1]["images"])
+        lora = model_card.adapter_bytes(self.learner.adapter.export(), self.plan, self.rows[-1]["images"])
         model_card.write_adapter(self.folder.adapter, lora, self.plan, self.rows[-1], evaluations)
         checkpoints.prune(
             self.folder.checkpoints, keep=self.config.keep, every=self.config.save_every, best=self.best_epoch
@@ -356,14 +341,16 @@ class TrainingRun:
                 after_label=f"after {last.images} images: {last.mean:.2f}{unit} a picture",
             )
 
-    def _state(self) -> dict[str, torch.Tensor]:
-        """The exact parameters as they are trained (not their average) and the optimiser's moments."""
-        lora = {f"lora.{name}": value for name, value in self.adapter.state_dict().items()}
-        return lora | self.optimisation.tensors()
-
     def _progress(self, phase: Phase | str, done: int, total: int, *, reward: float | None = None) -> None:
         self.listener(Progressed(phase, done, total, reward))
-        self.stop.check()
+        self.stop.check(self._seconds_left(phase))
+
+    def _seconds_left(self, phase: Phase | str) -> float:
+        """Until the epoch is saved, as the last one took; what is not part of an epoch can be done again."""
+        if phase == "evaluation" or not self.rows:
+            return math.inf
+        last: float = self.rows[-1]["seconds_total"]
+        return max(0.0, last - (time.monotonic() - self._begun))
 
 
 def _watched_point(evaluation: Evaluation, name: str) -> dict[str, float]:

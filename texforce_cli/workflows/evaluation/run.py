@@ -20,6 +20,7 @@ from texforce_cli.report.verdicts import ranking_tabs
 from texforce_cli.rewards.isolation import WorkerSettings
 from texforce_cli.rewards.registry import load_registry
 from texforce_cli.rewards.terms import parse_terms
+from texforce_cli.team import launched
 from texforce_cli.workflows.drawing import DrawingOptions
 from texforce_cli.workflows.evaluation.pictures import (
     Item,
@@ -439,15 +440,6 @@ def _sentence(entry: Mapping[str, Any]) -> str:
     return f"{entry['variant']}, seed {entry['seed']}, '{str(entry['prompt'])[:80]}': {entry['what']}"
 
 
-def processes_of(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
-    """(rank, number) of this process under `accelerate launch` or torchrun; (0, 1) elsewhere."""
-    try:
-        rank, world = int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1"))
-    except ValueError:
-        return 0, 1
-    return (rank, world) if 0 <= rank < world else (0, 1)
-
-
 def evaluate_in(processes: int, request: EvalRequest, listener: Listener = silent) -> EvalResult:
     """`evaluate`, the drawing shared among processes: those of `accelerate launch`, else `processes` of our own.
 
@@ -457,7 +449,7 @@ def evaluate_in(processes: int, request: EvalRequest, listener: Listener = silen
     Raises:
         TexforceError: as `evaluate`; one of the processes failed.
     """
-    rank, world = processes_of()
+    rank, world = launched()
     if world > 1:
         return _launched(request, rank, world, listener)
     if processes == 1 or request.stage in ("scores", "report"):

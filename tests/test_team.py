@@ -1,0 +1,245 @@
+"""Several processes: the same result as one, and an end with a name where one of them fails."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_ddpo import PROMPTS, make
+
+from texforce_cli.algorithms.ddpo import Rollouts
+from texforce_cli.algorithms.optimisation import Optimisation, OptimiserSettings
+from texforce_cli.cli.app import run
+from texforce_cli.diffusion.models import load_pipeline, resolve_model
+from texforce_cli.diffusion.sampler import rollout
+from texforce_cli.errors import TexforceError, UsageError
+from texforce_cli.lora.read import FILE_NAME
+from texforce_cli.team import Processes, Team, launched, team
+from texforce_cli.workflows.learner import follow
+
+IMAGES = 12
+
+
+class Recorder:
+    """In the place of Adam: keeps the gradients that it is given."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
+        self.parameters, self.param_groups, self.seen = parameters, [], torch.empty(0)
+
+    def step(self) -> None:
+        self.seen = torch.cat([p.grad.flatten() for p in self.parameters if p.grad is not None])
+
+    def zero_grad(self) -> None:
+        pass
+
+
+def gradient(of: Team, dtype: torch.dtype) -> torch.Tensor:
+    """What the optimiser is given for one update of 12 images, micro-batches of 4, moved LoRA weights."""
+    pipeline = load_pipeline(resolve_model("tiny"), device=torch.device("cpu"), precision="fp32").to(dtype)
+    algorithm = make(pipeline, guidance=3.0, clip_range=1e-5, samples=IMAGES, update_batch=IMAGES)
+    generator = torch.Generator().manual_seed(5)
+    assert algorithm.policy.adapter is not None
+    for parameter in algorithm.policy.adapter.parameters():
+        parameter.data = parameter.data.to(dtype)
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(dtype)
+    texts = [p.text for p in PROMPTS for _ in range(4)]
+    drawn = rollout(algorithm.policy, texts, range(IMAGES), latent_dtype=dtype)
+    for parameter in algorithm.policy.adapter.parameters():  # so that the ratio is not 1 and some are clipped
+        parameter.data += 1e-3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(dtype)
+    parameters = algorithm.policy.adapter.parameters()
+    algorithm.team = of
+    algorithm.optimisation = Optimisation(parameters, OptimiserSettings(1e-2, 1, max_grad_norm=1e9), of)
+    recorder = Recorder(parameters)
+    algorithm.optimisation._adam = recorder  # type: ignore[assignment]
+    share = algorithm._share(0)
+    places = torch.full((IMAGES,), -1)
+    places[torch.tensor(share)] = torch.tensor(share)  # every process has drawn all images here
+    scores = algorithm.rewards.total(algorithm.rewards.score(drawn.images, texts, [{}] * IMAGES))
+    rollouts = Rollouts(drawn, places, tuple(texts), scores, {}, ())
+    steps = torch.tensor(algorithm.policy.schedule.stochastic[:3])[:, None].expand(-1, IMAGES)
+    advantages = torch.linspace(-1, 1, IMAGES, dtype=dtype)
+    algorithm._update(rollouts, algorithm._order(0, 0), steps, advantages)
+    return recorder.seen
+
+
+def follow_gradient(device: str, seconds: float) -> None:
+    joined = Processes(device, seconds)
+    for dtype in (torch.float64, torch.float32):
+        gradient(joined, dtype)
+    joined.close()
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[torch.dtype, torch.Tensor]:
+    return {dtype: gradient(Team(), dtype) for dtype in (torch.float64, torch.float32)}
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_the_summed_gradient_is_that_of_one_process(count: int, alone: dict[torch.dtype, torch.Tensor]) -> None:
+    with team(count, "cpu", 120, follow_gradient) as ours:
+        found = {dtype: gradient(ours, dtype) for dtype in alone}
+    for dtype, most in ((torch.float64, 1e-9), (torch.float32, 1e-5)):
+        assert alone[dtype].norm() > 0
+        assert ((found[dtype] - alone[dtype]).norm() / alone[dtype].norm()).item() <= most
+
+
+def follow_gradient_unsummed(device: str, seconds: float) -> None:
+    joined = Processes(device, seconds)
+    joined.total = lambda tensors: None  # type: ignore[method-assign]
+    gradient(joined, torch.float32)
+    joined.close()
+
+
+def test_without_the_sum_the_gradient_is_another_one(alone: dict[torch.dtype, torch.Tensor]) -> None:
+    with team(2, "cpu", 120, follow_gradient_unsummed) as ours:
+        ours.total = lambda tensors: None  # type: ignore[method-assign]
+        found = gradient(ours, torch.float32)
+    assert ((found - alone[torch.float32]).norm() / alone[torch.float32].norm()).item() > 0.1
+
+
+def die(device: str, seconds: float) -> None:
+    Processes(device, seconds)
+    os._exit(1)
+
+
+def hang(device: str, seconds: float) -> None:
+    Processes(device, seconds)
+    time.sleep(600)
+
+
+def fail(device: str, seconds: float) -> None:
+    joined = Processes(device, seconds)
+    joined.leave(TexforceError("the reward 'x' failed", "mend it"))
+
+
+@pytest.mark.parametrize(
+    ("follower", "says", "within"),
+    [
+        (die, "process 1 of 2 ended", 20),
+        (hang, "process 1 of 2 ended, or did not answer within 3 s", 20),
+        (fail, "process 1: the reward 'x' failed; mend it", 20),
+    ],
+)
+def test_a_process_that_goes_wrong_is_named_in_time(follower: Callable[..., None], says: str, within: float) -> None:
+    with (
+        pytest.raises(TexforceError, match=says.replace("(", r"\(")),
+        team(2, "cpu", 3 if follower is hang else 60, follower) as ours,
+    ):
+        begun = time.monotonic()
+        try:
+            ours.each(None)
+        finally:
+            assert time.monotonic() - begun < within
+    assert "RANK" not in os.environ
+
+
+def test_who_is_who() -> None:
+    assert launched({"RANK": "1", "WORLD_SIZE": "4"}) == (1, 4)
+    assert launched({"RANK": "x"}) == launched({"RANK": "4", "WORLD_SIZE": "4"}) == (0, 1)
+
+
+def test_too_many_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match="0 GPUs"), team(2, "cuda", 1, follow):
+        pass
+    with pytest.raises(UsageError, match="'mps'"), team(2, "mps", 1, follow):
+        pass
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UsageError, match="contradicts the launcher's 3"), team(2, "cpu", 1, follow):
+        pass
+
+
+SMALL = (
+    "train --reward brightness --model tiny --samples-per-epoch 24 --group-size 4 --micro-batch 4 --grad-accum 3 --steps 4 "
+    "--train-steps first:3 --eval-images 8 --eval-every 2 --epochs 3 --ema 0.5"
+).split()  # six updates
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter" / FILE_NAME)
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def same(one: Path, other: Path) -> None:
+    """The LoRA to 1e-3 and the metrics of both."""
+    ours, theirs = tensors(one), tensors(other)
+    assert ours.keys() == theirs.keys()
+    difference = sum(float((ours[name] - theirs[name]).square().sum()) for name in ours)
+    assert difference**0.5 <= 1e-3 * sum(float(value.square().sum()) for value in theirs.values()) ** 0.5
+    for mine, other_row in zip(metrics(one), metrics(other), strict=True):
+        assert mine.keys() == other_row.keys()
+        for name in ("images", "reward_mean", "reward_std", "clip_fraction", "learning_rate"):
+            assert mine[name] == pytest.approx(other_row[name], rel=1e-3, abs=1e-6), name
+    evaluations = [json.loads((f / "evaluations.jsonl").read_text().splitlines()[-1]) for f in (one, other)]
+    assert evaluations[0]["rewards"] == pytest.approx(evaluations[1]["rewards"], abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def by_one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("one") / "run"
+    assert run([*SMALL, "--out", str(out)]) == 0
+    return out
+
+
+@pytest.mark.parametrize("count", ["2", "3"])
+def test_a_run_of_several_processes_is_the_run_of_one(count: str, by_one: Path, tmp_path: Path) -> None:
+    assert run([*SMALL, "--out", str(tmp_path / "run"), "--num-processes", count]) == 0
+    same(tmp_path / "run", by_one)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["processes"] == int(count)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert not multiprocessing.active_children()
+
+
+def test_a_process_that_is_killed_ends_the_run_and_another_number_goes_on(by_one: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "texforce_cli", *SMALL, "--out", str(out), "--num-processes", "2"]
+    job = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        while not (out / "checkpoints" / "epoch_0001").exists():
+            assert job.poll() is None
+            time.sleep(0.05)
+        follower = next(pid for pid in children(job.pid) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes())
+        os.kill(follower, signal.SIGKILL)
+        _, said = job.communicate(timeout=60)
+    finally:
+        job.kill()
+    assert job.returncode == 1
+    assert "process 1 of 2 ended" in " ".join(said.split())
+    assert json.loads((out / "run.json").read_text())["status"] == "failed"
+    assert run(["train", "--resume", str(out), "--num-processes", "3"]) == 0
+    same(out, by_one)
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "-m"],
+        ["torch.distributed.run", "--nproc-per-node", "2", "-m"],
+    ],
+    ids=["accelerate", "torchrun"],
+)
+def test_the_processes_of_a_launcher_share_a_run(launcher: list[str], by_one: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", *launcher, "texforce_cli", *SMALL, "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("adapter") <= 2  # one process speaks
+    same(tmp_path / "run", by_one)

@@ -1,0 +1,181 @@
+"""What of a run is done by all its processes together: the leader calls, the others follow."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from texforce_cli.algorithms.base import EpochReport, Preflight, Progress
+from texforce_cli.config import TrainConfig
+from texforce_cli.diffusion.models import fingerprint, load_pipeline, resolve_model
+from texforce_cli.errors import TexforceError
+from texforce_cli.prompts import PromptSet
+from texforce_cli.rewards.registry import Registry, load_registry
+from texforce_cli.rewards.terms import RewardSet
+from texforce_cli.team import Processes, Team
+from texforce_cli.workflows.assembly import (
+    make_adapter,
+    make_algorithm,
+    make_optimisation,
+    make_policy,
+    make_rewards,
+    make_watches,
+)
+from texforce_cli.workflows.events import Evaluation
+from texforce_cli.workflows.heldout import HeldOut
+from texforce_cli.workflows.stopping import StopRequest
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _together(method: Callable[Concatenate[Learner, P], R]) -> Callable[Concatenate[Learner, P], R]:
+    """A method that every process runs when the leader does."""
+
+    @functools.wraps(method)
+    def called(self: Learner, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        self.team.of_leader((method.__name__, args, kwargs))
+        return method(self, *args, **kwargs)
+
+    return called
+
+
+class Learner:
+    """The model, its adapter, the algorithm and the held-out pairs of one process. Writes nothing."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        prompts: PromptSet,
+        registry: Registry,
+        rewards: RewardSet,
+        *,
+        team: Team,
+        progress: Progress,
+        begin: bool,
+    ) -> None:
+        """`begin`: a new run, whose adapter takes over `--init-lora`."""
+        self.team = team
+        device = torch.device(config.device)
+        if device.type == "cuda":  # the same command, the same bits, as far as CUDA has deterministic kernels
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True, warn_only=True)
+        pipeline = load_pipeline(resolve_model(config.model), device=device, precision=config.precision)
+        self.adapter = make_adapter(pipeline, config, begin=begin)
+        self.policy = make_policy(pipeline, config, self.adapter)
+        self.optimisation = make_optimisation(config, self.adapter, team)
+        self.algorithm = make_algorithm(config, self.policy, rewards, self.optimisation, prompts.seen, progress, team)
+        self.heldout = HeldOut(
+            prompts,
+            config.eval_images,
+            self.policy,
+            rewards,
+            batch=config.micro_batch,
+            watch=make_watches(config, registry),
+            team=team,
+        )
+        self.progress = progress
+
+    @_together
+    def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """The weights, the optimiser and the algorithm of a checkpoint."""
+        self.adapter.load_state_dict({k[5:]: v for k, v in tensors.items() if k.startswith("lora.")})
+        self.optimisation.load(tensors, numbers["optimisation"])
+        self.algorithm.load_state_dict(numbers["algorithm"])
+
+    @_together
+    def preflight(self) -> Preflight:
+        """What the algorithm measures before it learns."""
+        return self.algorithm.preflight()
+
+    @_together
+    def epoch(self, index: int) -> EpochReport:
+        """Learn from one epoch."""
+        return self.algorithm.run_epoch(index)
+
+    @_together
+    def measure_base(self) -> None:
+        """Draw and score the held-out pairs with the base model."""
+        self.heldout.measure_base(self._measuring)
+
+    @_together
+    def measure(self, epoch: int, images: int) -> Evaluation:
+        """Draw and score the held-out pairs, by the averaged weights where there are some."""
+        with self.optimisation.averaged():
+            return self.heldout.measure(epoch, images, self._measuring)
+
+    @_together
+    def end(self, result: object) -> object:
+        """The last call, with what the run has come to."""
+        return result
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The exact parameters as they are trained (not their average) and the optimiser's moments."""
+        lora = {f"lora.{name}": value for name, value in self.adapter.state_dict().items()}
+        return lora | self.optimisation.tensors()
+
+    def numbers(self) -> dict[str, Any]:
+        """The rest of what `restore` needs: plain JSON values."""
+        return {"optimisation": self.optimisation.numbers(), "algorithm": self.algorithm.state_dict()}
+
+    def follow(self) -> Any:
+        """Do what the leader does until it ends; what the run has come to."""
+        while True:
+            name, args, kwargs = self.team.of_leader()
+            result = getattr(Learner, name).__wrapped__(self, *args, **kwargs)
+            if name == "end":
+                return result
+
+    def _measuring(self, done: int, total: int) -> None:
+        # not a phase of the algorithm
+        self.progress("evaluation", done, total)  # type: ignore[arg-type]
+
+
+def lead(team: Team, config: TrainConfig, prompts: PromptSet) -> None:
+    """Tell the others which run it is."""
+    team.of_leader((asdict(config), prompts, fingerprint(resolve_model(config.model))))
+
+
+def follow(device: str, seconds: float) -> Any:
+    """A process that is not the leader, from its beginning to its end: returns what the leader does.
+
+    Raises:
+        TexforceError: as `texforce train`, and the leader is told; the leader ended.
+        SystemExit: the leader failed, and says so itself.
+    """
+    team = Processes(device, seconds)
+    try:
+        values, prompts, made_of = team.of_leader()
+        config = TrainConfig(**values)
+        stop = StopRequest(config.save_within)
+        with stop.listening():
+            if fingerprint(resolve_model(config.model)) != made_of:
+                raise TexforceError(f"the model '{config.model}' is another one here", "give the processes the same")
+            registry = load_registry()
+            rewards = make_rewards(config, registry)
+            try:
+                return Learner(
+                    config,
+                    prompts,
+                    registry,
+                    rewards,
+                    team=team,
+                    # whether an epoch is finished is the leader's to say
+                    progress=lambda phase, done, total, *, reward=None: stop.check(saved_in=0.0),
+                    begin=False,
+                ).follow()
+            finally:
+                rewards.close()
+    except BaseException as error:
+        if team.told:
+            raise SystemExit(1) from None
+        team.leave(error)
+        raise
+    finally:
+        team.close()
