@@ -374,27 +374,44 @@ def test_an_epoch_is_safe_before_it_is_measured(monkeypatch: pytest.MonkeyPatch)
     assert Path("parts/evaluations.jsonl").read_bytes() == Path("whole/evaluations.jsonl").read_bytes()
 
 
+FILES = ["epoch_0002", "metrics", "evaluations", "samples/", "curve", "adapter/", "run", "before_after"]
+
+
+@pytest.mark.parametrize("where", FILES)
 def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    where: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, whole: tuple[bytes, bytes]
 ) -> None:
+    """Every file is flushed before it is renamed into place: there a full disk shows at the latest."""
     from texforce_cli import files
 
-    train("--out", "whole", epochs=3)
-    real = Path.write_bytes
+    real, written = os.fsync, []
 
-    def full(self: Path, data: bytes) -> int:
-        if "epoch_0002" in str(self):
+    def full(handle: int) -> None:
+        path = str(Path(f"/proc/self/fd/{handle}").readlink())
+        written.append(path)
+        saved = any("epoch_0001" in p for p in written)  # the first epoch
+        if saved and f"/{where}" in path.replace("/.", "/"):
             raise OSError(28, "No space left on device")
-        return real(self, data)
+        real(handle)
 
     with monkeypatch.context() as patch:
-        patch.setattr(files.Path, "write_bytes", full)
+        patch.setattr(files.os, "fsync", full)
         train("--out", "parts", epochs=3, code=1)
-    assert "no space left on the disk" in capsys.readouterr().err
-    assert [path.name for path in Path("parts/checkpoints").iterdir()] == ["epoch_0001"]
-    assert json.loads(Path("parts/run.json").read_text())["status"] == "failed"
+    said = " ".join(capsys.readouterr().err.split())
+    assert "no space left on the disk to write 'parts/" in said and "Traceback" not in said
+    assert list(Path("parts/checkpoints").glob("epoch_*"))
+    assert json.loads(Path("parts/run.json").read_text())["status"] == ("failed" if where != "run" else "running")
+    assert not list(Path("parts").rglob("*.tmp*"))
     assert run(["train", "--resume", "parts"]) == 0
-    assert adapter("parts") == adapter("whole")
+    assert (adapter("parts"), Path("parts/evaluations.jsonl").read_bytes()) == whole
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, bytes]:
+    """Adapter and measurements of a run of three epochs that nothing happened to."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    train("--out", str(out), epochs=3)
+    return adapter(out), (out / "evaluations.jsonl").read_bytes()
 
 
 def test_a_run_is_not_resumed_on_another_model(capsys: pytest.CaptureFixture[str]) -> None:

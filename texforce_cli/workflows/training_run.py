@@ -138,7 +138,6 @@ class TrainingRun:
         finally:
             self.rewards.close()
             self.heldout.close()
-        self._save_before_after()
         self.write_record(status="finished", reason=self._ended_early())
         result = TrainResult(
             self.folder.path,
@@ -160,8 +159,10 @@ class TrainingRun:
                 self._conclude()  # what an interruption after the last checkpoint has left out
             while self.epoch < self.config.total_epochs and not self._ended_early():
                 logger.log(self._epoch())
+                self.stop.check()
             if reason := self._ended_early():
                 self.listener(Warned(f"{reason}; the best epoch by it is {self.best_epoch}"))
+            self._save_before_after()
         finally:
             logger.close()
 
