@@ -85,7 +85,7 @@ def alone() -> dict[torch.dtype, torch.Tensor]:
     return {dtype: gradient(Team(), dtype) for dtype in (torch.float64, torch.float32)}
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_summed_gradient_is_that_of_one_process(count: int, alone: dict[torch.dtype, torch.Tensor]) -> None:
     with team(count, "cpu", 120, follow_gradient) as ours:
         found = {dtype: gradient(ours, dtype) for dtype in alone}
@@ -195,7 +195,7 @@ def by_one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("count", ["2", "3"])
+@pytest.mark.parametrize("count", ["2", pytest.param("3", marks=pytest.mark.slow)])
 def test_a_run_of_several_processes_is_the_run_of_one(count: str, by_one: Path, tmp_path: Path) -> None:
     assert run([*SMALL, "--out", str(tmp_path / "run"), "--num-processes", count]) == 0
     same(tmp_path / "run", by_one)
