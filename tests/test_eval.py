@@ -24,8 +24,9 @@ from texforce_cli.diffusion.models import load_pipeline, resolve_model
 from texforce_cli.errors import TexforceError, UsageError
 from texforce_cli.lora.write import lora_bytes
 from texforce_cli.prompts import Prompt
+from texforce_cli.report.pictures import read_picture
 from texforce_cli.team import launched
-from texforce_cli.workflows.evaluation.pictures import Item, items_of, read_picture
+from texforce_cli.workflows.evaluation.pictures import Item, items_of
 from texforce_cli.workflows.evaluation.scores import ScoreFile
 from texforce_cli.workflows.evaluation.variants import parse_variant, read_variants
 from texforce_cli.workflows.loras import trained_on

@@ -19,6 +19,7 @@ from texforce_cli.judging.answers import HIGHEST, LOWEST, TIE
 from texforce_cli.judging.judge import ALIGNMENT, Failed, Repair, Reply
 from texforce_cli.judging.questions import MODES, Case, Mode, Question
 from texforce_cli.judging.votes import read_votes
+from texforce_cli.report.pictures import read_picture
 from texforce_cli.rewards.registry import load_registry
 from texforce_cli.rewards.terms import RewardSet, TermSpec, find
 
@@ -133,10 +134,9 @@ class VotesJudge:
 
 def _pixels(path: Path) -> NDArray[np.uint8]:
     try:
-        with Image.open(path) as picture:
-            return np.asarray(picture.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise Failed(f"'{path.name}' is no whole picture") from error
+        return read_picture(path)
+    except TexforceError as error:
+        raise Failed(error.message) from error
 
 
 def _side(cases: Sequence[Case]) -> int:

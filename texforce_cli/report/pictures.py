@@ -1,4 +1,4 @@
-"""Grids of pictures with captions, drawn with Pillow."""
+"""Pictures read as pixels, and grids of them with captions, drawn with Pillow."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
 
+from texforce_cli.errors import TexforceError
 from texforce_cli.files import atomic_path
 
 _GAP = 6
@@ -17,6 +20,7 @@ _INK, _FAINT, _PAPER = (28, 28, 30), (110, 110, 116), (255, 255, 255)
 _SMALLEST = 128
 """Pictures of fewer pixels are enlarged, pixel by pixel, to be seen."""
 _TEXT_CHUNK = 8_000
+_LARGEST_SIDE = 16_384
 
 
 def save_png(path: Path, picture: Image.Image, texts: Mapping[str, str]) -> None:
@@ -26,6 +30,27 @@ def save_png(path: Path, picture: Image.Image, texts: Mapping[str, str]) -> None
         chunks.add_itxt(key, value[:_TEXT_CHUNK])
     with atomic_path(path) as temporary:
         picture.save(temporary, "PNG", pnginfo=chunks)
+
+
+def read_picture(path: Path) -> NDArray[np.uint8]:
+    """uint8 [height, width, 3]; transparency on white, palettes and grey as RGB.
+
+    Raises:
+        TexforceError: missing, truncated, or no picture.
+    """
+    try:
+        with Image.open(path) as opened:
+            if max(opened.size) > _LARGEST_SIDE:
+                raise TexforceError(f"'{path.name}' has {opened.width} x {opened.height} pixels", "it is too large")
+            opened.load()
+            if opened.mode in ("RGBA", "LA", "PA") or "transparency" in opened.info:
+                ground = Image.new("RGBA", opened.size, (255, 255, 255, 255))
+                return np.asarray(Image.alpha_composite(ground, opened.convert("RGBA")).convert("RGB"))
+            return np.asarray(opened.convert("RGB"))
+    except FileNotFoundError as error:
+        raise TexforceError(f"'{path.name}' is missing") from error
+    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise TexforceError(f"'{path.name}' is no whole picture ({str(error)[:80]})") from error
 
 
 @dataclass(frozen=True)

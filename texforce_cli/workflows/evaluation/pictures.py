@@ -9,19 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from texforce_cli.core.seeds import derive
-from texforce_cli.errors import TexforceError, UsageError
+from texforce_cli.errors import UsageError
 from texforce_cli.prompts import Prompt
 from texforce_cli.report.pictures import save_png
 from texforce_cli.workflows.evaluation.variants import Variant
 
 _ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 _INDEXES = ("metadata.jsonl", "index.jsonl")
-_LARGEST_SIDE = 16_384
 
 
 @dataclass(frozen=True)
@@ -173,27 +170,6 @@ def _indexed(folder: Path, index: Path) -> Iterator[tuple[Path, str, int]]:
         if not isinstance(prompt, str) or not inside:
             raise UsageError(f"line {number} of '{index}' has no prompt, or names a file outside", "correct the line")
         yield path, prompt, seed
-
-
-def read_picture(path: Path) -> NDArray[np.uint8]:
-    """uint8 [height, width, 3]; transparency on white, palettes and grey as RGB.
-
-    Raises:
-        TexforceError: missing, truncated, or no picture.
-    """
-    try:
-        with Image.open(path) as opened:
-            if max(opened.size) > _LARGEST_SIDE:
-                raise TexforceError(f"'{path.name}' has {opened.width} x {opened.height} pixels", "it is too large")
-            opened.load()
-            if opened.mode in ("RGBA", "LA", "PA") or "transparency" in opened.info:
-                ground = Image.new("RGBA", opened.size, (255, 255, 255, 255))
-                return np.asarray(Image.alpha_composite(ground, opened.convert("RGBA")).convert("RGB"))
-            return np.asarray(opened.convert("RGB"))
-    except FileNotFoundError as error:
-        raise TexforceError(f"'{path.name}' is missing") from error
-    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise TexforceError(f"'{path.name}' is no whole picture ({str(error)[:80]})") from error
 
 
 def collect(

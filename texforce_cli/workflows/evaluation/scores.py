@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from texforce_cli.core.comparison import diversity
 from texforce_cli.errors import TexforceError
 from texforce_cli.files import write_error
+from texforce_cli.report.pictures import read_picture
 from texforce_cli.rewards.isolation import WorkerSettings
 from texforce_cli.rewards.registry import Registry, RewardInfo
 from texforce_cli.rewards.terms import RewardSet, TermSpec, find
-from texforce_cli.workflows.evaluation.pictures import Item, read_picture
+from texforce_cli.workflows.evaluation.pictures import Item
 
 DIVERSITY = "diversity"
 _DIVERSITY_VERSION = "1"
