@@ -15,6 +15,8 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Client
 from pathlib import Path
 from typing import Any
 
@@ -444,3 +446,33 @@ def test_scoring_goes_on_while_the_trainer_draws(make: Make) -> None:
         assert [future.result()["slow"].tolist() for future in futures] == [[3.0], [4.0]]
     finally:
         rewards.close()
+
+
+def test_the_workers_of_one_process_are_lent_to_another(make: Make) -> None:
+    worker = make("if images.max() > 250: raise ValueError('no')\n" + MEAN)._workers[0]
+    registry = Registry({("r", ""): RewardInfo("r", worker._start["factory"], "x", "1")})
+    owner = RewardSet([TermSpec("r")], registry, hosts={"r": [worker.place]})
+    address = owner.lend()
+    assert address is not None and address.key.hex() not in repr(address.place)
+    borrowers = [RewardSet([TermSpec("r")], registry, hosts={"r": [worker.place]}, lender=address) for _ in range(3)]
+    try:
+        levels = [range(i, i + 20) for i in range(4)]
+        asked = [
+            one.submit(images(*own), ["a"] * 20, [{}] * 20)
+            for one, own in zip([owner, *borrowers], levels, strict=True)
+        ]
+        assert [future.result(20)["r"].tolist() for future in asked] == [[float(x) for x in own] for own in levels]
+        isolated = owner._terms[0].reward
+        assert isinstance(isolated, IsolatedReward) and len(isolated.pids) == 1
+        with pytest.raises(TexforceError, match=r"'r' failed on a picture of the prompt 'a'.*ValueError: no") as caught:
+            borrowers[0].score(images(251, 252, 253), ["a"] * 3, [{}] * 3)
+        assert caught.value.hint == "try it alone: texforce rewards check r"
+        assert borrowers[1].score(images(7), ["a"], [{}])["r"].tolist() == [7.0]
+        with pytest.raises(AuthenticationError):
+            Client(address.place, authkey=b"another")
+        assert borrowers[2].score(images(8), ["a"], [{}])["r"].tolist() == [8.0]
+    finally:
+        for one in [*borrowers, owner]:
+            one.close()
+    with pytest.raises(TexforceError, match="the process that owns the workers of reward 'r' has ended"):
+        RewardSet([TermSpec("r")], registry, hosts={"r": [worker.place]}, lender=address)

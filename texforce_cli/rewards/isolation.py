@@ -301,6 +301,7 @@ class IsolatedReward:
         """Of several scores the one that is paid least: min, or max where less is better."""
         self._worst_seen: float | None = None
         self._failed_in_a_row = 0
+        self._turn = threading.Lock()
         self._warnings: queue.SimpleQueue[str] = queue.SimpleQueue()
         start: dict[str, Any] = {
             "type": "start",
@@ -345,12 +346,15 @@ class IsolatedReward:
     def score(
         self, images: NDArray[np.uint8], prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> list[float]:
-        """One score an image [N], the batch split over the workers.
+        """One score an image [N], the batch split over the workers; of several threads one after the other.
 
         Raises:
             TexforceError: no worker can be kept alive, or too many pictures fail.
         """
-        batch = _Batch(images, prompts, metadata)
+        with self._turn:
+            return self._score(_Batch(images, prompts, metadata))
+
+    def _score(self, batch: _Batch) -> list[float]:
         bounds = np.linspace(0, len(batch), min(len(self._workers), len(batch)) + 1).round().astype(int).tolist()
         parts = [batch.part(start, stop) for start, stop in itertools.pairwise(bounds)]
         futures: list[Future[_Verdict]] = [

@@ -17,6 +17,7 @@ from texforce_cli.rewards import worker
 from texforce_cli.rewards.isolation import IsolatedReward, WorkerSettings
 from texforce_cli.rewards.places import Place
 from texforce_cli.rewards.registry import Registry, Reward, RewardInfo
+from texforce_cli.rewards.sharing import Address, Lender, Lent
 
 
 @dataclass(frozen=True)
@@ -93,12 +94,15 @@ class RewardSet:
         normalize: bool = False,
         workers: WorkerSettings | None = None,
         hosts: Mapping[str, Sequence[Place]] | None = None,
+        lender: Address | None = None,
     ) -> None:
+        """`lender`: the process that owns the workers of this machine; by default they belong to this one."""
         self.specs = tuple(specs)
         self.normalize = normalize
         infos = [find(spec, registry) for spec in specs]  # every name is checked before anything is imported
         self._terms: list[_Term] = []
         self._ahead: ThreadPoolExecutor | None = None
+        self._lender: Lender | None = None
         if "" in (hosts or {}) and not any(info.environment for info in infos):
             raise UsageError(
                 "--reward-host names no reward, and none of this run has an environment of its own",
@@ -108,19 +112,27 @@ class RewardSet:
             for spec, info in zip(specs, infos):
                 options = {key: value for key, value in spec.options.items() if key != "backend"}
                 places = (hosts or {}).get(spec.name) or ((hosts or {}).get("", ()) if info.environment else ())
-                reward = info.create(options, workers, places)
+                elsewhere = lender is not None and (info.environment or places)
+                reward = Lent(spec.name, lender) if lender and elsewhere else info.create(options, workers, places)
                 if isinstance(reward, IsolatedReward) and info.higher_is_better != (spec.weight > 0):
                     reward.worst = max
                 self._terms.append(_Term(spec, info, reward))
         except BaseException:
             self.close()
             raise
-        if all(isinstance(term.reward, IsolatedReward) for term in self._terms):
+        if all(isinstance(term.reward, IsolatedReward | Lent) for term in self._terms):
             # all scoring happens in other processes, so that this one can go on drawing meanwhile
             self._ahead = ThreadPoolExecutor(1, thread_name_prefix="texforce-rewards")
 
     def __str__(self) -> str:
         return " + ".join(map(str, self.specs))
+
+    def lend(self) -> Address | None:
+        """Let the other training processes of this machine score with the workers too: where; None if there are none."""
+        isolated = {t.spec.name: t.reward for t in self._terms if isinstance(t.reward, IsolatedReward)}
+        if isolated:
+            self._lender = Lender(isolated)
+        return self._lender.address if self._lender else None
 
     @property
     def unit(self) -> str:
@@ -192,6 +204,8 @@ class RewardSet:
         """End every reward that has something to end."""
         if self._ahead is not None:
             self._ahead.shutdown(wait=False, cancel_futures=True)
+        if self._lender is not None:
+            self._lender.close()
         for term in self._terms:
             close = getattr(term.reward, "close", None)
             if close is not None:

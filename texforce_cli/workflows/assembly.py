@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,23 +20,49 @@ from texforce_cli.diffusion.policy import Denoising, Policy
 from texforce_cli.prompts import Prompt
 from texforce_cli.rewards.isolation import WorkerSettings
 from texforce_cli.rewards.registry import Registry
+from texforce_cli.rewards.sharing import Address
 from texforce_cli.rewards.terms import RewardSet, parse_hosts, parse_terms
 from texforce_cli.team import Team
 from texforce_cli.workflows.loras import load_lora
 
 
-def make_rewards(config: TrainConfig, registry: Registry) -> RewardSet:
+@dataclass(frozen=True)
+class Scoring:
+    """The rewards of a run, and those that are only watched, each by itself."""
+
+    rewards: RewardSet
+    watches: tuple[RewardSet, ...]
+
+    def lend(self) -> list[Address | None]:
+        """Where the workers of this process are lent to the others of this machine, for each of the sets."""
+        return [one.lend() for one in (self.rewards, *self.watches)]
+
+    def close(self) -> None:
+        """End every reward."""
+        for one in (self.rewards, *self.watches):
+            one.close()
+
+
+def make_scoring(config: TrainConfig, registry: Registry, lent: Sequence[Address | None] = ()) -> Scoring:
+    """Everything that scores in a run; `lent` is what another process of this machine lends."""
+    rewards = make_rewards(config, registry, lent[0] if lent else None)
+    watches: list[RewardSet] = []
+    workers = WorkerSettings(config.reward_timeout, memory_gb=config.reward_memory)
+    try:
+        for index, spec in enumerate(parse_terms(config.watch), 1):
+            watches.append(RewardSet([spec], registry, workers=workers, lender=lent[index] if lent else None))
+    except BaseException:
+        Scoring(rewards, tuple(watches)).close()
+        raise
+    return Scoring(rewards, tuple(watches))
+
+
+def make_rewards(config: TrainConfig, registry: Registry, lender: Address | None = None) -> RewardSet:
     """The rewards of the run, imported and made."""
     terms = parse_terms(config.reward, config.reward_option)
     workers = WorkerSettings(config.reward_timeout, workers=config.reward_workers, memory_gb=config.reward_memory)
     hosts = parse_hosts(config.reward_host, terms)
-    return RewardSet(terms, registry, normalize=config.normalize_rewards, workers=workers, hosts=hosts)
-
-
-def make_watches(config: TrainConfig, registry: Registry) -> list[RewardSet]:
-    """The rewards that are only watched, each by itself."""
-    workers = WorkerSettings(config.reward_timeout, memory_gb=config.reward_memory)
-    return [RewardSet([spec], registry, workers=workers) for spec in parse_terms(config.watch)]
+    return RewardSet(terms, registry, normalize=config.normalize_rewards, workers=workers, hosts=hosts, lender=lender)
 
 
 def make_adapter(pipeline: Any, config: TrainConfig, *, begin: bool = True) -> Adapter:

@@ -136,11 +136,6 @@ class HeldOut:
         )
         save_png(path, picture, {"title": title})
 
-    def close(self) -> None:
-        """Let the watched rewards go."""
-        for one in self.watch.values():
-            one.close()
-
     def _draw(self, progress: Callable[[int, int], None]) -> tuple[NDArray[np.uint8], Floats, dict[str, Floats]]:
         """All pairs, each process of the team drawing and scoring every n-th batch."""
         self.policy.snapshot_unconditional()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import platform
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -16,16 +17,15 @@ from texforce_cli.config import TrainConfig
 from texforce_cli.diffusion.models import fingerprint, load_pipeline, resolve_model
 from texforce_cli.errors import TexforceError
 from texforce_cli.prompts import PromptSet
-from texforce_cli.rewards.registry import Registry, load_registry
-from texforce_cli.rewards.terms import RewardSet
+from texforce_cli.rewards.registry import load_registry
 from texforce_cli.team import Processes, Team
 from texforce_cli.workflows.assembly import (
+    Scoring,
     make_adapter,
     make_algorithm,
     make_optimisation,
     make_policy,
-    make_rewards,
-    make_watches,
+    make_scoring,
 )
 from texforce_cli.workflows.events import Evaluation
 from texforce_cli.workflows.heldout import HeldOut
@@ -53,8 +53,7 @@ class Learner:
         self,
         config: TrainConfig,
         prompts: PromptSet,
-        registry: Registry,
-        rewards: RewardSet,
+        scoring: Scoring,
         *,
         team: Team,
         progress: Progress,
@@ -70,14 +69,16 @@ class Learner:
         self.adapter = make_adapter(pipeline, config, begin=begin)
         self.policy = make_policy(pipeline, config, self.adapter)
         self.optimisation = make_optimisation(config, self.adapter, team)
-        self.algorithm = make_algorithm(config, self.policy, rewards, self.optimisation, prompts.seen, progress, team)
+        self.algorithm = make_algorithm(
+            config, self.policy, scoring.rewards, self.optimisation, prompts.seen, progress, team
+        )
         self.heldout = HeldOut(
             prompts,
             config.eval_images,
             self.policy,
-            rewards,
+            scoring.rewards,
             batch=config.micro_batch,
-            watch=make_watches(config, registry),
+            watch=scoring.watches,
             team=team,
         )
         self.progress = progress
@@ -137,9 +138,24 @@ class Learner:
         self.progress("evaluation", done, total)  # type: ignore[arg-type]
 
 
-def lead(team: Team, config: TrainConfig, prompts: PromptSet) -> None:
-    """Tell the others which run it is."""
-    team.of_leader((asdict(config), prompts, fingerprint(resolve_model(config.model))))
+def lead(team: Team, config: TrainConfig, prompts: PromptSet, scoring: Scoring) -> None:
+    """Tell the others which run it is, and lend those of this machine the reward workers."""
+    if team.size > 1:
+        team.of_leader((asdict(config), prompts, fingerprint(resolve_model(config.model))))
+        team.each(platform.node())
+        team.each(scoring.lend())
+
+
+def _scoring_beside(team: Team, config: TrainConfig) -> Scoring:
+    """What scores in a process that is not the leader: the workers are those of the machine's first process."""
+    machines = team.each(platform.node())
+    first = machines.index(platform.node())
+    registry = load_registry()
+    if first == team.rank:
+        scoring = make_scoring(config, registry)
+        team.each(scoring.lend())
+        return scoring
+    return make_scoring(config, registry, team.each(None)[first])
 
 
 def follow(device: str, seconds: float) -> Any:
@@ -157,21 +173,19 @@ def follow(device: str, seconds: float) -> Any:
         with stop.listening():
             if fingerprint(resolve_model(config.model)) != made_of:
                 raise TexforceError(f"the model '{config.model}' is another one here", "give the processes the same")
-            registry = load_registry()
-            rewards = make_rewards(config, registry)
+            scoring = _scoring_beside(team, config)
             try:
                 return Learner(
                     config,
                     prompts,
-                    registry,
-                    rewards,
+                    scoring,
                     team=team,
                     # whether an epoch is finished is the leader's to say
                     progress=lambda phase, done, total, *, reward=None: stop.check(saved_in=0.0),
                     begin=False,
                 ).follow()
             finally:
-                rewards.close()
+                scoring.close()
     except BaseException as error:
         if team.told:
             raise SystemExit(1) from None

@@ -20,7 +20,7 @@ from texforce_cli.rewards.terms import find, parse_terms
 from texforce_cli.team import Team, launched
 from texforce_cli.team import team as team_of
 from texforce_cli.workflows import checkpoint as checkpoints
-from texforce_cli.workflows.assembly import make_rewards
+from texforce_cli.workflows.assembly import Scoring, make_scoring
 from texforce_cli.workflows.events import (
     Listener,
     Note,
@@ -49,25 +49,19 @@ def train(
     listener(Note(f"model: {made.source.name} ({made.source.reason}), on {made.config.device}"))
     for sentence in made.advice():
         listener(Note(sentence))
-    rewards = make_rewards(made.config, made.registry)
     reward = made.config.reward[0].partition(":")[0]
-    try:
+    with contextlib.closing(make_scoring(made.config, made.registry)) as scoring:
         folder = RunFolder.create(made.config.out, stem or f"{reward}-{made.source.short_name}")
-    except BaseException:
-        rewards.close()
-        raise
-    made = replace(made, config=replace(made.config, out=str(folder.path)))
-    with _leading(made) as team:
+        made = replace(made, config=replace(made.config, out=str(folder.path)))
         try:
-            run = TrainingRun(folder, made, rewards, listener, team=team)
-        except BaseException:
-            folder.remove_if_empty()  # nothing has begun: a second try finds the same name free
-            rewards.close()
-            raise
-        with held(folder.path):
-            write_text(folder.prompts, made.prompts.to_jsonl())
-            run.write_record(status="running")
-            return run.run()
+            with _leading(made, scoring) as team:
+                run = TrainingRun(folder, made, scoring, listener, team=team)
+                with held(folder.path):
+                    write_text(folder.prompts, made.prompts.to_jsonl())
+                    run.write_record(status="running")
+                    return run.run()
+        finally:
+            folder.remove_if_empty()  # where nothing has begun a second try finds the same name free
 
 
 def resume(
@@ -100,14 +94,8 @@ def _resumed(folder: RunFolder, wanted: dict[str, Any], listener: Listener) -> T
         listener(Warned("there is no whole checkpoint: beginning again"))
         checkpoints.remove_after(folder.checkpoints, 0)
     made = replace(made, config=replace(made.config, **{name: wanted[name] for name in _FREE if name in wanted}))
-    rewards = make_rewards(made.config, made.registry)
-    with _leading(made) as team:
-        try:
-            run = TrainingRun(folder, made, rewards, listener, team=team, checkpoint=found)
-        except BaseException:
-            rewards.close()
-            raise
-        return run.run()
+    with contextlib.closing(make_scoring(made.config, made.registry)) as scoring, _leading(made, scoring) as team:
+        return TrainingRun(folder, made, scoring, listener, team=team, checkpoint=found).run()
 
 
 _FREE = ("num_processes", "process_timeout")
@@ -115,12 +103,12 @@ _FREE = ("num_processes", "process_timeout")
 
 
 @contextlib.contextmanager
-def _leading(made: Plan) -> Iterator[Team]:
+def _leading(made: Plan, scoring: Scoring) -> Iterator[Team]:
     """The team of the run, told which run it is; it hears what goes wrong within the block."""
     config = made.config
     with team_of(config.num_processes, config.device, config.process_timeout, follow) as team:
         try:
-            lead(team, config, made.prompts)
+            lead(team, config, made.prompts, scoring)
             yield team
         except BaseException as error:
             team.leave(error)

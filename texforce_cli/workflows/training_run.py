@@ -17,10 +17,10 @@ from texforce_cli.algorithms.base import EpochReport, Phase, Preflight
 from texforce_cli.diffusion.models import fingerprint
 from texforce_cli.errors import Interrupted, TexforceError
 from texforce_cli.report.curve import reward_curve
-from texforce_cli.rewards.terms import RewardSet
 from texforce_cli.team import Team
 from texforce_cli.workflows import checkpoint as checkpoints
 from texforce_cli.workflows import model_card
+from texforce_cli.workflows.assembly import Scoring
 from texforce_cli.workflows.checkpoint import Checkpoint
 from texforce_cli.workflows.events import (
     Checked,
@@ -64,21 +64,20 @@ class TrainingRun:
         self,
         folder: RunFolder,
         made: Plan,
-        rewards: RewardSet,
+        scoring: Scoring,
         listener: Listener,
         *,
         team: Team,
         checkpoint: Checkpoint | None = None,
     ) -> None:
         self.folder, self.plan, self.config = folder, made, made.config
-        self.rewards, self.listener, self.team = rewards, listener, team
+        self.rewards, self.listener, self.team = scoring.rewards, listener, team
         self.stop = StopRequest(self.config.save_within)
         self._begun = 0.0
         self.learner = Learner(
             self.config,
             made.prompts,
-            made.registry,
-            rewards,
+            scoring,
             team=team,
             progress=self._progress,
             begin=checkpoint is None,
@@ -135,9 +134,6 @@ class TrainingRun:
         except BaseException as error:
             self.write_record(status="failed", reason=type(error).__name__)
             raise
-        finally:
-            self.rewards.close()
-            self.heldout.close()
         self.write_record(status="finished", reason=self._ended_early())
         result = TrainResult(
             self.folder.path,
