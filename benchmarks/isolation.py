@@ -24,7 +24,7 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 import numpy as np
 import torch
 
-from benchmarks.epoch import TexforceArm
+from benchmarks.train_speed import TexforceArm
 from texforce_cli.files import write_json
 from texforce_cli.rewards.environments import OURS, resolve
 from texforce_cli.rewards.registry import load_registry

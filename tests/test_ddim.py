@@ -124,3 +124,17 @@ def test_zero_terminal_snr_is_finite_for_v_prediction() -> None:
     made = scheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction", timestep_spacing="trailing")
     ours = schedule(made, 10)
     assert all(math.isfinite(v) for v in (*ours.sigma, *ours.sample_scale, *ours.output_scale))
+
+
+def test_noise_at_some_steps_alone() -> None:
+    noisy, still = schedule(scheduler(), 5), schedule(scheduler(), 5, eta=0.0)
+    mixed = noisy.with_noise_at((1, 2), still)
+    assert mixed.stochastic == (1, 2)
+    for index in range(5):
+        one = noisy if index in (1, 2) else still
+        assert (mixed.sample_scale[index], mixed.output_scale[index], mixed.sigma[index]) == (
+            one.sample_scale[index],
+            one.output_scale[index],
+            one.sigma[index],
+        )
+    assert mixed.timesteps == noisy.timesteps

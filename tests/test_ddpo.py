@@ -16,7 +16,7 @@ from texforce_cli.core.statistics import paired_interval
 from texforce_cli.core.train_steps import TrainSteps
 from texforce_cli.diffusion.adapters import Adapter
 from texforce_cli.diffusion.policy import Denoising, Policy
-from texforce_cli.diffusion.sampler import draw, rollout
+from texforce_cli.diffusion.sampler import Trajectory, draw, rollout
 from texforce_cli.errors import TexforceError
 from texforce_cli.prompts import Prompt
 from texforce_cli.rewards.registry import load_registry
@@ -133,6 +133,33 @@ def test_a_ratio_of_nan_at_any_step_fails_the_preflight(pipeline: Any) -> None:
 def test_every_step_that_may_be_trained_is_judged(pipeline: Any) -> None:
     steps = make(pipeline, steps="window:2").preflight().steps
     assert [step["trained"] for step in steps] == [0.25, 0.5, 0.5, 0.5, 0.25, 0.0]
+
+
+def test_a_window_draws_noise_and_learns_there_alone(pipeline: Any) -> None:
+    algorithm = make(pipeline, steps="window:2")
+    seen: list[Trajectory] = []
+    steps: list[torch.Tensor] = []
+    draw_one, update = algorithm._draw, algorithm._update
+
+    def drawn(*arguments: Any) -> Trajectory:
+        seen.append(draw_one(*arguments))
+        return seen[-1]
+
+    def updated(rollouts: Any, chosen: Any, at: torch.Tensor, advantages: Any) -> Any:
+        steps.append(at)
+        return update(rollouts, chosen, at, advantages)
+
+    algorithm._draw, algorithm._update = drawn, updated  # type: ignore[method-assign]
+    usual = algorithm.policy.schedule
+    starts = set()
+    for epoch in range(6):
+        report = algorithm.run_epoch(epoch)
+        assert report.ratio_error < 1e-6 and report.grad_norm > 0
+        noisy = [i for i, one in enumerate(seen[-1].log_probs) if one.isfinite().all()]
+        assert steps[-1][:, 0].tolist() == noisy == list(range(noisy[0], noisy[0] + 2))
+        starts.add(noisy[0])
+    assert len(starts) > 1 and starts <= {0, 1, 2, 3}
+    assert algorithm.policy.schedule is usual and len(usual.stochastic) > 2
 
 
 def test_half_precision_latents_are_scored_as_they_are_stored(pipeline: Any) -> None:
@@ -366,9 +393,11 @@ def test_which_steps_are_trained() -> None:
     assert TrainSteps.parse("window:2").shares(6) == [0.25, 0.5, 0.5, 0.5, 0.25, 0.0]
     assert len({tuple(random[:, i].tolist()) for i in range(64)}) > 8
     for _ in range(20):
-        window = TrainSteps.parse("window:3").choose(stochastic, 2, rng)[:, 0].tolist()
+        window = list(TrainSteps.parse("window:3").window(stochastic, rng) or ())
         assert window == list(range(window[0], window[0] + 3)) and window[0] <= 4
-    assert TrainSteps.parse("window:99").choose(stochastic, 1, rng).flatten().tolist() == stochastic
+    assert TrainSteps.parse("window:99").window(stochastic, rng) == stochastic
+    assert TrainSteps.parse("window:2").choose(stochastic[1:3], 2, rng).tolist() == [[s, s] for s in stochastic[1:3]]
+    assert TrainSteps.parse("first:2").window(stochastic, rng) is None
 
 
 @pytest.mark.parametrize("unconditional", ["trained", "snapshot", "base"])

@@ -134,7 +134,10 @@ class TrainConfig:
         "mean", LEARNING, "clip_range bounds the mean log-ratio over latent elements, or their joint one."
     )
     train_steps: str = option(
-        "random:0.5", LEARNING, "Denoising steps to train: first:N, random:F, window:K, all.", _train_steps
+        "random:0.5",
+        LEARNING,
+        "Denoising steps to train: first:N, random:F, all; window:K also draws noise in these K steps alone.",
+        _train_steps,
     )
     kl_target: float | None = option(
         None, LEARNING, "Steer the learning rate so that approx_kl approaches this.", _positive

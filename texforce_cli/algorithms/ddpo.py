@@ -140,6 +140,11 @@ class DDPO:
 
     def run_epoch(self, epoch: int) -> EpochReport:
         """Draw and score images with the policy as it is, then learn from them."""
+        window = self.settings.train_steps.window(self.policy.schedule.stochastic, self._rng("window", epoch))
+        with self.policy.noise_at(window):
+            return self._run_epoch(epoch)
+
+    def _run_epoch(self, epoch: int) -> EpochReport:
         self._seconds = {"sampling": 0.0, "rewards": 0.0, "training": 0.0}
         self.policy.snapshot_unconditional()
         rollouts = self._collect(epoch)

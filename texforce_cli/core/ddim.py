@@ -7,7 +7,7 @@ Source of the step: DDIM (Song et al. 2021, Eq. 12); of the policy: DDPO (Black 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -57,6 +57,15 @@ class Schedule:
         steps = [_coefficients(alphas_cumprod[t], a_p, eta, prediction) for t, a_p in zip(timesteps, following)]
         a, b, s = zip(*steps)
         return cls(tuple(timesteps), a, b, s)
+
+    def with_noise_at(self, steps: Collection[int], still: Schedule) -> Schedule:
+        """This schedule at `steps`, and elsewhere `still`, the same without noise."""
+        rows = [
+            (one.sample_scale[i], one.output_scale[i], one.sigma[i])
+            for i in range(len(self))
+            for one in (self if i in steps else still,)
+        ]
+        return Schedule(self.timesteps, *zip(*rows))
 
     def __len__(self) -> int:
         return len(self.timesteps)

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainSteps:
-    """`first` N steps; a `random` share F of them, others for each image (the paper: 0.5); a `window` of K; or `all`."""
+    """`first` N steps; a `random` share F of them, others for each image (the paper: 0.5); `all`; or a `window` of K, which are
+    then the only ones of the epoch that draw noise (an approximation, after MixGRPO, Li et al. 2025, arXiv 2507.21802).
+    """
 
     kind: Literal["first", "random", "window", "all"]
     amount: float = 0
@@ -45,18 +47,22 @@ class TrainSteps:
         return [sum(start <= i < start + count for start in starts) / len(starts) for i in range(steps)]
 
     def choose(self, stochastic: Sequence[int], images: int, rng: np.random.Generator) -> NDArray[Any]:
-        """Step indices [K, images] for one pass over the data.
-
-        A window of K consecutive steps begins anywhere in the first half of the schedule, the same for all images.
-        """
+        """Step indices [K, images] of one pass over the data, among the `stochastic` steps of the epoch's schedule."""
         import numpy as np
 
         steps, count = np.asarray(stochastic), self.count(len(stochastic))
         if self.kind == "random":
             return np.stack([rng.permutation(steps)[:count] for _ in range(images)], axis=1)
-        latest = self._latest_start(len(steps))
-        start = int(rng.integers(latest + 1)) if self.kind == "window" else 0
-        return np.repeat(steps[start : start + count, None], images, axis=1)
+        return np.repeat(steps[:count, None], images, axis=1)
+
+    def window(self, stochastic: Sequence[int], rng: np.random.Generator) -> Sequence[int] | None:
+        """The steps of one epoch that draw noise: K consecutive ones that begin in the first half of the schedule, the same for
+        all images. None: all of them do.
+        """
+        if self.kind != "window":
+            return None
+        start = int(rng.integers(self._latest_start(len(stochastic)) + 1))
+        return stochastic[start : start + self.count(len(stochastic))]
 
     def _latest_start(self, steps: int) -> int:
         return max(0, min(steps // 2, steps - self.count(steps))) if self.kind == "window" else 0

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -85,6 +86,7 @@ class Policy:
         self.device: torch.device = pipeline.unet.device
         self.dtype: torch.dtype = pipeline.unet.dtype
         self.schedule = _schedule(pipeline.scheduler, denoising)
+        self._still = _schedule(pipeline.scheduler, replace(denoising, eta=0.0))
         self.latent_shape = _latent_shape(pipeline, denoising.size)
         self._kept_unconditional: Tensor | None = None
 
@@ -98,6 +100,17 @@ class Policy:
         """Whether the unconditional branch of training equals that of sampling, so that it can be kept."""
         trains_unet = self.adapter is not None and self.adapter.trains("unet")
         return self.guided and self.unconditional != "trained" and not trains_unet
+
+    @contextmanager
+    def noise_at(self, steps: Sequence[int] | None) -> Iterator[None]:
+        """Within this block only `steps` draw noise, and the others are deterministic; None: as the schedule says."""
+        usual = self.schedule
+        if steps is not None:
+            self.schedule = usual.with_noise_at(steps, self._still)
+        try:
+            yield
+        finally:
+            self.schedule = usual
 
     def embed(self, prompts: Sequence[str]) -> Embeddings:
         """Encode each distinct prompt once. Gradients flow to the text encoder's LoRA where they are enabled."""

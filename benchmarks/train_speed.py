@@ -1,6 +1,6 @@
 """One training epoch on the embedded model (64x64 pictures), arm against arm in turns: seconds by phase, and rewards.
 
-python benchmarks/epoch.py --guidance 1 --trl-python ENV/bin/python --out FILE.json
+python benchmarks/train_speed.py --guidance 1 --trl-python ENV/bin/python --out FILE.json
 """
 
 from __future__ import annotations
@@ -26,19 +26,30 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file, from any folder
+
+from benchmarks.floor import Floor
 from texforce_cli import tiny
 from texforce_cli.algorithms.ddpo import DDPO
 from texforce_cli.algorithms.reference import PlainDDPO
 from texforce_cli.config import TrainConfig
 from texforce_cli.diffusion.models import load_pipeline
+from texforce_cli.diffusion.policy import Policy
 from texforce_cli.files import write_json
 from texforce_cli.workflows.assembly import make_adapter, make_algorithm, make_optimisation, make_policy, make_rewards
 from texforce_cli.workflows.plan import Plan, plan
 from texforce_cli.workflows.run_folder import versions
 
-STEPS, TRAINED_STEPS, UPDATES = 10, 4, 4
+UPDATES = 4
+WINDOW = 3
+"""Steps that the window arm trains."""
 PHASES = ("sampling", "rewards", "training", "total")
-COMPARED = (("plain", "texforce"), ("plain", "texforce-snapshot"), ("trl", "texforce-unet"))
+COMPARED = (
+    ("plain", "texforce"),
+    ("plain", "texforce-snapshot"),
+    ("plain", "texforce-window"),
+    ("trl", "texforce-unet"),
+)
 TRL_SCRIPT = Path(__file__).parent / "trl_ddpo" / "run.py"
 
 
@@ -158,6 +169,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p.add_argument("--guidance", type=float, default=1.0, help="of every arm, in sampling and training (1)")
     p.add_argument("--rounds", type=int, default=5, help="measured rounds, after one that warms up (5)")
     p.add_argument("--images", type=int, default=256, help="in an epoch (256)")
+    p.add_argument("--steps", type=int, default=10, help="denoising steps (10)")
+    p.add_argument("--trained-steps", type=int, default=4, help="how many of them are trained, the first ones (4)")
     p.add_argument("--micro-batch", type=int, default=32, help="images in one pass, sampling and training (32)")
     p.add_argument("--threads", type=int, default=2, help="of every arm (2)")
     p.add_argument("--seed", type=int, default=0)
@@ -183,8 +196,8 @@ def texforce_plan(a: argparse.Namespace, **flags: Any) -> Plan:
         "reward": ["jpeg-incompressibility"],
         "seed": a.seed,
         "guidance": a.guidance,
-        "steps": STEPS,
-        "train_steps": f"first:{TRAINED_STEPS}",
+        "steps": a.steps,
+        "train_steps": f"first:{a.trained_steps}",
         "samples_per_epoch": a.images,
         "images": a.images * (a.rounds + 1),
         "micro_batch": a.micro_batch,
@@ -201,7 +214,7 @@ def trl_arguments(a: argparse.Namespace, config: TrainConfig, prompts: Path) -> 
         "seed": config.seed,
         "guidance": config.guidance,
         "steps": config.steps,
-        "timestep-fraction": TRAINED_STEPS / STEPS,
+        "timestep-fraction": a.trained_steps / a.steps,
         "samples-per-epoch": config.samples_per_epoch,
         "sample-batch": config.micro_batch,
         "train-batch": config.micro_batch,
@@ -220,6 +233,8 @@ def make_arms(a: argparse.Namespace, stack: contextlib.ExitStack) -> dict[str, A
     arms: dict[str, Arm] = {"texforce": TexforceArm(texforce_plan(a))}
     if a.guidance > 1:
         arms["texforce-snapshot"] = TexforceArm(texforce_plan(a, uncond_embedding="snapshot"))
+    if a.trained_steps > WINDOW:
+        arms["texforce-window"] = TexforceArm(texforce_plan(a, train_steps=f"window:{WINDOW}"))
     arms["plain"] = TexforceArm(texforce_plan(a), PlainDDPO)
     arms["texforce-unet"] = TexforceArm(unet)
     if a.trl_python:
@@ -235,14 +250,45 @@ def left_out(a: argparse.Namespace) -> dict[str, str]:
     reasons = {}
     if a.guidance == 1:
         reasons["texforce-snapshot"] = "guidance 1 has no unconditional branch"
+    if a.trained_steps <= WINDOW:
+        reasons["texforce-window"] = f"no more than {WINDOW} steps are trained"
     if not a.trl_python:
         reasons["trl"] = "no --trl-python was given"
     return reasons
 
 
-def measure(a: argparse.Namespace, arms: dict[str, Arm]) -> dict[str, Result]:
-    """One epoch of every arm in turn, again and again."""
+def floor_of(a: argparse.Namespace, policy: Policy, trained: int | None = None, *, kept: bool = False) -> Floor:
+    """The passes of an epoch that trains `trained` steps; `kept`: the unconditional branch of sampling is used again."""
+    branches = 2 if a.guidance > 1 else 1
+    return Floor(
+        policy,
+        images=a.images,
+        micro_batch=a.micro_batch,
+        steps=a.steps,
+        trained=a.trained_steps if trained is None else trained,
+        branches=(branches, 1 if kept else branches),
+    )
+
+
+def make_floors(a: argparse.Namespace, arms: dict[str, Arm]) -> dict[str, Floor]:
+    """The floor of each arm that trains the text encoder, by name."""
+    ours = arms["texforce"]
+    assert isinstance(ours, TexforceArm)
+    policy = ours.algorithm.policy
+    found = {"texforce": floor_of(a, policy)}
+    if "texforce-snapshot" in arms:
+        found["texforce-snapshot"] = floor_of(a, policy, kept=True)
+    if "texforce-window" in arms:
+        found["texforce-window"] = floor_of(a, policy, WINDOW)
+    return found
+
+
+def measure(
+    a: argparse.Namespace, arms: dict[str, Arm], floors: dict[str, Floor]
+) -> tuple[dict[str, Result], dict[str, list[dict[str, float]]]]:
+    """One epoch of every arm in turn, again and again, and its floor after it; the floors by name and round."""
     results = {name: Result() for name in arms}
+    least: dict[str, list[dict[str, float]]] = {name: [] for name in floors}
     for turn in range(a.rounds + 1):
         for name, arm in arms.items():
             epoch = arm.run_epoch()
@@ -252,8 +298,21 @@ def measure(a: argparse.Namespace, arms: dict[str, Arm]) -> dict[str, Result]:
                 )
             results[name].epochs.append(epoch)
             label = f"round {turn} of {a.rounds}" if turn else "warm-up"
+            if name in floors:
+                least[name].append(floors[name].run())
             print(f"{label}: {name} {epoch.seconds['total']:.2f} s, reward {epoch.reward:.3f}", file=sys.stderr)
-    return results
+    return results, least
+
+
+def ceilings(results: dict[str, Result], least: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """What `ratios` could be at most: the plain way's seconds over those of the other arm's U-Net passes alone."""
+    return {
+        f"plain/{name}": {
+            phase: results["plain"].median(phase) / statistics.median(one[phase] for one in rounds[1:])
+            for phase in ("sampling", "training", "total")
+        }
+        for name, rounds in least.items()
+    }
 
 
 def ratios(results: dict[str, Result]) -> dict[str, dict[str, float]]:
@@ -274,17 +333,22 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def record(a: argparse.Namespace, arms: dict[str, Arm], results: dict[str, Result]) -> dict[str, Any]:
+def record(
+    a: argparse.Namespace,
+    arms: dict[str, Arm],
+    results: dict[str, Result],
+    least: dict[str, list[dict[str, float]]],
+) -> dict[str, Any]:
     """Everything that was measured, for the JSON file."""
     trl = arms.get("trl")
     ours = {name: version for name, version in versions().items() if name != "platform"}
     return {
-        "benchmark": "epoch",
+        "benchmark": "train_speed",
         "guidance": a.guidance,
         "images": a.images,
         "micro_batch": a.micro_batch,
-        "steps": STEPS,
-        "trained_steps": TRAINED_STEPS,
+        "steps": a.steps,
+        "trained_steps": a.trained_steps,
         "updates": UPDATES,
         "rounds": a.rounds,
         "threads": a.threads,
@@ -309,11 +373,14 @@ def record(a: argparse.Namespace, arms: dict[str, Arm], results: dict[str, Resul
             for name, result in results.items()
         },
         "ratios": ratios(results),
+        "ceilings": ceilings(results, least),
+        "floors": {name: rounds[1:] for name, rounds in least.items()},
     }
 
 
-def table(a: argparse.Namespace, results: dict[str, Result]) -> str:
+def table(a: argparse.Namespace, results: dict[str, Result], least: dict[str, list[dict[str, float]]]) -> str:
     """What a person reads."""
+    highest = ceilings(results, least)
 
     def row(name: str, cells: Sequence[str], width: int) -> str:
         return f"{name:<26}" + "".join(f"{cell:>{width}}" for cell in cells)
@@ -323,7 +390,7 @@ def table(a: argparse.Namespace, results: dict[str, Result]) -> str:
         return f"{result.median(phase):.3f} ({min(values):.3f}..{max(values):.3f})"
 
     lines = [
-        f"guidance {a.guidance:g}, {a.images} images an epoch, {a.threads} threads, {cpu_model()}",
+        f"guidance {a.guidance:g}, {a.steps} steps, {a.trained_steps} trained, {a.images} images an epoch, {a.threads} threads, {cpu_model()}",
         f"{a.rounds} rounds after a warm-up; median (min..max)",
         "",
         row("seconds", PHASES, 26),
@@ -331,6 +398,12 @@ def table(a: argparse.Namespace, results: dict[str, Result]) -> str:
         "",
         row("ratio of medians", PHASES, 10),
         *(row(name, [f"{value:.2f}" for value in found.values()], 10) for name, found in ratios(results).items()),
+        "",
+        row("at most (U-Net alone)", PHASES, 10),
+        *(
+            row(name, [f"{found[phase]:.2f}" if phase in found else "" for phase in PHASES], 10)
+            for name, found in highest.items()
+        ),
         "",
         row("reward (kB) after images", [str(i * a.images) for i in range(a.rounds + 1)], 8),
         *(row(name, [f"{e.reward:.3f}" for e in result.epochs], 8) for name, result in results.items()),
@@ -346,10 +419,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(a.threads)
     with contextlib.ExitStack() as stack:
         arms = make_arms(a, stack)
-        results = measure(a, arms)
-        print(table(a, results))
+        results, least = measure(a, arms, make_floors(a, arms))
+        print(table(a, results, least))
         if a.out:
-            write_json(a.out, record(a, arms, results))
+            write_json(a.out, record(a, arms, results, least))
 
 
 if __name__ == "__main__":
