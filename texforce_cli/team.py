@@ -1,32 +1,40 @@
 """The processes of a job: `--num-processes`, or those that `accelerate launch` or torchrun have begun.
 
-What travels between them is small: gradients of the LoRA, rewards, and the leader's word on what comes next. Before each
-exchange they meet, so that a process that ended, failed or hangs is named instead of waited for.
+What travels between them is small: gradients of the LoRA, rewards, and the leader's word on what comes next. Words go through
+the store that every job of torch.distributed has, so that a process that ended, failed or hangs is named instead of waited for,
+and waiting can be interrupted; gradients are summed by gloo or NCCL.
 """
 
 from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import multiprocessing.connection
 import os
-import re
-import socket
+import pickle
+import platform
 import sys
+import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 from texforce_cli.errors import Interrupted, TexforceError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+Shield = Callable[[], contextlib.AbstractContextManager[None]]
+
 
 class Team:
     """A process by itself. The leader is rank 0."""
 
     rank, size = 0, 1
+    shield: Shield = contextlib.nullcontext
+    """What keeps signals from breaking off an exchange in its middle."""
 
     def total(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its sum over the processes."""
@@ -40,7 +48,7 @@ class Team:
         return value
 
     def leave(self, error: BaseException) -> None:
-        """Tell the others at the next meeting why this process goes."""
+        """Tell the others why this process goes."""
 
     def close(self) -> None:
         """Nothing more will be exchanged."""
@@ -55,113 +63,232 @@ def launched(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
     return (rank, size) if 0 <= rank < size else (0, 1)
 
 
-class Processes(Team):
-    """The processes of torch.distributed, as Accelerate sets it up from the launcher's environment."""
+def machine() -> str:
+    """A name of this machine that its processes share."""
+    return os.environ.get("GROUP_RANK") or platform.node()
 
-    def __init__(self, device: str, seconds: float, ended: Callable[[], list[int]] = list) -> None:
-        """Meet the other processes, and wait for them at most `seconds` at every exchange. `ended` tells the
-        ranks of those that have ended without having been told to, where this process can know.
 
-        Raises:
-            TexforceError: they are not there.
-        """
-        import torch.distributed as dist
-        from accelerate import PartialState
+_START = 1800.0
+"""Seconds that a process may take to start: it may have to download a model."""
+_PULSE, _PULSELESS = 2.0, 20.0
+"""A process shows every so many seconds that it lives; after so many without, it does not."""
+_SLICE = timedelta(seconds=0.25)
+"""So long at most does waiting keep a signal from being heard."""
+_LAST_WORDS = 5.0
+"""Seconds that a process has to end by itself when the job is over."""
 
-        self._timeout, self._ended = timedelta(seconds=seconds), ended
-        on_cpu = not device.startswith("cuda")
+
+class Store(Protocol):
+    """Words by their keys, as the stores of torch.distributed keep them; RuntimeError where there are none."""
+
+    def set(self, key: str, value: bytes) -> object: ...
+
+    def get(self, key: str) -> bytes: ...
+
+    def check(self, keys: list[str]) -> bool: ...
+
+    def wait(self, keys: list[str], timeout: timedelta) -> object: ...
+
+    def delete_key(self, key: str) -> bool: ...
+
+
+class Folder:
+    """A store for the processes of one machine: a file for each key, in a folder that only this user can read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def set(self, key: str, value: bytes) -> None:
+        """Whole or not at all."""
+        place = self._place(key)
+        new = place.with_suffix(f".{threading.get_ident()}.new")
         try:
-            state = PartialState(cpu=on_cpu, timeout=_START, **({"backend": "gloo"} if on_cpu else {}))
-        except (RuntimeError, ValueError) as error:  # also torch's DistError
-            raise TexforceError(
-                f"the processes of this job did not find each other within {_START.seconds} s",
-                "see the others' messages",
-            ) from error
-        self.rank, self.size = state.process_index, state.num_processes
-        # objects and meetings go through the CPU whatever the gradients go through
-        self._words = dist.group.WORLD if on_cpu else dist.new_group(backend="gloo", timeout=_START)
-        self._gone = False
+            new.write_bytes(value)
+            new.replace(place)
+        except OSError as error:
+            raise RuntimeError(f"'{self.path}' is gone") from error
+
+    def get(self, key: str) -> bytes:
+        """What stands there."""
+        try:
+            return self._place(key).read_bytes()
+        except OSError as error:
+            raise RuntimeError(f"nothing is known of {key}") from error
+
+    def check(self, keys: list[str]) -> bool:
+        """Whether all are there."""
+        return all(self._place(key).exists() for key in keys)
+
+    def wait(self, keys: list[str], timeout: timedelta) -> None:
+        """Until all are there."""
+        pause, deadline = 1e-4, time.monotonic() + timeout.total_seconds()
+        while not self.check(keys):
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"waited for {', '.join(keys)}")
+            time.sleep(pause)
+            pause = min(0.01, 2 * pause)
+
+    def delete_key(self, key: str) -> bool:
+        """Forget it."""
+        self._place(key).unlink(missing_ok=True)
+        return True
+
+    def _place(self, key: str) -> Path:
+        return self.path / key.replace("/", "-")
+
+
+class Processes(Team):
+    """One of several processes."""
+
+    def __init__(
+        self, words: Store, sums: Callable[[], Any], rank: int, size: int, ended: Callable[[], list[int]] = list
+    ) -> None:
+        """`words`: where they meet; `sums`: makes the store by which torch.distributed begins, when `compute` is called.
+        `ended`: the ranks that are known to have ended.
+        """
+        self.rank, self.size = rank, size
         self.told = False
         """Whether this process has learnt from another one that the job is over."""
+        self._store, self._sums = words, sums
+        self._ended = ended
+        self._patience = _START
+        self._turn = 0
+        self._stopped = threading.Event()
+        self._pulse = threading.Thread(target=self._show_life, name="texforce-pulse", daemon=True)
+        self._pulse.start()
+
+    def compute(self, device: str, seconds: float) -> None:
+        """Be ready to sum on `device`; from now on wait for the others at most `seconds`."""
+        import torch
+        import torch.distributed as dist
+
+        cuda = device.startswith("cuda")
+        if cuda:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        self.each(None)  # all are here: what follows does not wait for anyone
+        try:
+            dist.init_process_group(
+                "nccl" if cuda else "gloo",
+                store=self._sums(),
+                rank=self.rank,
+                world_size=self.size,
+                timeout=timedelta(seconds=max(60.0, seconds)),
+            )
+            dist.all_reduce(torch.zeros(1, device="cuda" if cuda else "cpu"))  # NCCL takes its memory at the first sum
+        except (RuntimeError, ValueError) as error:
+            raise TexforceError(
+                f"process {self.rank} cannot exchange gradients with the others ({_first_line(error)})",
+                "see the network: GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME names the interface to use",
+            ) from error
+        self._patience = seconds
 
     def total(self, tensors: Sequence[Tensor]) -> None:
         import torch
         import torch.distributed as dist
 
-        self._meet()
         flat = torch.cat([tensor.flatten() for tensor in tensors])
-        with self._named():
-            dist.all_reduce(flat)
+        self.each(None)
+        with self.shield():  # the others count on this process from here on
+            self.each(None)
+            try:
+                dist.all_reduce(flat)
+            except RuntimeError as error:
+                raise self._lost(self._ended(), _first_line(error)) from error
         for tensor, summed in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
             tensor.copy_(summed.view_as(tensor))
 
     def each(self, value: Any) -> list[Any]:
-        self._meet()
-        return self._gathered(value)
+        self._turn += 1
+        self._set(f"{self._turn}/{self.rank}", value)
+        values = [value if rank == self.rank else self._heard(rank) for rank in range(self.size)]
+        if self._turn > 1:  # all have come here, so all have heard what was said before
+            self._store.delete_key(f"{self._turn - 1}/{self.rank}")
+        return values
 
     def of_leader(self, value: Any = None) -> Any:
-        import torch.distributed as dist
-
-        self._meet()
-        box = [value]
-        with self._named():
-            dist.broadcast_object_list(box, src=0, group=self._words)
-        return box[0]
+        return self.each(value if self.rank == 0 else None)[0]
 
     def leave(self, error: BaseException) -> None:
-        if not self._gone:
-            with contextlib.suppress(TexforceError):
-                self._meet(error)
+        if not self.told:
+            with contextlib.suppress(RuntimeError):
+                self._set(f"left/{self.rank}", _told(error))
+
+    def part(self) -> None:
+        """The job is done. The leader goes last, for it may hold the store."""
+        if self.rank:
+            self._set(f"done/{self.rank}", None)
+            return
+        with contextlib.suppress(RuntimeError):
+            self._store.wait([f"done/{rank}" for rank in range(1, self.size)], timedelta(seconds=_LAST_WORDS))
 
     def close(self) -> None:
-        from accelerate import PartialState
-
-        with contextlib.suppress(Exception):
-            PartialState().destroy_process_group(None)
-        PartialState._reset_state()
-
-    def _meet(self, error: BaseException | None = None) -> None:
-        """Wait for all; raise what one of them brought."""
         import torch.distributed as dist
 
-        with self._named():
-            dist.monitored_barrier(self._words, self._timeout, wait_all_ranks=True)
-        for rank, problem in enumerate(self._gathered(error and _told(error))):
-            if problem and rank != self.rank:
-                self._gone = self.told = True
-                message, hint, exit_code = problem
+        self._stopped.set()
+        self._pulse.join()
+        if dist.is_initialized():
+            with contextlib.suppress(RuntimeError):
+                dist.destroy_process_group()
+
+    def _set(self, key: str, value: Any) -> None:
+        self._store.set(key, pickle.dumps(value))
+
+    def _get(self, key: str) -> Any:
+        return pickle.loads(self._store.get(key))
+
+    def _heard(self, rank: int) -> Any:
+        """What process `rank` says at this turn.
+
+        Raises:
+            TexforceError, Interrupted: one of the others left and said why, ended, or lets this one wait too long.
+        """
+        key, begun = f"{self._turn}/{rank}", time.monotonic()
+        pulse, alive = "", begun
+        while True:
+            try:
+                self._store.wait([key], _SLICE)
+                return self._get(key)
+            except RuntimeError as error:  # torch's DistStoreError: not yet; or the store is gone
+                now = time.monotonic()
+                try:
+                    self._see_who_left()
+                    shown = self._get(f"pulse/{rank}") if self._store.check([f"pulse/{rank}"]) else ""
+                except RuntimeError:
+                    raise self._lost([0], _first_line(error)) from error  # the leader holds the store
+                pulse, alive = (shown, now) if shown != pulse else (pulse, alive)
+                if ended := self._ended():
+                    raise self._lost(ended) from None
+                if shown and now - alive > _PULSELESS:
+                    raise self._lost([rank], f"no sign of life for {_PULSELESS:g} s") from None
+                if now - begun > self._patience:
+                    raise self._lost([rank], f"did not answer within {self._patience:g} s") from None
+
+    def _see_who_left(self) -> None:
+        for rank in range(self.size):
+            if rank != self.rank and self._store.check([f"left/{rank}"]):
+                message, hint, exit_code = self._get(f"left/{rank}")
+                self.told = True
                 if exit_code:
                     raise Interrupted(message, hint, exit_code=exit_code)
                 raise TexforceError(message if rank == 0 else f"process {rank}: {message}", hint)
 
-    def _gathered(self, value: Any) -> list[Any]:
-        import torch.distributed as dist
+    def _lost(self, ranks: Sequence[int], how: str = "") -> TexforceError:
+        which = f"process {', '.join(map(str, ranks))} of {self.size}" if ranks else "another process"
+        return TexforceError(
+            f"{which} ended or hangs" + (f" ({how})" if how else ""),
+            "see its messages; the epochs before this one are saved, go on with --resume",
+        )
 
-        values: list[Any] = [None] * self.size
-        with self._named():
-            dist.all_gather_object(values, value, group=self._words)
-        return values
-
-    @contextlib.contextmanager
-    def _named(self) -> Iterator[None]:
-        """Name the processes that did not answer."""
-        try:
-            yield
-        except RuntimeError as error:
-            self._gone = True
-            missing = re.search(r"[Rr]anks? ([\d, ]+) failed to pass", str(error))
-            ranks = missing[1] if missing else ", ".join(map(str, self._ended()))
-            which = (
-                f"process {ranks} of {self.size}" if ranks else "another process" if self.rank == 0 else "the first one"
-            )
-            raise TexforceError(
-                f"{which} ended, or did not answer within {self._timeout.total_seconds():g} s",
-                "see its messages; the epochs before this one are saved, go on with --resume",
-            ) from error
-
-
-_START = timedelta(seconds=300)
-"""How long a process may take to start."""
+    def _show_life(self) -> None:
+        count = 0
+        while True:
+            count += 1
+            try:
+                self._set(f"pulse/{self.rank}", str(count))
+            except RuntimeError:
+                return
+            if self._stopped.wait(_PULSE):
+                return
 
 
 def _told(error: BaseException) -> tuple[str, str | None, int]:
@@ -175,96 +302,127 @@ def _told(error: BaseException) -> tuple[str, str | None, int]:
     return f"{type(error).__name__}: {error}", None, 0
 
 
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def joined() -> Processes:
+    """This process among those of a launcher."""
+    import torch.distributed as dist
+
+    try:
+        store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=_START)))
+    except (RuntimeError, ValueError) as error:
+        raise TexforceError(
+            f"the processes of this job did not find each other ({_first_line(error)})",
+            "see the messages of the others",
+        ) from error
+    return Processes(dist.PrefixStore("words", store), lambda: dist.PrefixStore("sums", store), rank, size)
+
+
 @contextlib.contextmanager
-def team(count: int, device: str, seconds: float, follow: Callable[[str, float], Any]) -> Iterator[Team]:
+def team(count: int, device: str, follow: Callable[[Processes], Any]) -> Iterator[Team]:
     """The team that this process leads: of a launcher's processes, else of `count` of our own, this one among them.
 
-    Each of the others calls `follow(device, seconds)`, with `seconds` the longest that any is waited for.
+    Each of the others calls `follow` with its place in the team.
 
     Raises:
-        UsageError: a count that is not the launcher's, more processes than GPUs.
+        UsageError: a count that is not the launcher's, a device that cannot be shared, more processes than GPUs.
     """
     _, size = launched()
     if size > 1 and count not in (1, size):
         raise UsageError(f"--num-processes {count} contradicts the launcher's {size}", "leave it out")
-    if size > 1:
-        with contextlib.closing(Processes(device, seconds)) as joined:
-            yield joined
-    elif count == 1:
+    if count == size == 1:
         yield Team()
+        return
+    _refuse_device(device, int(os.environ.get("LOCAL_WORLD_SIZE", size)) if size > 1 else count)
+    if size > 1:
+        with contextlib.closing(joined()) as place:
+            yield place
+            place.part()
     else:
-        with _own(count, device, seconds, follow) as joined:
-            yield joined
+        with _own(count, device, follow) as place:
+            yield place
+
+
+def _refuse_device(device: str, here: int) -> None:
+    import torch
+
+    if device not in ("cuda", "cuda:0", "cpu"):
+        raise UsageError(f"several processes cannot share '{device}'", "give --device cuda or cpu")
+    if device != "cpu" and here > torch.cuda.device_count():
+        raise UsageError(
+            f"{here} processes are more than the {torch.cuda.device_count()} GPUs of this machine", "give fewer"
+        )
 
 
 @contextlib.contextmanager
-def _own(count: int, device: str, seconds: float, follow: Callable[[str, float], Any]) -> Iterator[Team]:
-    """`count` - 1 processes beside this one, which is their leader; they end with the block."""
+def _own(count: int, device: str, follow: Callable[[Processes], Any]) -> Iterator[Team]:
+    """`count` - 1 processes beside this one, which is their leader; they end with the block.
+
+    They meet in a folder that only this user can read, not at a port.
+    """
     import torch
 
-    if device not in ("cuda", "cpu"):
-        raise UsageError(f"--num-processes {count} on '{device}'", "several processes need --device cuda or cpu")
-    if device == "cuda" and count > torch.cuda.device_count():
-        raise UsageError(
-            f"--num-processes {count} is more than the {torch.cuda.device_count()} GPUs of this machine", "give fewer"
-        )
     threads = torch.get_num_threads()
     share = max(1, threads // count)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {
-        "WORLD_SIZE": count,
-        "LOCAL_WORLD_SIZE": count,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "OMP_NUM_THREADS": share,
-        "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
-    }
     context = multiprocessing.get_context("spawn")
-    others = [context.Process(target=_member, args=(follow, device, seconds), daemon=True) for _ in range(1, count)]
-    try:
-        for rank, process in enumerate(others, 1):
-            with _environment(shared, RANK=rank, LOCAL_RANK=rank):
-                process.start()
-        if device == "cpu":
-            torch.set_num_threads(share)
-        with _environment(shared, RANK=0, LOCAL_RANK=0):
-            joined = Processes(device, seconds, lambda: _broken(others))
-        with contextlib.closing(joined):
-            yield joined
-    finally:
-        torch.set_num_threads(threads)
-        for process in others:
-            process.join(_LAST_WORDS if process.pid else 0)
+    with tempfile.TemporaryDirectory(prefix="texforce-") as private:
+        others = [
+            context.Process(target=_member, args=(follow, private, rank, count), daemon=True)
+            for rank in range(1, count)
+        ]
+        try:
+            with _environment(OMP_NUM_THREADS=share, GLOO_SOCKET_IFNAME="lo0" if sys.platform == "darwin" else "lo"):
+                for rank, process in enumerate(others, 1):
+                    with _environment(LOCAL_RANK=rank):
+                        process.start()
+                if device == "cpu":
+                    torch.set_num_threads(share)
+                with contextlib.closing(_place(private, 0, count, lambda: _broken(others))) as place:
+                    yield place
+        finally:
+            torch.set_num_threads(threads)
+            _end(others)
+
+
+def _place(private: str, rank: int, size: int, ended: Callable[[], list[int]]) -> Processes:
+    import torch.distributed as dist
+
+    folder = Path(private)
+    return Processes(Folder(folder), lambda: dist.FileStore(str(folder / "sums"), size), rank, size, ended)
+
+
+def _member(follow: Callable[[Processes], Any], private: str, rank: int, size: int) -> None:
+    """A process of our own. The leader has been told what went wrong, or is gone: no word of it here."""
+    parent = os.getppid()
+    with contextlib.closing(_place(private, rank, size, lambda: [0] if os.getppid() != parent else [])) as place:
+        try:
+            follow(place)
+        except TexforceError:
+            sys.exit(1)
+
+
+def _broken(others: Sequence[multiprocessing.process.BaseProcess]) -> list[int]:
+    """The ranks of those that were killed, else of those that failed without a word."""
+    codes = {rank: process.exitcode or 0 for rank, process in enumerate(others, 1)}
+    return [rank for rank, code in codes.items() if code < 0] or [rank for rank, code in codes.items() if code]
+
+
+def _end(others: Sequence[multiprocessing.process.BaseProcess]) -> None:
+    deadline = time.monotonic() + _LAST_WORDS
+    for process in others:
+        if process.pid:
+            process.join(max(0.0, deadline - time.monotonic()))
             if process.is_alive():
                 process.kill()
                 process.join()
 
 
-def _broken(others: Sequence[multiprocessing.process.BaseProcess]) -> list[int]:
-    """The ranks of those that were killed, else of those that failed; a second is given to learn of it."""
-    multiprocessing.connection.wait([process.sentinel for process in others], timeout=1)
-    codes = {rank: process.exitcode or 0 for rank, process in enumerate(others, 1)}
-    return [rank for rank, code in codes.items() if code < 0] or [rank for rank, code in codes.items() if code]
-
-
-def _member(follow: Callable[[str, float], Any], device: str, seconds: float) -> None:
-    try:
-        follow(device, seconds)
-    except TexforceError:
-        sys.exit(1)  # the leader has been told, or is gone
-
-
-_LAST_WORDS = 5.0
-"""Seconds that a process of our own has to end by itself when the job is over."""
-
-
 @contextlib.contextmanager
-def _environment(shared: Mapping[str, Any], **own: Any) -> Iterator[None]:
-    names = {**shared, **own}
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update({name: str(value) for name, value in names.items()})
+def _environment(**values: Any) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update({name: str(value) for name, value in values.items()})
     try:
         yield
     finally:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -155,6 +155,8 @@ class DDPO:
         learning_rate = self.optimisation.learning_rate
         with self._timed("training"):
             updates = [] if flat else list(self._learn(epoch, rollouts, advantages))
+        halved = dict.fromkeys(text for texts in self.team.each(self._halved) for text in texts)
+        self._halved = []
         skipped = sum(not math.isfinite(update.grad_norm) for update in updates)
         updates = [update for update in updates if math.isfinite(update.grad_norm)]
         diagnostics = [update.diagnostics for update in updates]
@@ -179,7 +181,7 @@ class DDPO:
             flat=flat,
             skipped_updates=skipped,
             counts=rollouts.counts,
-            warnings=(*rollouts.warnings, *self._warnings(flat, skipped, prompts, diagnostics)),
+            warnings=(*rollouts.warnings, *self._warnings(flat, skipped, prompts, diagnostics, halved)),
         )
         if self.settings.kl_target and updates:
             self.optimisation.base_rate = steered_learning_rate(
@@ -250,6 +252,8 @@ class DDPO:
         self, mine: Sequence[int], scored: Mapping[str, NDArray[np.float64]]
     ) -> tuple[Scores, Mapping[str, int], tuple[str, ...]]:
         """The scores of all images, what the rewards counted and what they have to say, of all processes."""
+        with self._timed("rewards"):
+            self.team.each(None)  # all have scored, so the owner of lent workers has counted everything
         terms = {spec.name: np.empty(self.settings.samples) for spec in self.rewards.specs}
         counts: Counter[str] = Counter()
         warnings: list[str] = []
@@ -399,10 +403,14 @@ class DDPO:
     # bookkeeping
 
     def _warnings(
-        self, flat: bool, skipped: int, prompts: Sequence[str], diagnostics: Sequence[Diagnostics]
+        self,
+        flat: bool,
+        skipped: int,
+        prompts: Sequence[str],
+        diagnostics: Sequence[Diagnostics],
+        halved: Collection[str],
     ) -> Iterator[str]:
-        yield from self._halved
-        self._halved.clear()
+        yield from halved
         if skipped:
             yield f"{skipped} updates were passed over: their gradient was not finite"
         if flat:

@@ -191,6 +191,8 @@ def load_pipeline(
     Raises:
         TexforceError: missing, gated, offline or damaged weights; a pipeline of another kind.
     """
+    import torch
+
     arguments: dict[str, Any] = {"dtype": torch_dtype(precision)}
     if not safety_checker:
         arguments |= {"safety_checker": None, "requires_safety_checker": False, "feature_extractor": None}
@@ -217,6 +219,8 @@ def load_pipeline(
     pipeline.set_progress_bar_config(disable=True)
     for module in (pipeline.unet, pipeline.text_encoder, pipeline.vae):
         module.requires_grad_(False).eval()
+    for module in (pipeline.unet, pipeline.vae):
+        module.to(memory_format=torch.channels_last)  # the order in which convolutions are quickest; the same numbers
     return pipeline.to(device)
 
 

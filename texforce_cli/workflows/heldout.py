@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
 from texforce_cli.core.seeds import derive
 from texforce_cli.core.statistics import Interval, paired_interval
 from texforce_cli.diffusion.policy import Policy
-from texforce_cli.diffusion.sampler import rollout
+from texforce_cli.diffusion.sampler import draw
 from texforce_cli.prompts import Prompt, PromptSet
 from texforce_cli.report.pictures import before_after, save_png
 from texforce_cli.rewards.terms import RewardSet
@@ -55,6 +56,7 @@ class HeldOut:
         self.prompts, self.seeds = heldout_pairs(prompts, count)
         self.unseen = count // 2 if prompts.unseen else 0
         self.policy, self.rewards, self.batch, self.team = policy, rewards, batch, team or Team()
+        self._room = batch
         self.watch = {str(one): one for one in watch}
         self.history: list[Evaluation] = []
         self._base_images: NDArray[np.uint8] | None = None
@@ -144,15 +146,26 @@ class HeldOut:
         parts: dict[int, tuple[NDArray[np.uint8], dict[str, Floats]]] = {}
         for start in range(self.team.rank * self.batch, total, self.team.size * self.batch):
             part = slice(start, min(start + self.batch, total))
-            images = rollout(self.policy, texts[part], self.seeds[part]).images
+            images = self._pictures(texts[part], self.seeds[part])
             metadata = [prompt.metadata for prompt in self.prompts[part]]
             scored = {name: one.weighted(one.score(images, texts[part], metadata)) for name, one in sets.items()}
             parts[start] = images, scored
-            progress(min(total, part.stop * self.team.size), total)
+            progress(min(total, start + (self.team.size - self.team.rank) * self.batch), total)
         found = {start: batch for shared in self.team.each(parts) for start, batch in shared.items()}
         drawn, scores = zip(*(found[start] for start in sorted(found)))
         values = {name: np.concatenate([score[name] for score in scores]) for name in sets}
         return np.concatenate(drawn), values.pop(""), values
+
+    def _pictures(self, texts: Sequence[str], seeds: Sequence[int]) -> NDArray[np.uint8]:
+        """As many at once as there is room for."""
+        while True:
+            try:
+                drawn: NDArray[np.uint8] = draw(self.policy, texts, seeds, batch=self._room)
+                return drawn
+            except torch.OutOfMemoryError:
+                if self._room == 1:
+                    raise
+            self._room = max(1, self._room // 2)
 
 
 def _paired(after: Floats, before: Floats) -> Interval:

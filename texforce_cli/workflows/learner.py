@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
-import platform
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -18,7 +18,7 @@ from texforce_cli.diffusion.models import fingerprint, load_pipeline, resolve_mo
 from texforce_cli.errors import TexforceError
 from texforce_cli.prompts import PromptSet
 from texforce_cli.rewards.registry import load_registry
-from texforce_cli.team import Processes, Team
+from texforce_cli.team import Processes, Team, machine
 from texforce_cli.workflows.assembly import (
     Scoring,
     make_adapter,
@@ -140,56 +140,50 @@ class Learner:
 
 def lead(team: Team, config: TrainConfig, prompts: PromptSet, scoring: Scoring) -> None:
     """Tell the others which run it is, and lend those of this machine the reward workers."""
-    if team.size > 1:
+    if isinstance(team, Processes):
         team.of_leader((asdict(config), prompts, fingerprint(resolve_model(config.model))))
-        team.each(platform.node())
+        team.each(machine())
         team.each(scoring.lend())
+        team.compute(config.device, config.process_timeout)
+
+
+def follow(team: Processes) -> Any:
+    """A process that is not the leader, from its beginning to its end: returns what the leader does.
+
+    Raises:
+        TexforceError: as `texforce train`, and the leader is told; the leader ended, or has told.
+    """
+    try:
+        values, prompts, made_of = team.of_leader()
+        config = TrainConfig(**values)
+        stop = StopRequest(config.save_within)
+        with stop.listening(), contextlib.closing(_scoring_beside(team, config)) as scoring:
+            team.shield = stop.shielded
+            if fingerprint(resolve_model(config.model)) != made_of:
+                raise TexforceError(f"the model '{config.model}' is another one here", "give the processes the same")
+            team.compute(config.device, config.process_timeout)
+            learner = Learner(
+                config,
+                prompts,
+                scoring,
+                team=team,
+                # whether an epoch is finished is the leader's to say
+                progress=lambda phase, done, total, *, reward=None: stop.check(saved_in=0.0),
+                begin=False,
+            )
+            return learner.follow()
+    except BaseException as error:
+        team.leave(error)
+        raise
 
 
 def _scoring_beside(team: Team, config: TrainConfig) -> Scoring:
     """What scores in a process that is not the leader: the workers are those of the machine's first process."""
-    machines = team.each(platform.node())
-    first = machines.index(platform.node())
+    machines = team.each(machine())
+    first = machines.index(machine())
     registry = load_registry()
     if first == team.rank:
         scoring = make_scoring(config, registry)
         team.each(scoring.lend())
         return scoring
     return make_scoring(config, registry, team.each(None)[first])
-
-
-def follow(device: str, seconds: float) -> Any:
-    """A process that is not the leader, from its beginning to its end: returns what the leader does.
-
-    Raises:
-        TexforceError: as `texforce train`, and the leader is told; the leader ended.
-        SystemExit: the leader failed, and says so itself.
-    """
-    team = Processes(device, seconds)
-    try:
-        values, prompts, made_of = team.of_leader()
-        config = TrainConfig(**values)
-        stop = StopRequest(config.save_within)
-        with stop.listening():
-            if fingerprint(resolve_model(config.model)) != made_of:
-                raise TexforceError(f"the model '{config.model}' is another one here", "give the processes the same")
-            scoring = _scoring_beside(team, config)
-            try:
-                return Learner(
-                    config,
-                    prompts,
-                    scoring,
-                    team=team,
-                    # whether an epoch is finished is the leader's to say
-                    progress=lambda phase, done, total, *, reward=None: stop.check(saved_in=0.0),
-                    begin=False,
-                ).follow()
-            finally:
-                scoring.close()
-    except BaseException as error:
-        if team.told:
-            raise SystemExit(1) from None
-        team.leave(error)
-        raise
-    finally:
-        team.close()

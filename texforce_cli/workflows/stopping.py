@@ -25,6 +25,8 @@ class StopRequest:
         self._exit_code: int | None = None
         self._grace = grace
         self._deadline = 0.0
+        self._shielded = False
+        self._put_off: BaseException | None = None
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -42,6 +44,22 @@ class StopRequest:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
+    @contextlib.contextmanager
+    def shielded(self) -> Iterator[None]:
+        """What would be broken off within this block is broken off at its end."""
+        self._shielded = True
+        try:
+            yield
+        finally:
+            self._shielded = False
+        if self._put_off is not None:
+            raise self._put_off
+
+    def _raise(self, error: BaseException) -> None:
+        if not self._shielded:
+            raise error
+        self._put_off = error
+
     def check(self, saved_in: float = float("inf")) -> None:
         """Raise Interrupted when a stop was asked for, unless what is under way will be saved in time (in seconds)."""
         if self._exit_code is not None and time.monotonic() + saved_in > self._deadline:
@@ -49,9 +67,11 @@ class StopRequest:
 
     def _asked(self, number: int, frame: FrameType | None) -> None:
         if number not in (signal.SIGINT, signal.SIGTERM):  # the time is over
-            raise Interrupted("stopped", exit_code=143)
+            self._raise(Interrupted("stopped", exit_code=143))
+            return
         if self._exit_code is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
+            self._raise(KeyboardInterrupt())
+            return
         if number == signal.SIGTERM and self._grace and self._exit_code is None:
             self._deadline = time.monotonic() + self._grace
             if _ALARMS:

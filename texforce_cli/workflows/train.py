@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from texforce_cli.files import held, write_text
 from texforce_cli.prompts import read_prompts
 from texforce_cli.rewards.registry import load_registry
 from texforce_cli.rewards.terms import find, parse_terms
-from texforce_cli.team import Team, launched
+from texforce_cli.team import Team, joined, launched
 from texforce_cli.team import team as team_of
 from texforce_cli.workflows import checkpoint as checkpoints
 from texforce_cli.workflows.assembly import Scoring, make_scoring
@@ -43,7 +44,7 @@ def train(
         Interrupted: Ctrl-C or SIGTERM.
     """
     if launched()[0]:
-        return _followed(flags, config_file)
+        return _followed()
     made = plan(flags, config_file)
     _warn_of_broken_plugins(made, listener)
     listener(Note(f"model: {made.source.name} ({made.source.reason}), on {made.config.device}"))
@@ -74,7 +75,7 @@ def resume(
         TexforceError: the model is not the one that the run began with; another process works in the folder.
     """
     if launched()[0]:
-        return _followed(flags, config_file)
+        return _followed()
     folder = RunFolder.open(path)
     with held(folder.path):
         folder.remove_leftovers()
@@ -93,12 +94,15 @@ def _resumed(folder: RunFolder, wanted: dict[str, Any], listener: Listener) -> T
     if found is None:
         listener(Warned("there is no whole checkpoint: beginning again"))
         checkpoints.remove_after(folder.checkpoints, 0)
-    made = replace(made, config=replace(made.config, **{name: wanted[name] for name in _FREE if name in wanted}))
+    free = {name: wanted[name] for name in _FREE if name in wanted}
+    if launched()[1] > 1:  # the launcher's number counts, not the one that the run began with
+        free.setdefault("num_processes", 1)
+    made = replace(made, config=replace(made.config, **free))
     with contextlib.closing(make_scoring(made.config, made.registry)) as scoring, _leading(made, scoring) as team:
         return TrainingRun(folder, made, scoring, listener, team=team, checkpoint=found).run()
 
 
-_FREE = ("num_processes", "process_timeout")
+_FREE = ("num_processes", "process_timeout", "save_within")
 """Options that may change when a run goes on: they do not change its result."""
 
 
@@ -106,8 +110,14 @@ _FREE = ("num_processes", "process_timeout")
 def _leading(made: Plan, scoring: Scoring) -> Iterator[Team]:
     """The team of the run, told which run it is; it hears what goes wrong within the block."""
     config = made.config
-    with team_of(config.num_processes, config.device, config.process_timeout, follow) as team:
+    with team_of(config.num_processes, config.device, follow) as team:
         try:
+            fewest = min(config.update_batch, config.samples_per_epoch)
+            if team.size > fewest:
+                raise UsageError(
+                    f"{team.size} processes are more than the {fewest} images of an update",
+                    "give fewer, or larger updates",
+                )
             lead(team, config, made.prompts, scoring)
             yield team
         except BaseException as error:
@@ -115,11 +125,21 @@ def _leading(made: Plan, scoring: Scoring) -> Iterator[Team]:
             raise
 
 
-def _followed(flags: Mapping[str, Any], config_file: Path | None) -> TrainResult:
-    """This process of a launcher is not the leader: it does what the leader does, whatever else its command says."""
-    config = TrainConfig(**{k: v for k, v in given(flags, config_file).items() if k in ("device", "process_timeout")})
-    result: TrainResult = follow(str(resolve_device(config.device)), config.process_timeout)
-    return result
+def _followed() -> TrainResult:
+    """This process of a launcher is not the leader: it does what the leader does, whatever its command says."""
+    with contextlib.closing(joined()) as place:
+        try:
+            result: TrainResult = follow(place)
+        except TexforceError:
+            if not place.told:
+                raise
+            time.sleep(_LAST_WORDS)  # a launcher kills the others when the first one ends: the leader speaks first
+            raise SystemExit(1) from None
+        place.part()
+        return result
+
+
+_LAST_WORDS = 2.0
 
 
 def recorded_plan(folder: RunFolder) -> Plan:

@@ -73,6 +73,7 @@ class TrainingRun:
         self.folder, self.plan, self.config = folder, made, made.config
         self.rewards, self.listener, self.team = scoring.rewards, listener, team
         self.stop = StopRequest(self.config.save_within)
+        team.shield = self.stop.shielded
         self._begun = 0.0
         self.learner = Learner(
             self.config,

@@ -1,0 +1,132 @@
+"""Time to the same reward: how long each arm trains until its held-out pictures are as good as those of the plain way.
+
+python benchmarks/time_to_reward.py --out FILE.json
+
+The reference is the textbook form of DDPO (PlainDDPO) with the default preset of the embedded model, for its whole budget. The held-out
+difference that it ends with is the goal; an arm's time is that of its first measurement at or above the goal, the reference's as
+well. Arms take turns epoch by epoch in one process; only drawing, scoring and learning count, measuring does not. All arms
+are measured alike: the same prompts, noise and number of denoising steps, whatever they train with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file, from any folder
+
+from benchmarks.train_speed import TexforceArm, cpu_model
+from texforce_cli.algorithms.ddpo import DDPO
+from texforce_cli.algorithms.reference import PlainDDPO
+from texforce_cli.diffusion.policy import Denoising, Policy
+from texforce_cli.files import write_json
+from texforce_cli.workflows.heldout import HeldOut
+from texforce_cli.workflows.plan import plan
+from texforce_cli.workflows.run_folder import versions
+
+REFERENCE = "plain"
+ARMS: dict[str, tuple[type[DDPO], dict[str, Any]]] = {
+    REFERENCE: (PlainDDPO, {"preset": "tiny"}),
+    "default": (DDPO, {"preset": "tiny"}),
+    "window": (DDPO, {"preset": "tiny", "train_steps": "window:3"}),
+    "fast": (DDPO, {"preset": "tiny-fast"}),
+}
+
+
+@dataclass
+class Track:
+    """An arm with what it has reached: (images, seconds of training, held-out difference, half its interval)."""
+
+    arm: TexforceArm
+    heldout: HeldOut
+    seconds: float = 0.0
+    images: int = 0
+    points: list[tuple[int, float, float, float]] = field(default_factory=list)
+
+    def step(self) -> None:
+        """One epoch, then a measurement."""
+        epoch = self.arm.run_epoch()
+        self.seconds += epoch.seconds["total"]
+        self.images += epoch.images
+        found = self.heldout.measure(self.arm.epochs, self.images, lambda done, total: None).difference
+        self.points.append((self.images, self.seconds, found.mean, found.half_width))
+
+    def reached(self, goal: float) -> float | None:
+        """Seconds until the first measurement at or above `goal`."""
+        return next((seconds for _, seconds, mean, _ in self.points if mean >= goal), None)
+
+
+def make_track(name: str, seed: int, a: argparse.Namespace) -> Track:
+    """An arm at its beginning, and the pairs that it is measured on."""
+    kind, flags = ARMS[name]
+    common = {"model": "tiny", "device": "cpu", "prompts": "animals", "reward": [a.reward], "seed": seed}
+    made = plan({**common, **flags})
+    arm = TexforceArm(made, kind)
+    trained = arm.algorithm.policy
+    # measured as the reference draws, whatever the arm trains with
+    measured = plan({**common, **ARMS[REFERENCE][1]}).config
+    drawing = Denoising(measured.steps, measured.guidance, measured.eta)
+    policy = Policy(trained.pipeline, drawing, adapter=trained.adapter)
+    heldout = HeldOut(made.prompts, a.pairs, policy, arm.algorithm.rewards, batch=measured.micro_batch)
+    heldout.measure_base(lambda done, total: None)
+    return Track(arm, heldout)
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--seeds", type=int, nargs="+", default=[20, 21, 22])
+    p.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    p.add_argument("--reward", default="jpeg-incompressibility")
+    p.add_argument("--epochs", type=int, default=25, help="of the reference (25, its preset's budget)")
+    p.add_argument("--pairs", type=int, default=64, help="held-out (prompt, seed) pairs (64)")
+    p.add_argument("--threads", type=int, default=2)
+    p.add_argument("--out", type=Path, help="JSON file for everything that was measured")
+    return p.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    a = arguments(argv)
+    torch.set_num_threads(a.threads)
+    names = [REFERENCE, *(name for name in a.arms if name != REFERENCE)]
+    runs: list[dict[str, Any]] = []
+    for seed in a.seeds:
+        tracks = {name: make_track(name, seed, a) for name in names}
+        reference = tracks[REFERENCE]
+        while len(reference.points) < a.epochs:
+            reference.step()
+            for name in names[1:]:  # each gets the seconds that the reference has had, and no more
+                while tracks[name].seconds < reference.seconds:
+                    tracks[name].step()
+            shown = (f"{name} {t.points[-1][2]:+.3f} at {t.seconds:.0f} s" for name, t in tracks.items())
+            print(f"seed {seed}: {', '.join(shown)}", file=sys.stderr)
+        goal = reference.points[-1][2]
+        took = {name: track.reached(goal) for name, track in tracks.items()}
+        runs.append({"seed": seed, "goal": goal, "seconds": took, "points": {n: t.points for n, t in tracks.items()}})
+        for name in names:
+            ratio = f"{took[REFERENCE] / took[name]:.2f} times as fast" if took[name] else "never"  # type: ignore[operator]
+            print(f"seed {seed}: {name} reaches {goal:+.3f} after {took[name] or 0:.0f} s: {ratio}")
+    for name in names[1:]:
+        ratios = [run["seconds"][REFERENCE] / run["seconds"][name] for run in runs if run["seconds"][name]]
+        print(f"{name}: {len(ratios)} of {len(runs)} seeds; ratios {', '.join(f'{r:.2f}' for r in ratios)}", end="")
+        print(f"; median {statistics.median(ratios):.2f}" if ratios else "")
+    if a.out:
+        about = {"benchmark": "time_to_reward", "reward": a.reward, "pairs": a.pairs, "threads": a.threads}
+        arms = {name: {**ARMS[name][1], "algorithm": ARMS[name][0].__name__} for name in names}
+        write_json(a.out, {**about, "arms": arms, "cpu": cpu_model(), "versions": versions(), "runs": runs})
+
+
+if __name__ == "__main__":
+    main()
