@@ -35,9 +35,11 @@ FIRST, MODEL, SAMPLING, ADAPTER, LEARNING, REWARDS, EVALUATION, OUTPUT = (
 )
 
 
-def option(default: Any, panel: str, help: str, check: Callable[[Any], str | None] | None = None) -> Any:
-    """A field with its help panel and text; `check` returns what is wrong with a value, or None."""
-    about = {"panel": panel, "help": help, "check": check}
+def option(
+    default: Any, panel: str, help: str, check: Callable[[Any], str | None] | None = None, *, unit: str = ""
+) -> Any:
+    """A field with its help panel and text; `check` returns what is wrong with a value, or None; `unit` may stand behind it."""
+    about = {"panel": panel, "help": help, "check": check, "unit": unit}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=about)
     return dataclasses.field(default=default, metadata=about)
@@ -97,7 +99,7 @@ class TrainConfig:
         1, MODEL, "Share the work among so many processes here, a GPU each; the result is the same.", _between(1, 64)
     )
     process_timeout: float = option(
-        600.0, MODEL, "Seconds after which a process that does not answer ends the job.", _positive
+        600.0, MODEL, "Seconds after which a process that does not answer ends the job.", _positive, unit="s"
     )
 
     steps: int = option(50, SAMPLING, "Denoising steps.", _positive)
@@ -149,7 +151,7 @@ class TrainConfig:
 
     reward_option: list[str] = option([], REWARDS, "Option of a reward: NAME.key=value; may be repeated.")
     reward_timeout: float = option(
-        120.0, REWARDS, "Seconds that a batch may take a reward in an environment of its own.", _positive
+        120.0, REWARDS, "Seconds that a batch may take a reward in an environment of its own.", _positive, unit="s"
     )
     reward_workers: int = option(1, REWARDS, "Processes for each such reward, and on each host.", _between(1, 64))
     reward_memory: float | None = option(
@@ -180,6 +182,7 @@ class TrainConfig:
         OUTPUT,
         "Seconds between SIGTERM and the scheduler's kill: an epoch that ends within them is finished and saved.",
         _not_negative,
+        unit="s",
     )
     keep: int = option(2, OUTPUT, "How many of the last checkpoints to keep.", _positive)
     log: Literal["none", "tensorboard", "wandb"] = option("none", OUTPUT, "Also log the metrics there.")
@@ -335,8 +338,8 @@ def _convert(name: str, value: Any, origin: str, mistakes: list[str]) -> Any:
             mistakes.append(f"{flag} '{value}' ({origin}) is none of {', '.join(choices(name))}")
             return None
         return value
-    if kind is float and isinstance(value, str) and "Seconds" in FIELDS[name].metadata["help"]:
-        value = value.removesuffix("s")
+    if isinstance(value, str):
+        value = value.removesuffix(FIELDS[name].metadata["unit"])
     try:
         converted = _typed(kind, value)
     except (TypeError, ValueError, OverflowError):

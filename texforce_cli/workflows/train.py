@@ -133,13 +133,14 @@ def _followed() -> TrainResult:
         except TexforceError:
             if not place.told:
                 raise
-            time.sleep(_LAST_WORDS)  # a launcher kills the others when the first one ends: the leader speaks first
+            time.sleep(_AFTER_THE_LEADER)
             raise SystemExit(1) from None
         place.part()
         return result
 
 
-_LAST_WORDS = 2.0
+_AFTER_THE_LEADER = 2.0
+"""Seconds: a launcher kills the others when the first one ends, and the leader shall have spoken by then."""
 
 
 def recorded_plan(folder: RunFolder) -> Plan:
