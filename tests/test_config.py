@@ -12,6 +12,7 @@ from texforce_cli.config import FIELDS, TrainConfig, differences, given, resolve
 from texforce_cli.errors import UsageError
 from texforce_cli.presets import (
     PRESETS,
+    Family,
     automatic_preset,
     computed_memory_gb,
     computed_micro_batch,
@@ -118,6 +119,16 @@ def test_every_preset_is_a_valid_configuration() -> None:
     for name in PRESETS:
         for train in ("text-encoder", "unet", "both"):
             assert resolve({"preset": name, "train": train}).config.total_epochs > 0
+
+
+@pytest.mark.parametrize("family", ["tiny", "sd"])
+@pytest.mark.parametrize("train", ["text-encoder", "unet", "both"])
+def test_the_fast_preset_changes_the_automatic_one_and_is_known_with_the_model(family: Family, train: str) -> None:
+    usual = resolve({"train": train}, family=family).config
+    fast = resolve({"preset": "fast", "train": train}, family=family)
+    assert fast.config.steps < usual.steps and fast.config.lr == usual.lr and fast.config.total_epochs > 0
+    assert fast.origins["steps"] == "preset fast"
+    assert resolve({"preset": "fast"}).config.steps == TrainConfig().steps  # model not yet known: no values, no mistakes
 
 
 def test_contradictions_of_bare_defaults_are_left_to_the_preset() -> None:

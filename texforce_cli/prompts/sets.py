@@ -1,7 +1,7 @@
 """The built-in sets: for Stable Diffusion the paper's phrases (sec. 3.1, after DPOK), for the embedded model its words.
 
 On the embedded model every set has at least 24 seen and 8 unseen prompts of one capability, the unseen ones new
-combinations of words that are seen; `animals` instead holds back 8 of its 23 animals.
+combinations of words that are seen; `animals` instead holds back 8 of its 26 animals.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from texforce_cli.presets import Family
-from texforce_cli.tiny.words import COLOURS, PLACES, article, plural
+from texforce_cli.tiny.words import ANIMALS, COLOURS, PLACES, TINTED, article, plural
 
 Split = tuple[list[str], list[str]]
 
@@ -21,10 +21,9 @@ _DDPO_ANIMALS = (
 ).split()
 _OTHER_ANIMALS = ["elephant", "giraffe", "hippopotamus", "koala", "owl", "panda", "penguin", "rhinoceros"]
 
-# the nouns that the embedded model knows; the second eight animals are held back in `animals`
-_TINY_SEEN = "dog turtle butterfly zebra lion spider snake bear cow monkey sheep frog duck fox cat".split()
-_TINY_UNSEEN = "horse whale tiger rabbit bee pig bird fish".split()
-_TINY_NOUNS = [*_TINY_SEEN, *_TINY_UNSEEN, "car"]
+# of the animals that the embedded model knows, those that `animals` holds back
+_TINY_UNSEEN = "horse whale tiger rabbit wolf chicken bat fish".split()
+_TINY_SEEN = [animal for animal in ANIMALS if animal not in _TINY_UNSEEN]
 _NUMBERS = ["two", "three", "four"]
 
 
@@ -39,36 +38,34 @@ def _plain_and_photo(nouns: list[str]) -> list[str]:
 
 
 def _combined(make: Callable[[int, int], str]) -> Split:
-    """`make(noun, turn)`: each of the 24 nouns once at turn 0 (seen), every third again at turn 1 (unseen)."""
-    count = len(_TINY_NOUNS)
+    """`make(noun, turn)`: each of the 29 nouns once at turn 0 (seen), every third again at turn 1 (unseen)."""
+    count = len(TINTED)
     return [make(i, 0) for i in range(count)], [make(i, 1) for i in range(0, count, 3)]
 
 
 def _color(family: Family) -> Split:
     if family == "sd":
         return ["A green colored rabbit"], ["A green colored cat"]
-    return _combined(lambda i, turn: article(f"{COLOURS[(i + 4 * turn) % 9]} colored {_TINY_NOUNS[i]}"))
+    return _combined(lambda i, turn: article(f"{COLOURS[(i + 4 * turn) % 9]} colored {TINTED[i]}"))
 
 
 def _count(family: Family) -> Split:
     if family == "sd":
         return ["Four wolves in the forest"], ["Four birds in the forest"]
-    return _combined(lambda i, turn: f"{_NUMBERS[(i + i // 3 + turn) % 3]} {plural(_TINY_NOUNS[i])}")
+    return _combined(lambda i, turn: f"{_NUMBERS[(i + i // 3 + turn) % 3]} {plural(TINTED[i])}")
 
 
 def _composition(family: Family) -> Split:
     if family == "sd":
         return ["A cat and a dog"], ["A cat and a cup"]
-    count = len(_TINY_NOUNS)
-    return _combined(
-        lambda i, turn: f"{article(_TINY_NOUNS[i])} and {article(_TINY_NOUNS[(i + 1 + 4 * turn) % count])}"
-    )
+    count = len(TINTED)
+    return _combined(lambda i, turn: f"{article(TINTED[i])} and {article(TINTED[(i + 1 + 4 * turn) % count])}")
 
 
 def _location(family: Family) -> Split:
     if family == "sd":
         return ["A dog on the moon"], ["A lion on the moon"]
-    return _combined(lambda i, turn: f"{article(_TINY_NOUNS[i])} {PLACES[(i + 4 * turn) % 9]}")
+    return _combined(lambda i, turn: f"{article(TINTED[i])} {PLACES[(i + 4 * turn) % 9]}")
 
 
 def _face(family: Family) -> Split:
