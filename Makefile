@@ -18,11 +18,14 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/texforce demo
 
+# one process a core (four at most, for memory), and one thread each
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 4
+
 test: setup
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-full: setup
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(PYTEST) -m "slow or not slow"
 
 # what loads LoRAs, with the last transformers in which CLIPTextModel has the level `text_model`; everything else from .venv
 test-older: setup

@@ -227,7 +227,8 @@ def test_folders_of_older_libraries_draw_the_same(
     """As diffusers 0.20 and transformers 4.30 wrote them: fewer keys, other names, the slow tokenizer's files."""
 
     def index(content: dict[str, Any]) -> None:
-        del content["image_encoder"], content["_name_or_path"], content["safety_checker"]
+        for name in ("image_encoder", "_name_or_path", "safety_checker"):
+            content.pop(name, None)
         content |= {"_diffusers_version": "0.20.0", "requires_safety_checker": safety_checker is not None}
         content["feature_extractor"] = ["transformers", "CLIPFeatureExtractor"]  # a class that is gone
         if safety_checker:
@@ -258,7 +259,10 @@ def test_folders_of_older_libraries_draw_the_same(
     )
     edit(
         folder / "scheduler" / "scheduler_config.json",
-        keep(*"beta_end beta_schedule beta_start clip_sample prediction_type set_alpha_to_one steps_offset".split()),
+        keep(
+            *"beta_end beta_schedule beta_start clip_sample num_train_timesteps prediction_type".split(),
+            *"set_alpha_to_one steps_offset".split(),
+        ),
     )
     edit(
         folder / "text_encoder" / "config.json",

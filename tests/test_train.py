@@ -63,8 +63,8 @@ def test_a_run_leaves_a_folder_that_explains_itself() -> None:
     assert record["config"]["seed"] == 3 and record["origins"]["seed"] == "flag"
     assert record["origins"]["guidance"] == "preset tiny" and record["origins"]["eta"] == "default"
     assert record["model"]["sha256"] and record["versions"]["torch"]
-    assert record["prompts"]["seen"] == 24 and record["preflight"]["steps"]
-    assert len((folder / "prompts.jsonl").read_text().splitlines()) == 32
+    assert record["prompts"]["seen"] == 29 and record["preflight"]["steps"]
+    assert len((folder / "prompts.jsonl").read_text().splitlines()) == 39
     found = rows(folder)
     assert [row["epoch"] for row in found] == [1, 2, 3]
     expected = {
