@@ -11,7 +11,7 @@ EXAMPLE = "Example: [bold]texforce demo[/bold]"
 
 
 def demo(
-    images: Annotated[int, typer.Option(help="Training budget in images.", min=256)] = 5120,
+    images: Annotated[int, typer.Option(help="Training budget in images.", min=256)] = 2560,
     seed: Annotated[int, typer.Option(help="Seed of everything random.", min=0)] = 0,
     out: Annotated[str, typer.Option(help="Run folder, new; default runs/demo, runs/demo-2, ...")] = "",
     json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
