@@ -35,7 +35,7 @@ _TINY = {
 _PAPER = {"epochs": 50, "samples_per_epoch": 512, "grad_accum": 32}
 
 _FAST: Mapping[Family, Mapping[str, Any]] = {
-    "tiny": {"steps": 6, "train_steps": "first:2"},
+    "tiny": {"steps": 6, "train_steps": "window:2"},
     "sd": {
         "steps": 20,
         "train_steps": "window:4",
