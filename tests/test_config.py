@@ -128,9 +128,8 @@ def test_the_fast_preset_changes_the_automatic_one_and_is_known_with_the_model(f
     fast = resolve({"preset": "fast", "train": train}, family=family)
     assert fast.config.steps < usual.steps and fast.config.lr == usual.lr and fast.config.total_epochs > 0
     assert fast.origins["steps"] == "preset fast"
-    assert (
-        resolve({"preset": "fast"}).config.steps == TrainConfig().steps
-    )  # model not yet known: no values, no mistakes
+    unknown = resolve({"preset": "fast"}).config  # before the model is known: no values and no mistakes
+    assert unknown.steps == TrainConfig().steps
 
 
 def test_contradictions_of_bare_defaults_are_left_to_the_preset() -> None:

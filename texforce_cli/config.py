@@ -20,7 +20,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from texforce_cli.core.train_steps import TrainSteps
 from texforce_cli.errors import UsageError
-from texforce_cli.presets import NAMES, PRESETS, Family, automatic_preset, preset_values
+from texforce_cli.presets import PRESET_NAMES, PRESETS, Family, automatic_preset, preset_values
 
 ENVIRONMENT = "TEXFORCE_"
 FIRST, MODEL, SAMPLING, ADAPTER, LEARNING, REWARDS, EVALUATION, OUTPUT = (
@@ -81,7 +81,7 @@ class TrainConfig:
     images: int | None = option(
         None, FIRST, "Training budget in images, as the paper counts (sets the epochs).", _positive
     )
-    preset: str = option("auto", FIRST, f"Settings that belong together: {', '.join(NAMES)}.")
+    preset: str = option("auto", FIRST, f"Settings that belong together: {', '.join(PRESET_NAMES)}.")
     lr: float = option(3e-4, FIRST, "Learning rate of AdamW.", _positive)
     kl: float = option(
         0.0, FIRST, "Weight of the KL divergence to the base model: holds the pictures near it.", _not_negative
@@ -248,8 +248,10 @@ def resolve(flags: Mapping[str, Any], config_file: Path | None = None, *, family
     if preset == "auto" and family:
         preset = automatic_preset(family, prompts)
         values["preset"], origins["preset"] = preset, "default"
-    if preset != "auto" and preset not in NAMES:
-        mistakes.append(f"unknown preset '{preset}'{_did_you_mean(preset, NAMES)} (presets: {', '.join(NAMES)})")
+    if preset != "auto" and preset not in PRESET_NAMES:
+        mistakes.append(
+            f"unknown preset '{preset}'{_did_you_mean(preset, PRESET_NAMES)} (presets: {', '.join(PRESET_NAMES)})"
+        )
     elif preset != "auto":
         for name, value in preset_values(preset, values.get("train", "text-encoder"), family, prompts).items():
             if (name == "images" and "epochs" in values) or (name == "epochs" and "images" in values):

@@ -2,8 +2,8 @@
 
 `tiny` was found by experiment on the embedded model (docs/results.md). `phrase`, `many`, `face` and `hand` are the
 paper's settings for Stable Diffusion 1.4, 1.5 and 2.1 (sec. 3 and supplement; DDPO's where it is silent: two updates an
-epoch); nobody has measured them with texforce yet. `fast` is the automatic one with what brings the same reward in less
-time (docs/performance.md): measured on the embedded model, carried over to Stable Diffusion.
+epoch); nobody has measured them with texforce yet. `fast` is the automatic one with fewer steps, fewer of them trained: tried
+on one tuning seed of the embedded model, not at all on Stable Diffusion.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "face": {**_PAPER, "prompts": "face"},
     "hand": {**_PAPER, "prompts": "hand"},
 }
-NAMES = (*PRESETS, "fast")
+PRESET_NAMES = (*PRESETS, "fast")
 
 _BY_COMPONENT: Mapping[tuple[str, str], Mapping[str, Any]] = {
     ("tiny", "unet"): {"lr": 3e-3},
