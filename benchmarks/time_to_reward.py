@@ -40,7 +40,7 @@ ARMS: dict[str, tuple[type[DDPO], dict[str, Any]]] = {
     REFERENCE: (PlainDDPO, {"preset": "tiny"}),
     "default": (DDPO, {"preset": "tiny"}),
     "window": (DDPO, {"preset": "tiny", "train_steps": "window:3"}),
-    "fast": (DDPO, {"preset": "tiny-fast"}),
+    "fast": (DDPO, {"preset": "fast"}),
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given as any_of
 from hypothesis import strategies as st
 
@@ -18,6 +19,7 @@ from texforce_cli.presets import (
     computed_micro_batch,
     computed_petaflop,
 )
+from texforce_cli.workflows.plan import plan
 
 
 def test_flag_over_environment_over_file_over_preset_over_default(
@@ -171,3 +173,15 @@ def test_whatever_is_given_the_answer_is_a_configuration_or_one_sentence(flags: 
     else:
         assert isinstance(config, TrainConfig)
         assert config.rank > 0 and config.steps > 0 and config.total_epochs > 0
+
+
+def test_auto_is_the_micro_batch_of_the_preset_and_is_fitted_on_a_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = {"reward": ["brightness"], "model": "tiny", "micro_batch": "auto"}
+    resolved = resolve(flags, family="tiny")
+    assert (resolved.config.micro_batch, resolved.config.fit_micro_batch) == (32, True)
+    assert plan({**flags, "device": "cpu"}).config.fit_micro_batch is False
+    monkeypatch.setattr("texforce_cli.workflows.plan.resolve_device", torch.device)
+    monkeypatch.setattr("texforce_cli.workflows.plan.device_memory_gb", lambda device: 24.0)
+    monkeypatch.setattr("texforce_cli.workflows.plan.gpu_precision", lambda: "bf16")
+    made = plan({**flags, "device": "cuda"}).config
+    assert (made.micro_batch, made.grad_accum, made.fit_micro_batch) == (32, 2, True)

@@ -458,6 +458,35 @@ def test_a_full_memory_halves_the_micro_batch_and_changes_nothing_but_rounding(w
     assert ((found[0] - found[1]).norm() / found[0].norm()).item() < 1e-3
 
 
+@pytest.mark.parametrize(("room", "found"), [(3, 2), (5, 4), (100, 8)])
+def test_auto_finds_the_largest_micro_batch_that_a_pass_fits_in(pipeline: Any, room: int, found: int) -> None:
+    passes = []
+
+    class Small(DDPO):
+        """Has room for `room` images in a pass with gradients."""
+
+        def _loss(self, drawn: Any, images: Any, *rest: Any) -> Any:
+            passes.append(len(images))
+            if len(images) > room:
+                raise torch.OutOfMemoryError("full")
+            return super()._loss(drawn, images, *rest)
+
+    algorithm = make(pipeline, Small, micro_batch=1, fit_micro_batch=True)  # an update has 12 images: never 16
+    adapter = algorithm.policy.adapter
+    assert adapter is not None
+    assert algorithm.preflight().micro_batch == algorithm.micro_batch == found
+    assert all(p.grad is None or not p.grad.any() for p in adapter.parameters())
+    begun = len(passes)
+    algorithm.run_epoch(0)
+    assert max(passes[begun:]) == found
+
+    resumed = make(pipeline, Small, micro_batch=1, fit_micro_batch=True)
+    resumed.load_state_dict(algorithm.state_dict())
+    begun = len(passes)
+    assert resumed.preflight().micro_batch == found
+    assert len(passes) == begun  # what was found holds for the whole run
+
+
 def test_a_memory_too_small_for_one_image_is_an_error(pipeline: Any) -> None:
     class Full(DDPO):
         def _draw(self, epoch: int, indices: Any, prompts: Any) -> Any:

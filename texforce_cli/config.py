@@ -128,7 +128,12 @@ class TrainConfig:
     )
     adv_clip: float = option(5.0, LEARNING, "Advantages are clipped to +- this.", _positive)
     normalize_rewards: bool = option(False, LEARNING, "Standardise each reward over the epoch before weighting.")
-    micro_batch: int = option(8, LEARNING, "Images in one pass through the U-Net. On a GPU what fits.", _positive)
+    micro_batch: int = option(
+        8, LEARNING, "Images in one pass through the U-Net; auto: what fits into a GPU.", _positive
+    )
+    fit_micro_batch: bool = option(
+        False, LEARNING, "What --micro-batch auto stands for: start from the preset's and double it."
+    )
     grad_accum: int = option(32, LEARNING, "Micro-batches in one update.", _positive)
     inner_epochs: int = option(1, LEARNING, "Passes over an epoch's images.", _positive)
     clip_range: float = option(1e-4, LEARNING, "lambda of Eq. 5.", _positive)
@@ -289,6 +294,9 @@ def _given(
     ]
     for origin, layer in layers:
         for name, value in layer.items():
+            if (name, value) == ("micro_batch", "auto"):
+                name, value = "fit_micro_batch", True
+                values.pop("micro_batch", None)
             converted = _convert(name, value, origin, mistakes)
             if converted is not None:
                 values[name], origins[name] = converted, origin

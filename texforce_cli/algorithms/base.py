@@ -58,6 +58,8 @@ class Preflight:
     limit: float
     steps: tuple[Mapping[str, float], ...]
     """For each step: timestep, sigma, sensitivity, ratio_error, trained (0, 1 or the share of images)."""
+    micro_batch: int
+    """Images in one pass: as asked for, or as there is room for."""
 
     @property
     def ok(self) -> bool:

@@ -12,7 +12,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -49,6 +49,8 @@ class DDPOSettings:
     inner_epochs: int = 1
     kl_weight: float = 0.0
     kl_target: float | None = None
+    fit_micro_batch: bool = False
+    """Double the micro-batch before the first epoch as often as a pass fits into the memory."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,7 @@ class DDPO:
         self.tracker = adv.PromptTracker()
         self.micro_batch = settings.micro_batch
         """Images in one pass: halved where the memory was full."""
+        self._fit = settings.fit_micro_batch
         self._halved: list[str] = []
         self._seconds: dict[Phase, float] = {}
 
@@ -102,7 +105,34 @@ class DDPO:
         """Draw two micro-batches and take their log-probabilities again as training will: mixed, with gradients."""
         while True:
             with self._room_for(self.micro_batch):
-                return self._preflight()
+                result = self._preflight()
+                return replace(result, micro_batch=self._fit_micro_batch()) if self._fit else result
+
+    def _fit_micro_batch(self) -> int:
+        """Double the micro-batch while the gradients of one pass at one step fit, up to this process's share of an update."""
+        self._fit = False
+        prompts = self._prompts_of(epoch=-1)
+        drawn = self._draw(-1, range(1), [prompts[0].text])
+        step = self.policy.schedule.stochastic[0]
+        most = -(-self.settings.update_batch // self.team.size)
+        fits = True
+        while fits and 2 * self.micro_batch <= most:
+            images = torch.zeros(2 * self.micro_batch, dtype=torch.int64, device=self.policy.device)
+            fits = self._fits(drawn, images, torch.full_like(images[None], step))
+            self.micro_batch *= 2 if fits else 1
+        return self.micro_batch
+
+    def _fits(self, drawn: Trajectory, images: Tensor, steps: Tensor) -> bool:
+        try:
+            for _ in self._accumulate(drawn, images, steps, torch.zeros(len(images), device=images.device), 1.0):
+                pass
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            self.optimisation.forget()
+            if self.policy.device.type == "cuda":
+                torch.cuda.empty_cache()
+        return True
 
     def _preflight(self) -> Preflight:
         size = self.micro_batch
@@ -131,6 +161,7 @@ class DDPO:
                 }
                 for i in range(len(schedule))
             ),
+            micro_batch=size,
         )
 
     @property
@@ -196,7 +227,7 @@ class DDPO:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a `state_dict`."""
         self.tracker.load_state_dict(state["tracker"])
-        self.micro_batch = state.get("micro_batch", self.micro_batch)
+        self.micro_batch, self._fit = state.get("micro_batch", self.micro_batch), False
 
     # sampling
 

@@ -87,7 +87,10 @@ class TrainView:
 
     def _checked(self, event: Checked) -> None:
         result = event.preflight
-        note(f"preflight: max |ratio - 1| = {result.ratio_error:.1e} with unchanged weights (limit {result.limit:.1e})")
+        note(
+            f"preflight: max |ratio - 1| = {result.ratio_error:.1e} with unchanged weights (limit {result.limit:.1e}), "
+            f"{result.micro_batch} images in one pass"
+        )
         steps = [step for step in result.steps if math.isfinite(step["sensitivity"])]
         text = ", ".join(f"{step['timestep']:.0f}: {step['sensitivity']:.2f} ({step['trained']:.0%})" for step in steps)
         stderr.print(f"[dim]sensitivity of each step (share of images trained on it): {text}[/dim]")

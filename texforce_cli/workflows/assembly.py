@@ -123,5 +123,6 @@ def make_algorithm(
         inner_epochs=config.inner_epochs,
         kl_weight=config.kl,
         kl_target=config.kl_target,
+        fit_micro_batch=config.fit_micro_batch,
     )
     return DDPO(policy, rewards, optimisation, prompts, settings, seed=config.seed, progress=progress, team=team)

@@ -127,6 +127,8 @@ def _chosen(config: TrainConfig, origins: Mapping[str, str], source: ModelSource
     if config.init_lora:
         spec = parse_lora(config.init_lora)
         chosen["init_lora"] = str(replace(spec, source=_absolute(spec.source)))
+    if device.type == "cpu":  # whose memory is never full: it swaps
+        chosen["fit_micro_batch"] = False
     memory = device_memory_gb(device)
     if memory is not None and source.family == "sd":
         if origins["precision"] == "default":
@@ -139,6 +141,7 @@ def _chosen(config: TrainConfig, origins: Mapping[str, str], source: ModelSource
             )
             chosen["micro_batch"] = fits
             chosen["grad_accum"] = config.update_batch // fits
+            chosen["fit_micro_batch"] = True
     return chosen
 
 

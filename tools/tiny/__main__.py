@@ -87,7 +87,7 @@ def build(folder: Path, scale: Scale, prediction: unet.Prediction) -> None:
         ("clip", judges.CLIP_RECIPE, judges.build_clip),
         ("judge", judges.JUDGE_RECIPE, judges.build_judge),
     ):
-        drawn = pictures(folder, name, scale.judge, judge_recipe.seed, held=None)
+        drawn = pictures(folder, name, scale.judge, judge_recipe.seed, **judges.SCENES)
         model = judges.train_judge(folder, scale.recipe(judge_recipe), make, tokenizer, autoencoder, drawn)
         model.half().save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)

@@ -7,6 +7,7 @@ import random
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,12 +27,12 @@ class Pictures:
     captions: list[str]
 
 
-def pictures(folder: Path, name: str, count: int, seed: int, *, held: bool | None) -> Pictures:
-    """The `count` pictures called `name`: from `folder`, else drawn; `held` as in `draw_scene`."""
+def pictures(folder: Path, name: str, count: int, seed: int, **options: Any) -> Pictures:
+    """The `count` pictures called `name`: from `folder`, else drawn; `options` are those of `draw_scene`."""
     images, texts = folder / f"{name}.npy", folder / f"{name}.jsonl"
     if not texts.exists():
         starts = range(0, count, _CHUNK)
-        jobs = [(name, seed, start, min(count, start + _CHUNK), held) for start in starts]
+        jobs = [(name, seed, start, min(count, start + _CHUNK), options) for start in starts]
         with ProcessPoolExecutor() as pool:
             parts = list(pool.map(_chunk, jobs))
         with atomic_path(images) as temporary, temporary.open("wb") as file:
@@ -43,12 +44,12 @@ def pictures(folder: Path, name: str, count: int, seed: int, *, held: bool | Non
     return Pictures(np.load(images, mmap_mode="r"), scenes, [row["caption"] for row in rows])
 
 
-def _chunk(job: tuple[str, int, int, int, bool | None]) -> tuple[np.ndarray, list[str]]:
-    name, seed, start, stop, held = job
+def _chunk(job: tuple[str, int, int, int, dict[str, Any]]) -> tuple[np.ndarray, list[str]]:
+    name, seed, start, stop, options = job
     images, lines = [], []
     for index in range(start, stop):
         rng = random.Random(derive(seed, name, index))
-        scene = draw_scene(rng, held=held)
+        scene = draw_scene(rng, **options)
         images.append(render(scene, rng))
         said = corrupt(scene, rng) if rng.random() < CORRUPTED else scene
         lines.append(json.dumps({**asdict(scene), "caption": caption(said, rng)}))

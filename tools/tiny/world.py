@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -47,6 +47,9 @@ _TINTS = dict(
 KINDS = {"plain": 0.13, "color": 0.23, "count": 0.2, "composition": 0.15, "location": 0.19, "mixed": 0.1}
 """Kinds of scenes and their shares."""
 
+TINTED_PAIRS = 0.15
+"""Share of the pairs of two nouns whose sprites are tinted."""
+
 CORRUPTED = 0.25
 """Share of the captions that name a wrong value of one attribute, or leave it out."""
 
@@ -80,17 +83,24 @@ class Scene:
 # scenes ---------------------------------------------------------------------------------------------------------------
 
 
-def draw_scene(rng: random.Random, kind: str | None = None, *, held: bool | None = False) -> Scene:
-    """A random scene of `kind` (by default of any, in their shares); `held`: with held-out pairs only (True), without
+def draw_scene(
+    rng: random.Random,
+    kind: str | None = None,
+    *,
+    held: bool | None = False,
+    shares: Mapping[str, float] = KINDS,
+    tinted_pairs: float = TINTED_PAIRS,
+) -> Scene:
+    """A random scene of `kind` (by default of any, in their `shares`); `held`: with held-out pairs only (True), without
     any (False), or either (None)."""
-    kind = kind or rng.choices(list(KINDS), list(KINDS.values()))[0]
+    kind = kind or rng.choices(list(shares), list(shares.values()))[0]
     while True:
-        scene = _any_scene(rng, kind)
+        scene = _any_scene(rng, kind, tinted_pairs)
         if held is None or scene.pairs_held_out == held:
             return scene
 
 
-def _any_scene(rng: random.Random, kind: str) -> Scene:
+def _any_scene(rng: random.Random, kind: str, tinted_pairs: float) -> Scene:
     noun = rng.choice(TINTED if kind in ("color", "mixed") else NOUNS)
     if kind == "plain":
         return Scene((Item(noun),))
@@ -103,7 +113,7 @@ def _any_scene(rng: random.Random, kind: str) -> Scene:
     if kind == "composition":
         pair = rng.sample(NOUNS, 2)
         place = rng.choice(PLACES) if rng.random() < 0.2 else None
-        tinted = rng.random() < 0.15
+        tinted = rng.random() < tinted_pairs
         return Scene(tuple(Item(one, rng.choice(COLOURS) if tinted and one in TINTED else None) for one in pair), place)
     place = rng.choice(PLACES) if rng.random() < 0.6 else None
     copies = rng.randint(2, 4) if place is None or rng.random() < 0.3 else 1
