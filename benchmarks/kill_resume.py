@@ -72,6 +72,31 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in json.loads(line).items() if "second" not in k} for line in lines]
 
 
+def compare(folder: Path, kills: int, epochs: int, *, seed: int = 0, longest: float = 2.0) -> dict[str, Any]:
+    """Make both runs in `folder`, the second one killed at most `longest` seconds after it began to work; what differs."""
+    whole, parts = folder / "whole", folder / "parts"
+    for run in (whole, parts):
+        shutil.rmtree(run, ignore_errors=True)
+    began = time.monotonic()
+    subprocess.run(command(whole, epochs), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    rng, done = random.Random(seed), []
+    while len(done) < kills:
+        said = killed(parts, epochs, rng.uniform(0, longest), len(done) % 3 == 2)
+        print(f"{len(done) + 1}: {said}", flush=True)
+        if said.startswith("ended"):
+            break
+        done.append(said)
+    if json.loads((parts / "run.json").read_text())["status"] != "finished":
+        subprocess.run(command(parts, epochs), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return {
+        "kills": len(done),
+        "in a checkpoint": done.count("in a checkpoint"),
+        "epochs": epochs,
+        "differences": differences(whole, parts),
+        "minutes": round((time.monotonic() - began) / 60, 1),
+    }
+
+
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -81,30 +106,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    whole, parts = options.folder / "whole", options.folder / "parts"
-    for folder in (whole, parts):
-        shutil.rmtree(folder, ignore_errors=True)
-    began = time.monotonic()
-    subprocess.run(command(whole, options.epochs), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    rng, kills = random.Random(options.seed), []
-    while len(kills) < options.kills:
-        kills.append(killed(parts, options.epochs, rng.uniform(0, 2), len(kills) % 3 == 2))
-        print(f"{len(kills)}: {kills[-1]}", flush=True)
-        if kills[-1].startswith("ended"):
-            break
-    subprocess.run(command(parts, options.epochs), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    found = differences(whole, parts)
-    result = {
-        "kills": len(kills),
-        "in a checkpoint": kills.count("in a checkpoint"),
-        "epochs": options.epochs,
-        "differences": found,
-        "minutes": round((time.monotonic() - began) / 60, 1),
-    }
+    result = compare(options.folder, options.kills, options.epochs, seed=options.seed)
     print(json.dumps(result, indent=2))
     if options.out:
         write_json(options.out, result)
-    sys.exit(bool(found))
+    sys.exit(bool(result["differences"]))
 
 
 if __name__ == "__main__":
