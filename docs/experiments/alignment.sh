@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Alignment on the embedded model: four capabilities, three seeds, --preset fast (a window of two of six steps) at half its
-# learning rate, rewarded by tiny-clip; then 16 pictures of every prompt, seen and unseen, with and without the LoRA (same
+# learning rate and half its images, rewarded by tiny-clip; then 16 pictures of every prompt, seen and unseen, with and without the LoRA (same
 # noise, seeds that no training image has, ten steps), which alignment.py has judged by tiny-clip and by tiny-judge, a model
 # that no run was rewarded by. The rate was chosen on seed 100 of `color` with an earlier tiny-clip: 1e-2 and 3e-3 were level,
 # 3e-3 the steadier.
@@ -18,7 +18,7 @@ for seed in 10 11 12; do
 done | xargs -P 2 -L 1 bash -c '
   set -euo pipefail
   run=$0/$1-$2
-  "$HERE/train.sh" "$run" --reward tiny-clip --prompts "$1" --model tiny --preset fast --lr 5e-3 --seed "$2" 2>> "$run.log"
+  "$HERE/train.sh" "$run" --reward tiny-clip --prompts "$1" --model tiny --preset fast --lr 5e-3 --images 3072 --seed "$2" 2>> "$run.log"
   if [ ! -e "$run-pictures/done" ]; then
     rm -rf "$run-pictures"
     texforce sample --prompts "$1" --model tiny --lora "$run" --compare --seeds 1000:1016 --steps 10 --out "$run-pictures" 2>> "$run.log"
