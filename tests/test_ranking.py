@@ -29,6 +29,7 @@ from texforce_cli.core.ranking import (
     bradley_terry,
     detectable_rate,
     kendall_w,
+    krippendorff_alpha,
     position_effect,
     sign_test,
     win_rates,
@@ -90,6 +91,26 @@ def test_agreement_is_that_of_the_textbook() -> None:
     assert kendall_w(np.array([[1.0, 2.5, 2.5]] * 2)) == 1  # ties that all share are agreement
     assert math.isnan(kendall_w(np.array([[1.5, 1.5]] * 3)))
     assert math.isnan(kendall_w(np.array([[1.0, 2.0]])))
+
+
+def test_alpha_is_that_of_its_author() -> None:
+    # Krippendorff, Computing Krippendorff's Alpha-Reliability (2011), section C and D: four observers, twelve units
+    nan = math.nan
+    values = np.array(
+        [
+            [1, 2, 3, 3, 2, 1, 4, 1, 2, nan, nan, nan],
+            [1, 2, 3, 3, 2, 2, 4, 1, 2, 5, nan, 3],
+            [nan, 3, 3, 3, 2, 3, 4, 2, 2, 5, 1, nan],
+            [1, 2, 3, 3, 2, 4, 4, 1, 2, 5, 1, nan],
+        ]
+    )
+    assert krippendorff_alpha(values, "nominal") == pytest.approx(0.743, abs=5e-4)
+    assert krippendorff_alpha(values, "ordinal") == pytest.approx(0.815, abs=5e-4)
+    assert krippendorff_alpha(values, "interval") == pytest.approx(0.849, abs=5e-4)
+    assert krippendorff_alpha(np.array([[1.0, 2.0, 3.0]] * 2)) == 1
+    assert math.isnan(krippendorff_alpha(np.ones((2, 3))))
+    assert math.isnan(krippendorff_alpha(np.full((2, 3), nan)))
+    assert math.isnan(krippendorff_alpha(np.array([[1.0, 2.0]])))
 
 
 def test_sign_tests_by_hand() -> None:
@@ -294,6 +315,7 @@ def test_a_server_gives_back_the_true_order_and_learns_no_names(pictures: list[s
     found = ranking(judge="openai-judge", mode="listwise")
     assert mean_ranks(found, "aesthetic") == mean_ranks(found) == {"bright": 1, "middle": 2, "dark": 3}
     assert found["results"]["alignment"]["agreement_of_rounds"] == 1
+    assert found["results"]["alignment"]["alpha_of_rounds"] == 1
     assert found["models"] == ["judge-2026"]
     assert any("reconstruction" in sentence for sentence in found["warnings"])
     written = b"".join(path.read_bytes() for path in Path("out").rglob("*") if path.is_file())

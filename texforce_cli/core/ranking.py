@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,6 +91,29 @@ def kendall_w(ranks: Floats) -> float:
     ties = sum(float(count**3 - count) for row in ranks for count in np.unique(row, return_counts=True)[1])
     most = judges**2 * (objects**3 - objects) - judges * ties
     return 12 * deviation / most if judges > 1 and most > 0 else math.nan
+
+
+def krippendorff_alpha(values: Floats, level: Literal["nominal", "ordinal", "interval"] = "ordinal") -> float:
+    """Krippendorff's alpha of `values` [judges, objects], nan where a judge gave none: 1 where all agree, 0 where they
+    agree as by chance, below 0 where they agree less (Krippendorff, "Computing Krippendorff's Alpha-Reliability", 2011).
+    nan where no object has two values, or all values are the same.
+    """
+    known = np.unique(values[np.isfinite(values)])
+    if len(known) < 2:
+        return math.nan
+    counts = np.stack([(values == value).sum(axis=0) for value in known], axis=1)
+    counts = counts[counts.sum(axis=1) > 1].astype(np.float64)  # [objects, values]; a lone value has no partner
+    given = counts.sum(axis=1)[:, None, None]
+    same = np.eye(counts.shape[1]) * counts[:, None, :]
+    observed = ((counts[:, :, None] * counts[:, None, :] - same) / np.maximum(given - 1, 1)).sum(axis=0)
+    total = observed.sum(axis=0)
+    if level == "nominal":
+        distance = 1 - np.eye(len(total))
+    else:  # an ordinal value lies where half of its own kind are below it
+        places = known if level == "interval" else np.cumsum(total) - total / 2
+        distance = (places[:, None] - places[None, :]) ** 2
+    expected = float((np.outer(total, total) * distance).sum())
+    return 1 - (total.sum() - 1) * float((observed * distance).sum()) / expected if expected > 0 else math.nan
 
 
 @dataclass(frozen=True)

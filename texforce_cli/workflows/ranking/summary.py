@@ -17,6 +17,7 @@ from texforce_cli.core.ranking import (
     bradley_terry,
     detectable_rate,
     kendall_w,
+    krippendorff_alpha,
     position_effect,
     sign_test,
     win_rates,
@@ -50,6 +51,7 @@ def rank(opinions: Opinions, variants: Sequence[str], rounds: int) -> dict[str, 
             if test.prompts
         ],
         "agreement_of_rounds": _agreement(ranks, variants),
+        "alpha_of_rounds": _alpha(ranks, variants, rounds),
         "position": {"first_shown_won": effect.rate, "p": effect.p, "biased": _biased(effect.rate, effect.p)},
         "flipped": float(np.mean(flips)) if flips else math.nan,
         "placebo": _placebo([(question, opinion) for question, opinion in opinions if question.placebo]),
@@ -188,6 +190,16 @@ def _agreement(ranks: Ranks, variants: Sequence[str]) -> float:
         values.append(kendall_w(np.array(rows)))
     known = [value for value in values if math.isfinite(value)]
     return float(np.mean(known)) if known else math.nan
+
+
+def _alpha(ranks: Ranks, variants: Sequence[str], rounds: int) -> float:
+    """Krippendorff's alpha (ordinal) of the rounds, over the ranks of every variant in every case; a round may lack some."""
+    cases = sorted({(prompt, seed) for prompt, found in ranks.items() for seeds in found.values() for seed in seeds})
+    values = [
+        [ranks[prompt].get(number, {}).get(seed, {}).get(name, math.nan) for prompt, seed in cases for name in variants]
+        for number in range(rounds)
+    ]
+    return krippendorff_alpha(np.array(values, dtype=np.float64))
 
 
 def _placebo(opinions: Opinions) -> dict[str, Any]:
