@@ -543,6 +543,16 @@ def test_eight_workers_in_a_storm_of_429_lose_nothing(tmp_path: Path) -> None:
     assert 1 <= server.refused_by_limit <= 36
 
 
+@pytest.mark.slow
+def test_twenty_requests_a_minute_with_eight_workers_lose_nothing(tmp_path: Path) -> None:
+    questions = asked(tmp_path / "p", prompts=12)  # 72: four windows
+    began = time.monotonic()
+    with JudgeServer(limit=(20, 60.0)) as server:
+        outcome, found, _ = put(judge_of(server), questions, tmp_path / "j", workers=8)
+    print(f"{time.monotonic() - began:.0f} s, {server.refused_by_limit} refused")
+    assert outcome == Outcome(72, 0) and not any(isinstance(one, Missing) for one in found)
+
+
 def test_so_many_requests_at_once_as_there_are_workers(tmp_path: Path) -> None:
     with JudgeServer("slow") as server:
         put(judge_of(server), asked(tmp_path / "p", prompts=1), tmp_path / "j", workers=3)

@@ -1,9 +1,7 @@
 #!/usr/bin/env bash
-# Alignment on the embedded model: four capabilities, three seeds, --preset fast (a window of two of six steps) at half its
-# learning rate and half its images, rewarded by tiny-clip; then 16 pictures of every prompt, seen and unseen, with and without the LoRA (same
-# noise, seeds that no training image has, ten steps), which alignment.py has judged by tiny-clip and by tiny-judge, a model
-# that no run was rewarded by. The rate was chosen on seed 100 of `color` with an earlier tiny-clip: 1e-2 and 3e-3 were level,
-# 3e-3 the steadier.
+# Alignment on the embedded model: four capabilities, three seeds, the default preset, rewarded by tiny-clip; then 16 pictures
+# of every prompt, seen and unseen, with and without the LoRA (same noise, seeds that no training image has), which
+# alignment.py has judged by tiny-clip and by tiny-judge, a model that no run was rewarded by.
 # One thread a run and two runs at a time, for two cores. Started again, it goes on where it was.
 # Usage: docs/experiments/alignment.sh FOLDER
 set -euo pipefail
@@ -18,10 +16,10 @@ for seed in 10 11 12; do
 done | xargs -P 2 -L 1 bash -c '
   set -euo pipefail
   run=$0/$1-$2
-  "$HERE/train.sh" "$run" --reward tiny-clip --prompts "$1" --model tiny --preset fast --lr 5e-3 --images 3072 --seed "$2" 2>> "$run.log"
+  "$HERE/train.sh" "$run" --reward tiny-clip --prompts "$1" --model tiny --seed "$2" 2>> "$run.log"
   if [ ! -e "$run-pictures/done" ]; then
     rm -rf "$run-pictures"
-    texforce sample --prompts "$1" --model tiny --lora "$run" --compare --seeds 1000:1016 --steps 10 --out "$run-pictures" 2>> "$run.log"
+    texforce sample --prompts "$1" --model tiny --lora "$run" --compare --seeds 1000:1016 --out "$run-pictures" 2>> "$run.log"
     touch "$run-pictures/done"
   fi' "$out"
 rm -f "$out/scores.jsonl"
