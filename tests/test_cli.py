@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import texforce_cli
-from texforce_cli.cli.app import run
+from texforce_cli.cli.app import make_app, run
 
 HEAVY = ("torch", "diffusers", "transformers", "peft", "matplotlib", "numpy")
 
@@ -160,3 +160,15 @@ def test_the_python_interface() -> None:
     assert resume("a").epochs == 1
     with pytest.raises(TexforceError, match="unknown option 'step'"):
         train("brightness", step=3)
+
+
+def test_a_command_does_not_wait_for_the_options_of_the_others() -> None:
+    def names(arguments: list[str]) -> list[str | None]:
+        app = make_app(arguments)
+        return [one.name for one in (*app.registered_commands, *app.registered_groups)]
+
+    assert names(["rewards"]) == ["rewards"]
+    assert names(["--debug", "train", "--reward", "fuse"]) == ["train"]
+    assert (
+        names([]) == names(["trian"]) == ["train", "sample", "eval", "gpt4v-rank", "fuse", "demo", "doctor", "rewards"]
+    )

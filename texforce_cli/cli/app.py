@@ -5,33 +5,50 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
+from collections.abc import Sequence
 
 import typer
 
-from texforce_cli.cli import demo, doctor, evaluate, fuse, rank, rewards, sample, train
 from texforce_cli.cli.console import show_error
 from texforce_cli.errors import TexforceError
 
-app = typer.Typer(
-    name="texforce",
-    pretty_exceptions_enable=False,
-    invoke_without_command=True,
-    rich_markup_mode="rich",
-    epilog="Begin with: [bold]texforce demo[/bold]. Every command explains itself with --help.",
-)
-app.command(epilog=train.EXAMPLE)(train.train)
-app.command(epilog=sample.EXAMPLE)(sample.sample)
-app.command("eval", epilog=evaluate.EXAMPLE)(evaluate.evaluate)
-app.command("gpt4v-rank", epilog=rank.EXAMPLE)(rank.rank)
-app.command(epilog=fuse.EXAMPLE)(fuse.fuse)
-app.command(epilog=demo.EXAMPLE)(demo.demo)
-app.command(epilog=doctor.EXAMPLE)(doctor.doctor)
-app.add_typer(rewards.app, name="rewards")
+_MODULES = {
+    "train": "train",
+    "sample": "sample",
+    "eval": "evaluate",
+    "gpt4v-rank": "rank",
+    "fuse": "fuse",
+    "demo": "demo",
+    "doctor": "doctor",
+    "rewards": "rewards",
+}
+"""The file of each subcommand, in the order of the help; its function has the same name."""
 
 
-@app.callback()
-def main(
+def make_app(arguments: Sequence[str]) -> typer.Typer:
+    """The command line, with the one subcommand that `arguments` name, or with all where they name none: each of their
+    hundred options costs start-up time."""
+    app = typer.Typer(
+        name="texforce",
+        pretty_exceptions_enable=False,
+        invoke_without_command=True,
+        rich_markup_mode="rich",
+        epilog="Begin with: [bold]texforce demo[/bold]. Every command explains itself with --help.",
+    )
+    app.callback()(_main)
+    named = next((argument for argument in arguments if not argument.startswith("-")), "")
+    for name in [named] if named in _MODULES else _MODULES:
+        module = importlib.import_module(f"texforce_cli.cli.{_MODULES[name]}")
+        if isinstance(subcommands := getattr(module, "app", None), typer.Typer):
+            app.add_typer(subcommands, name=name)
+        else:
+            app.command(name, epilog=module.EXAMPLE)(getattr(module, _MODULES[name]))
+    return app
+
+
+def _main(
     context: typer.Context,
     version: bool = typer.Option(False, "--version", help="Show the version and exit."),
     debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
@@ -50,7 +67,7 @@ def run(arguments: list[str]) -> int:
     debug = "--debug" in arguments
     arguments = ["--debug"] * debug + [argument for argument in arguments if argument != "--debug"]
     try:
-        app(args=arguments, prog_name="texforce")
+        make_app(arguments)(args=arguments, prog_name="texforce")
     except TexforceError as error:
         if debug:
             raise
