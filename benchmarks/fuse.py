@@ -145,18 +145,25 @@ def commands(folder: Path, size: str, files: list[str], with_svd: bool) -> dict[
     return arms
 
 
+# from a small process, because a child's peak begins with that of the process it was forked from
+LAUNCH = """
+import json, os, subprocess, sys, time
+begun = time.perf_counter()
+process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
+_, status, usage = os.wait4(process.pid, 0)
+print(json.dumps([time.perf_counter() - begun, usage.ru_maxrss, status]))
+"""
+
+
 def timed(command: list[str], threads: int) -> tuple[float, float]:
     """Seconds and peak megabytes of a whole process."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads)}
-    begun = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
-    assert process.stderr is not None
-    errors = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - begun
+    launched = [sys.executable, "-I", "-S", "-c", LAUNCH, *command]
+    done = subprocess.run(launched, capture_output=True, text=True, env=environment)
+    seconds, peak, status = json.loads(done.stdout)
     if status:
-        raise SystemExit(errors.decode())
-    return seconds, usage.ru_maxrss / (1024 if sys.platform != "darwin" else 1024**2)
+        raise SystemExit(done.stderr)
+    return seconds, peak / (1024 if sys.platform != "darwin" else 1024**2)
 
 
 def main() -> None:
