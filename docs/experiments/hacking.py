@@ -2,7 +2,7 @@
 
     python docs/experiments/hacking.py RUN JUDGED.jsonl FIGURE.png
 
-For the base and every tenth epoch: the reward and both judges' agreement with the prompt, over the same (prompt, seed) pairs.
+For the base and every fifth epoch: the reward and both judges' agreement with the prompt, over the same (prompt, seed) pairs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def judged(run: Path, path: Path) -> list[dict[str, float]]:
     prompts = [prompt.text for prompt in load_prompts("animals", "tiny").seen]
     per_epoch = json.loads((run / "run.json").read_text())["config"]["samples_per_epoch"]
     judges = {"reward": JpegIncompressibility(), "tiny-clip": TinyClip(), "tiny-judge": TinyJudge()}
-    kept = sorted(p for p in (run / "checkpoints").glob("epoch_*") if int(p.name[6:]) % 10 == 0)
+    kept = sorted(p for p in (run / "checkpoints").glob("epoch_*") if int(p.name[6:]) % 5 == 0)
     for checkpoint in [None, *kept]:
         images = int(checkpoint.name[6:]) * per_epoch if checkpoint else 0
         if any(row["images"] == images for row in done):
