@@ -32,13 +32,18 @@ def change(folder: Path, prompt_set: str) -> dict[str, Any]:
     """Judge -> split -> base mean, tuned mean, difference, half width of its interval, and the difference by prompt."""
     splits = load_prompts(prompt_set, "tiny")
     result: dict[str, Any] = {"set": prompt_set, "folder": folder.name}
+    pictures = []
+    for path in sorted(folder.glob("*-seed*.png")):
+        with Image.open(path) as picture:
+            prompt = picture.text["prompt"]  # type: ignore[attr-defined]
+            pictures.append((prompt, path.stem.rpartition("-")[2], np.asarray(picture.convert("RGB"))))
     for judge in (TinyClip(), TinyJudge()):
         scores: dict[tuple[str, str], list[float]] = defaultdict(list)
-        for path in sorted(folder.glob("*-seed*.png")):
-            with Image.open(path) as picture:
-                prompt = picture.text["prompt"]  # type: ignore[attr-defined]
-                variant = path.stem.rpartition("-")[2]
-                scores[prompt, variant] += judge.score(np.asarray(picture.convert("RGB"))[None], [prompt], [{}])
+        for start in range(0, len(pictures), 64):
+            texts, variants, images = zip(*pictures[start : start + 64])
+            values = judge.score(np.stack(images), texts, [{}] * len(texts))
+            for text, variant, value in zip(texts, variants, values):
+                scores[text, variant].append(value)
         rows = {}
         for name, prompts in (("seen", splits.seen), ("unseen", splits.unseen)):
             base, tuned = ([float(np.mean(scores[p.text, v])) for p in prompts] for v in ("base", "tuned"))

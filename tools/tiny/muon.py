@@ -3,7 +3,7 @@
 Under AdamW the U-Net of this world gets stuck: its 3x3 kernels end with spectral norms of 25 and half the effective
 rank, and sprites stay blobs. Keller Jordan, "Muon", 2024; the scale that matches AdamW's rates is that of Liu et al.,
 "Muon is Scalable for LLM Training", 2025 (arXiv 2502.16982). `torch.optim.Muon` takes matrices alone, not kernels, and
-computes in bfloat16, which most CPUs emulate.
+computes in bfloat16, which most CPUs emulate. The judges are trained with it too.
 """
 
 from __future__ import annotations
