@@ -180,6 +180,10 @@ def test_auto_is_the_micro_batch_of_the_preset_and_is_fitted_on_a_gpu_alone(monk
     resolved = resolve(flags, family="tiny")
     assert (resolved.config.micro_batch, resolved.config.fit_micro_batch) == (32, True)
     assert plan({**flags, "device": "cpu"}).config.fit_micro_batch is False
+    monkeypatch.setenv("TEXFORCE_MICRO_BATCH", "auto")
+    numbered = resolve({**flags, "micro_batch": "8"}, family="tiny").config
+    assert (numbered.micro_batch, numbered.fit_micro_batch) == (8, False)
+    monkeypatch.setenv("TEXFORCE_MICRO_BATCH", "8")
     monkeypatch.setattr("texforce_cli.workflows.plan.resolve_device", torch.device)
     monkeypatch.setattr("texforce_cli.workflows.plan.device_memory_gb", lambda device: 24.0)
     monkeypatch.setattr("texforce_cli.workflows.plan.gpu_precision", lambda: "bf16")

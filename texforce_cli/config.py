@@ -294,9 +294,11 @@ def _given(
     ]
     for origin, layer in layers:
         for name, value in layer.items():
+            if name == "micro_batch":  # auto and a number exclude each other: the stronger layer's holds
+                for other in ("micro_batch", "fit_micro_batch"):
+                    values.pop(other, None), origins.pop(other, None)
             if (name, value) == ("micro_batch", "auto"):
                 name, value = "fit_micro_batch", True
-                values.pop("micro_batch", None)
             converted = _convert(name, value, origin, mistakes)
             if converted is not None:
                 values[name], origins[name] = converted, origin

@@ -123,16 +123,20 @@ class DDPO:
         return self.micro_batch
 
     def _fits(self, drawn: Trajectory, images: Tensor, steps: Tensor) -> bool:
+        fits = True
         try:
             for _ in self._accumulate(drawn, images, steps, torch.zeros(len(images), device=images.device), 1.0):
                 pass
         except torch.OutOfMemoryError:
-            return False
-        finally:
-            self.optimisation.forget()
-            if self.policy.device.type == "cuda":
-                torch.cuda.empty_cache()
-        return True
+            fits = False
+        self._empty()
+        return fits
+
+    def _empty(self) -> None:
+        """Free what a pass has filled; to be called outside the handler of its error, which holds it."""
+        self.optimisation.forget()
+        if self.policy.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _preflight(self) -> Preflight:
         size = self.micro_batch
