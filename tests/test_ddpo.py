@@ -130,6 +130,31 @@ def test_a_ratio_of_nan_at_any_step_fails_the_preflight(pipeline: Any) -> None:
     assert not result.ok and result.ratio_error == float("inf")
 
 
+def half_the_gradient(graph: Any, inputs: Any) -> Any:
+    """A compiler with a fault: the values are right, the gradient is half."""
+    return lambda *arguments: [(value + value.detach()) / 2 for value in graph(*arguments)]
+
+
+@pytest.mark.parametrize(
+    ("backend", "ok"),
+    [("eager", True), (half_the_gradient, False), pytest.param("inductor", True, marks=pytest.mark.slow)],
+)
+@pytest.mark.parametrize("train", ["text-encoder", "unet"])
+def test_a_compiler_that_changes_the_gradient_is_caught_by_the_preflight(
+    pipeline: Any, train: str, backend: Any, ok: bool
+) -> None:
+    torch.compiler.reset()
+    algorithm = make(pipeline, train=train)
+    assert algorithm.preflight().gradient_error is None
+    compile_blocks = pipeline.unet.compile_repeated_blocks
+    pipeline.unet.compile_repeated_blocks = lambda: compile_blocks(backend=backend)
+    algorithm.policy.compile()
+    result = algorithm.preflight()
+    assert result.gradient_error is not None and result.ratio_ok
+    assert result.ok is result.gradient_ok is ok
+    assert result.gradient_error < 1e-4 if ok else result.gradient_error > 0.3
+
+
 def test_every_step_that_may_be_trained_is_judged(pipeline: Any) -> None:
     steps = make(pipeline, steps="window:2").preflight().steps
     assert [step["trained"] for step in steps] == [0.25, 0.5, 0.5, 0.5, 0.25, 0.0]

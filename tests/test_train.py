@@ -211,6 +211,31 @@ def test_a_reward_of_nan_stops_the_run_and_keeps_what_is_finished(
     assert json.loads(Path("a/run.json").read_text())["status"] == "failed"
 
 
+@pytest.mark.parametrize(
+    ("broken", "sentence"),
+    [
+        ("_gradient_error", "torch.compile makes the gradient of this model wrong by 70%"),
+        ("_log_prob", "with unchanged weights the ratio differs from 1"),
+    ],
+)
+def test_a_run_that_would_learn_something_else_is_not_begun(
+    broken: str, sentence: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from texforce_cli.algorithms.ddpo import DDPO
+    from texforce_cli.diffusion.policy import Policy
+
+    log_prob = DDPO._log_prob
+    faults: dict[str, Any] = {
+        "_gradient_error": lambda *drawn: 0.7,
+        "_log_prob": lambda *about: (log_prob(*about)[0] + 0.01, log_prob(*about)[1]),
+    }
+    monkeypatch.setattr(Policy, "compile", lambda policy: setattr(policy, "compiled", broken == "_gradient_error"))
+    monkeypatch.setattr(DDPO, broken, faults[broken])
+    train("--out", "a", "--compile", epochs=1, code=1)
+    assert sentence in " ".join(capsys.readouterr().err.split())
+    assert not Path("a/adapter").exists()
+
+
 def test_several_rewards_are_logged_each(capsys: pytest.CaptureFixture[str]) -> None:
     train("--reward", "jpeg-compressibility:0.5", "--normalize-rewards", "--out", "a", epochs=1)
     row = rows("a")[0]

@@ -94,7 +94,9 @@ class TrainConfig:
         "fp32", MODEL, "Of the frozen weights; steps and LoRA stay fp32. On a GPU bf16 or fp16."
     )
     gradient_checkpointing: bool = option(False, MODEL, "Less memory, more time.")
-    compile: bool = option(False, MODEL, "torch.compile the U-Net.")
+    compile: bool = option(
+        False, MODEL, "torch.compile the blocks of the U-Net; their gradient is checked before the run."
+    )
     num_processes: int = option(
         1, MODEL, "Share the work among so many processes here, a GPU each; the result is the same.", _between(1, 64)
     )

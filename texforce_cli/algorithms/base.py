@@ -50,9 +50,14 @@ class EpochReport:
     warnings: tuple[str, ...] = field(default_factory=tuple)
 
 
+GRADIENT_LIMIT = 0.05
+"""For `Preflight.gradient_error`: above the rounding of 16 bits, far below what a wrong kernel does."""
+
+
 @dataclass(frozen=True)
 class Preflight:
-    """What is measured before the first epoch: how exact the ratio is, and how sensitive each step."""
+    """What is measured before the first epoch: how exact the ratio is, how sensitive each step, and whether a compiled
+    network has the gradient that it has uncompiled."""
 
     ratio_error: float
     limit: float
@@ -60,11 +65,23 @@ class Preflight:
     """For each step: timestep, sigma, sensitivity, ratio_error, trained (0, 1 or the share of images)."""
     micro_batch: int
     """Images in one pass: as asked for, or as there is room for."""
+    gradient_error: float | None = None
+    """|g - g'| / |g| of the trained weights' gradients, uncompiled g and compiled g'; None where nothing is compiled."""
+
+    @property
+    def ratio_ok(self) -> bool:
+        """Whether the ratio with unchanged weights is near enough to 1."""
+        return self.ratio_error <= self.limit
+
+    @property
+    def gradient_ok(self) -> bool:
+        """Whether compiling has left the gradient as it was."""
+        return self.gradient_error is None or self.gradient_error <= GRADIENT_LIMIT
 
     @property
     def ok(self) -> bool:
-        """Whether the ratio with unchanged weights is near enough to 1."""
-        return self.ratio_error <= self.limit
+        """Whether training can be begun."""
+        return self.ratio_ok and self.gradient_ok
 
 
 class Algorithm(Protocol):

@@ -83,6 +83,7 @@ class Policy:
         self.adapter = adapter
         self.unconditional = unconditional
         self.unet: Any = pipeline.unet
+        self.compiled = False
         self.device: torch.device = pipeline.unet.device
         self.dtype: torch.dtype = pipeline.unet.dtype
         self.schedule = _schedule(pipeline.scheduler, denoising)
@@ -100,6 +101,14 @@ class Policy:
         """Whether the unconditional branch of training equals that of sampling, so that it can be kept."""
         trains_unet = self.adapter is not None and self.adapter.trains("unet")
         return self.guided and self.unconditional != "trained" and not trains_unet
+
+    def compile(self) -> None:
+        """torch.compile the U-Net's transformer blocks, which are alike, so that it takes seconds.
+
+        Not the U-Net as a whole: on a CPU, torch 2.13 then gives gradients of the text embeddings that are wrong by 70 %.
+        """
+        self.unet.compile_repeated_blocks()
+        self.compiled = True
 
     @contextmanager
     def noise_at(self, steps: Sequence[int] | None) -> Iterator[None]:

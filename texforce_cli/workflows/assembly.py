@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from texforce_cli.algorithms.base import Algorithm, Progress
 from texforce_cli.algorithms.ddpo import DDPO, DDPOSettings
@@ -82,7 +81,7 @@ def make_policy(pipeline: Any, config: TrainConfig, adapter: Adapter) -> Policy:
     denoising = Denoising(config.steps, config.guidance, config.eta, config.size, config.negative_prompt)
     policy = Policy(pipeline, denoising, adapter=adapter, unconditional=config.uncond_embedding)
     if config.compile:
-        policy.unet = torch.compile(pipeline.unet)
+        policy.compile()
     return policy
 
 

@@ -220,7 +220,13 @@ class TrainingRun:
     def _check_preflight(self) -> None:
         result = self.preflight = self.learner.preflight()
         self.listener(Checked(result))
-        if not result.ok:
+        if not result.gradient_ok:
+            raise TexforceError(
+                f"torch.compile makes the gradient of this model wrong by {result.gradient_error:.0%} "
+                f"(torch {torch.__version__} on {self.learner.policy.device.type})",
+                "leave out --compile",
+            )
+        if not result.ratio_ok:
             raise TexforceError(
                 f"with unchanged weights the ratio differs from 1 by {result.ratio_error:.1e}, above a tenth of the clip "
                 f"range ({result.limit:.1e})",
