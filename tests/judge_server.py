@@ -64,6 +64,7 @@ class JudgeServer:
         self.faults: list[str] = []
         self.refused_by_limit = 0
         self.at_once = self.most_at_once = 0
+        self.times: list[float] = []
         self._window = (0.0, 0)
 
     def __enter__(self) -> JudgeServer:
@@ -93,6 +94,7 @@ class JudgeServer:
             self.faults.append(f"{type(error).__name__}: {error}")
             return _error(400, f"bad shape: {error}")
         self.seen.append(seen)
+        self.times.append(time.monotonic())
         self.at_once += 1
         self.most_at_once = max(self.most_at_once, self.at_once)
         try:
@@ -122,6 +124,10 @@ class JudgeServer:
             "429": lambda: _error(429, "slow down", "rate_limit_exceeded", {"retry-after": "0"}),
             "quota": lambda: _error(429, "no credit", "insufficient_quota"),
             "500": lambda: _error(500, f"broken, with {seen.key}"),
+            "500 later": lambda: _error(500, "broken for a moment", headers={"retry-after": "1"}),
+            "429 later": lambda: _error(429, "slow down", "rate_limit_exceeded", {"retry-after": "1"}),
+            "moderated": lambda: _error(403, "Your input was flagged by the moderation of the provider"),
+            "drip": lambda: StreamingResponse(_drops()),
             "503": lambda: _error(503, "overloaded"),
             "400": lambda: _error(400, "pictures are not supported"),
             "filtered": lambda: _error(400, "not this one", "content_filter"),
@@ -141,6 +147,7 @@ class JudgeServer:
             "duplicate": text.replace('{"aesthetic"', '{"aesthetic": {}, "aesthetic"', 1),
             "free": "I like the first one.",
             "echo": f"I was asked with {seen.key}",
+            "echo escaped": text.replace("the brightest", "".join(f"\\u{ord(letter):04x}" for letter in seen.key)),
             "refusal": "I cannot look at this.",
         }
         finish = {"length": "length"}.get(name, "stop")
@@ -238,6 +245,13 @@ def _error(status: int, message: str, code: str = "", headers: dict[str, str] | 
 async def _half() -> AsyncIterator[bytes]:
     yield b'{"choices": ['
     raise ConnectionResetError
+
+
+async def _drops() -> AsyncIterator[bytes]:
+    """An answer of which each byte comes in time, and which never ends."""
+    while True:
+        yield b" "
+        await asyncio.sleep(0.1)
 
 
 def _chat(text: str, refusal: bool, finish: str, usage: tuple[int, int]) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from texforce_cli.judging.journal import Journal, entry_of
 from texforce_cli.judging.judge import Busy, Failed, Hopeless, Repair, Reply
 from texforce_cli.judging.openai_judge import OpenAIJudge
 from texforce_cli.judging.openai_problems import of_connection, of_status, retry_after
+from texforce_cli.judging.openai_wire import read_chat
 from texforce_cli.judging.pixels import data_url
 from texforce_cli.judging.prices import Price, Size, parse_price, price_of
 from texforce_cli.judging.questions import Case, Question, questions_of
@@ -436,6 +437,40 @@ def test_what_cannot_be_mended_is_not_tried_again(tmp_path: Path) -> None:
     assert found.count(Missing("unanswered")) == 2
 
 
+def test_what_a_judge_will_not_take_keeps_it_from_nothing_else(tmp_path: Path) -> None:
+    def answer(question: Question, repairs: Any) -> Reply:
+        if question.prompt_id != "p001":
+            raise Failed("not this one", retry=False)
+        return says("A")
+
+    questions = asked(tmp_path / "p", prompts=9)
+    order = sorted(questions, key=lambda question: question.prompt_id != "p000")  # six in a row at the beginning
+    outcome, found, _ = put(Scripted(answer), order, tmp_path / "j", workers=1)
+    assert outcome == Outcome(6, 0) and found.count(Missing("unanswered")) == 48
+    outcome, _, _ = put(
+        Scripted(answer), order, tmp_path / "j", workers=1
+    )  # and again, with nothing left to be answered
+    assert outcome == Outcome(0, 6)
+
+
+def test_pictures_that_cannot_be_read_say_nothing_of_the_judge(tmp_path: Path) -> None:
+    questions = asked(tmp_path / "p", prompts=8)
+    for question in questions:
+        if question.prompt_id < "p006":
+            question.files[0].write_bytes(b"no picture")
+    with JudgeServer() as server:
+        outcome, found, _ = put(judge_of(server), questions, tmp_path / "j", workers=1)
+    assert outcome == Outcome(12, 0) and found.count(Missing("unanswered")) == 36
+
+
+@pytest.mark.parametrize("wrong", [{"model": None}, {"input_tokens": 1.5}, {"cut": 0}, {"text": b""}])
+def test_a_reply_that_could_not_be_read_again_is_refused(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    judge = Scripted(lambda *_: Reply(**{"text": "", **wrong}))
+    with pytest.raises(TexforceError, match=f"for '{next(iter(wrong))}', which must be"):
+        put(judge, asked(tmp_path / "p"), tmp_path / "j")
+    assert not (tmp_path / "j").exists()
+
+
 def test_an_interruption_keeps_the_replies_on_their_way(tmp_path: Path) -> None:
     stopped = threading.Event()
 
@@ -581,6 +616,21 @@ def test_a_question_is_asked_again_after_trouble(tmp_path: Path, how: str) -> No
     assert len(server.seen) == 12 and len(journal.path.read_text().splitlines()) == 6
 
 
+@pytest.mark.parametrize("how", ["500 later", "429 later"])
+def test_nobody_asks_again_before_the_time_that_the_server_names(tmp_path: Path, how: str) -> None:
+    with JudgeServer(lambda seen: how if seen.number == 0 else "truthful") as server:
+        outcome, found, _ = put(judge_of(server), asked(tmp_path / "p", prompts=1)[:1], tmp_path / "j", retries=1)
+    assert outcome == Outcome(1, 0) and not isinstance(found[0], Missing)
+    assert server.times[1] - server.times[0] >= 0.95
+
+
+def test_an_answer_that_drips_is_given_up_in_time(tmp_path: Path) -> None:
+    began = time.monotonic()
+    with JudgeServer("drip") as server, pytest.raises(Failed, match=r"no whole answer within 0\.5 s") as caught:
+        judge_of(server, timeout=0.5).ask(asked(tmp_path / "p", prompts=1)[0])
+    assert time.monotonic() - began < 10 and caught.value.charged
+
+
 def test_a_time_out_is_asked_again(tmp_path: Path) -> None:
     with JudgeServer(lambda seen: "slow" if seen.number == 0 else "truthful") as server:
         budget = Budget(1.0, None, Price(1, 1, 100))
@@ -616,7 +666,7 @@ def test_a_repair_helps(tmp_path: Path, api: str) -> None:
     assert not any(isinstance(one, Missing) for one in found) and server.faults == []
 
 
-@pytest.mark.parametrize("how", ["refusal", "filtered"])
+@pytest.mark.parametrize("how", ["refusal", "filtered", "moderated"])
 @pytest.mark.parametrize("api", ["chat", "responses"])
 def test_a_refusal_is_final_and_counted(tmp_path: Path, how: str, api: str) -> None:
     questions = asked(tmp_path / "p")
@@ -666,8 +716,9 @@ def test_a_server_without_schemas_is_asked_in_words(tmp_path: Path) -> None:
 
 def test_a_request_that_the_server_cannot_read_is_not_repeated(tmp_path: Path) -> None:
     with JudgeServer("400") as server:
-        outcome, _, _ = put(judge_of(server), asked(tmp_path / "p"), tmp_path / "j", workers=1)
-    assert len(server.seen) == asking.MOST_FAILURES and outcome.stopped is not None
+        outcome, _, _ = put(judge_of(server), asked(tmp_path / "p", prompts=7), tmp_path / "j", workers=1)
+    # six questions a prompt, and those of one prompt count once
+    assert len(server.seen) == 6 * (asking.MOST_FAILURES - 1) + 1 and outcome.stopped is not None
     assert "pictures are not supported" in outcome.stopped
 
 
@@ -681,7 +732,7 @@ def test_no_server_is_told_after_retries(tmp_path: Path) -> None:
 # the key
 
 
-@pytest.mark.parametrize("how", ["401", "500", "echo"])
+@pytest.mark.parametrize("how", ["401", "500", "echo", "echo escaped"])
 def test_the_key_reaches_no_message_no_traceback_and_no_file(tmp_path: Path, how: str) -> None:
     question = asked(tmp_path / "p")[0]
     with JudgeServer(how) as server:
@@ -693,7 +744,8 @@ def test_the_key_reaches_no_message_no_traceback_and_no_file(tmp_path: Path, how
         put(judge, [question], tmp_path / "j", retries=0)
         assert server.seen[0].key == KEY
     assert said and KEY not in said and KEY not in judge.identity and KEY not in repr(judge)
-    assert not (tmp_path / "j").exists() or KEY not in (tmp_path / "j").read_text()
+    kept = (tmp_path / "j").read_text() if (tmp_path / "j").exists() else ""
+    assert KEY not in kept and KEY not in kept.encode("ascii").decode("unicode_escape")
 
 
 def test_a_key_is_needed_beyond_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -773,6 +825,8 @@ def test_statuses() -> None:
     assert {s for s, m in meant.items() if isinstance(m, Hopeless)} == {401, 402, 403, 404}
     assert {s for s, m in meant.items() if isinstance(m, Busy)} == {429, 503}
     assert {s for s, m in meant.items() if isinstance(m, Failed) and m.retry} == {500, 504}
+    assert {s for s, m in meant.items() if isinstance(m, Failed) and m.charged} == {504}
+    assert isinstance(failed := of_status(500, {"retry-after": "7"}, None, "said"), Failed) and failed.seconds == 7
     assert isinstance(of_status(429, {}, {"error": {"type": "insufficient_quota"}}, ""), Hopeless)
 
 
@@ -781,6 +835,24 @@ def test_a_missing_bundle_of_certificates_is_told_in_a_sentence() -> None:
     error.__cause__ = OSError("[SSL: CERTIFICATE_VERIFY_FAILED] unable to get local issuer certificate")
     problem = of_connection(error, False)
     assert isinstance(problem, Hopeless) and "ca-certificates" in str(problem) and math.isfinite(len(str(problem)))
+
+
+def test_tokens_that_nobody_can_have_used_are_not_counted() -> None:
+    answer = {
+        "choices": [{"message": {"content": "x"}}],
+        "usage": {"prompt_tokens": 10**400, "completion_tokens": True},
+    }
+    assert read_chat(answer)[2] == (0, 0)
+
+
+def test_all_that_the_server_sent_is_kept(tmp_path: Path) -> None:
+    with JudgeServer() as server:
+        _, _, journal = put(judge_of(server), asked(tmp_path / "p", prompts=1)[:1], tmp_path / "j")
+    row = json.loads((tmp_path / "j").read_text())
+    assert json.loads(row["raw"])["choices"][0]["message"]["content"] == row["text"]
+    del row["raw"]  # as an earlier version wrote it
+    (tmp_path / "old").write_text(json.dumps(row) + "\n")
+    assert Journal(tmp_path / "old").entries(row["key"])[0].text == journal.entries(row["key"])[0].text
 
 
 def test_half_an_emoji_in_a_reason_can_be_written() -> None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import csv
+import dataclasses
+import importlib.metadata
 import itertools
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -34,10 +39,11 @@ from texforce_cli.core.ranking import (
     sign_test,
     win_rates,
 )
+from texforce_cli.errors import TexforceError
 from texforce_cli.judging.answers import Opinion
 from texforce_cli.judging.questions import Case, Mode, Question, questions_of
 from texforce_cli.report.verdicts import ranking_tabs
-from texforce_cli.workflows.ranking.summary import case_ranks, settled_duels, shown_duels
+from texforce_cli.workflows.ranking.summary import case_ranks, rank, settled_duels, shown_duels
 
 VARIANTS = ["bright", "dark", "middle"]
 KEY = "sk-never-to-be-seen-1234567890"
@@ -252,8 +258,13 @@ def test_an_offline_judge_gives_back_the_true_order(pictures: list[str], mode: s
     assert found["absent"] == ["aesthetic"]
     assert "aesthetic: this judge does not know it" in capsys.readouterr().out
     page = Path("out/report/index.html").read_text()
-    assert 'id="more-rank-clip' in page and "brightness: A" in page
-    assert Path(f"out/ranks/clip-{mode}/summary.csv").read_text().count("\n") == 4
+    tab = page[page.index('id="more-rank-clip') :]
+    assert "brightness: A" in tab
+    # every verdict with its pictures: 3 pairs in 2 orders, or 3 rounds of 3 pictures
+    assert tab.count('src="media/') == 12 * (2 * 6 if mode == "pairwise" else 9)
+    rows = list(csv.DictReader(Path(f"out/ranks/clip-{mode}/summary.csv").read_text().splitlines()))
+    assert [row["mean_rank_round_1"] for row in rows] == ["1.0", "3.0", "2.0"]
+    assert rows[0]["wins_against_dark"] == "1.0" and rows[0]["wins_against_bright"] == ""
 
 
 def test_a_second_criterion_is_shown_as_absent_and_never_copied(pictures: list[str]) -> None:
@@ -272,8 +283,98 @@ def test_votes_of_people_are_a_judge(pictures: list[str]) -> None:
     found = ranking(judge="votes")
     assert found["results"]["preference"]["wins"]["dark"]["bright"] == 1
     assert found["missing_by_variant"]["refused"]["middle"] == 48
+    votes = [{**vote, "prompt": row["prompt_id"], "left": one, "right": two} for row in rows_of() for one, two in PAIRS]
+    Path("votes.json").write_text(json.dumps({**document, "votes": votes}))
+    assert run([*command, "--placebos", "1"]) == 0  # identical pictures are a tie, nobody has to say so
+    found = ranking(judge="votes")
+    assert found["missing_by_variant"] == {} and found["results"]["preference"]["placebo"]["ties"] == 1
     Path("votes.json").write_text(json.dumps({**document, "data": "0" * 64}))
     assert run(command) == 2
+
+
+PAIRS = list(itertools.combinations(VARIANTS, 2))
+
+
+def rows_of() -> list[dict[str, Any]]:
+    """The verdicts of the judge clip."""
+    return [json.loads(line) for line in Path("out/ranks/clip-pairwise/verdicts.jsonl").read_text().splitlines()]
+
+
+def test_a_line_separator_in_a_prompt_does_not_cost_the_page(pictures: list[str]) -> None:
+    text = "a cat\u2028with\u0085a hat"
+    Path("prompts.jsonl").write_text(json.dumps({"prompt": text}) + "\n")
+    for name in VARIANTS:
+        Path(name, "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "prompt": text, "seed": 0}) + "\n")
+    assert run(["gpt4v-rank", "out", *pictures, "--judge", "clip", "--judge-option", "reward=brightness"]) == 0
+    assert 'id="more-rank-clip' in Path("out/report/index.html").read_text()
+
+
+def test_rankings_by_other_options_lie_side_by_side(pictures: list[str], capsys: Any) -> None:
+    command = ["gpt4v-rank", "out", *pictures, "--judge", "clip", "--judge-option"]
+    assert run([*command, "reward=jpeg-compressibility", "--report-only"]) == 2
+    assert "has no ranking of 'clip' with these options" in " ".join(capsys.readouterr().err.split())
+    for name in ("brightness", "jpeg-compressibility", "brightness"):
+        assert run([*command, f"reward={name}"]) == 0
+    first, second = sorted(Path("out/ranks").iterdir())
+    assert first.name == "clip-pairwise" and second.name.startswith("clip-pairwise-")
+    said = ["brightness", "jpeg-compressibility"]
+    assert [json.loads((path / "summary.json").read_text())["models"] for path in (first, second)] == [
+        [s] for s in said
+    ]
+    assert run([*command, "reward=jpeg-compressibility", "--report-only"]) == 0
+    assert len(list(Path("out/ranks").iterdir())) == 2
+
+
+def test_the_judge_clip_takes_weights_of_ones_own(pictures: list[str], capsys: Any) -> None:
+    options = [part for text in ("reward=clip-score", "weights=nowhere") for part in ("--judge-option", text)]
+    assert run(["gpt4v-rank", "out", *pictures, "--judge", "clip", *options]) in (1, 2)
+    assert "nowhere" in capsys.readouterr().err
+
+
+def test_a_judge_of_a_plugin_is_asked_and_a_broken_plugin_is_named(
+    pictures: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    Path("fair.py").write_text(PLUGIN)
+    Path("broken.py").write_text("raise RuntimeError('half installed')")
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    real = importlib.metadata.entry_points
+    entries = [importlib.metadata.EntryPoint(name, name, "texforce") for name in ("fair", "broken")]
+    monkeypatch.setattr(
+        importlib.metadata, "entry_points", lambda **kw: entries if kw.get("group") == "texforce" else real(**kw)
+    )
+    command = ["gpt4v-rank", "out", *pictures, "--judge", "fair", "--judge-option"]
+    assert run([*command, "winner=B", "--placebos", "0"]) == 0
+    assert ranking(judge="fair")["results"]["manners"]["position"]["first_shown_won"] == 0
+    assert run([*command, "colour=red"]) == 2
+    assert "colour" in capsys.readouterr().err
+    assert run(["gpt4v-rank", "out", *pictures, "--judge", "fairr"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "did you mean 'fair'" in said and "half installed" in said
+
+
+PLUGIN = """
+import json
+import pluggy
+from texforce_cli.judging.judge import Reply
+
+hookimpl = pluggy.HookimplMarker("texforce")
+
+
+@hookimpl
+def texforce_register_judges(register):
+    register("fair", "fair:Fair", summary="always the same slot", api_version=1)
+
+
+class Fair:
+    criteria, modes = ("manners",), ("pairwise",)
+
+    def __init__(self, winner: str = "A"):
+        self.identity = f"fair {winner}"
+        self._winner = winner
+
+    def ask(self, question, repairs=()):
+        return Reply(json.dumps({"manners": {"reason": "so", "winner": self._winner}}))
+"""
 
 
 def test_mistakes_are_told_in_a_sentence(pictures: list[str], capsys: Any) -> None:
@@ -320,6 +421,27 @@ def test_a_server_gives_back_the_true_order_and_learns_no_names(pictures: list[s
     assert any("reconstruction" in sentence for sentence in found["warnings"])
     written = b"".join(path.read_bytes() for path in Path("out").rglob("*") if path.is_file())
     assert KEY.encode() not in written
+
+
+@pytest.mark.parametrize("how", ["truthful", "401", "500", "echo", "echo escaped"])
+def test_the_key_is_in_no_output_and_no_file(
+    pictures: list[str], how: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setattr("texforce_cli.judging.gate.Gate.backoff", lambda gate, failures: 0.0)
+    with JudgeServer(how) as server:
+        for extra in (["--json"], ["--debug"]):
+            with contextlib.suppress(TexforceError):  # --debug lets it through
+                run(openai_command(pictures, server, "--max-requests", "20", *extra))
+    assert server.seen[0].key == KEY
+    shown = capsys.readouterr()
+    assert shown.err and KEY not in shown.out + shown.err
+    files = [path.read_text() for path in Path("out").rglob("*") if path.is_file() and path.suffix != ".webp"]
+    assert files and not any(KEY in text or KEY in unescaped(text) for text in files)
+
+
+def unescaped(text: str) -> str:
+    return re.sub(r"\\+u([0-9a-fA-F]{4})", lambda found: chr(int(found[1], 16)), text)
 
 
 def test_a_judge_of_slots_gives_ties_and_is_called_biased(pictures: list[str], capsys: Any) -> None:
@@ -401,6 +523,16 @@ def test_a_killed_ranking_goes_on_to_the_same_summary(pictures: list[str], after
         assert run(command) == 0
     assert (rank_folder() / "summary.json").read_bytes() == resumed
     assert KEY not in "".join(path.read_text(errors="replace") for path in Path("killed/ranks").rglob("*.json*"))
+
+
+def test_rounds_are_compared_within_a_seed() -> None:
+    # three rounds that agree wholly, on two pictures whose orders differ: the mean over seeds would tie everything
+    opinions = [
+        (dataclasses.replace(question("listwise", ("a", "b", "c")), seed=seed, round=number), Opinion(ranks=ranks))
+        for seed, ranks in ((0, (1.0, 2.0, 3.0)), (1, (3.0, 1.0, 2.0)))
+        for number in range(3)
+    ]
+    assert rank(opinions, ["a", "b", "c"], 3)["agreement_of_rounds"] == 1
 
 
 def test_half_a_pair_is_no_sign_of_bias() -> None:

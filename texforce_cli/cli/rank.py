@@ -181,8 +181,25 @@ def _show(summary: Any) -> None:
                 f"{test['first']} against {test['second']}: {test['rate']:.0%} of the points, "
                 f"p {test['p_holm']:.3g} (Holm), {test['prompts']} prompts"
             )
+        said = _trust(result)
+        if said:
+            data(said)
     for criterion in summary["absent"]:
         data(f"{criterion}: this judge does not know it")
+
+
+def _trust(result: Any) -> str:
+    """How far to trust the judge, in one line; what is not known is left out."""
+    placebo = result["placebo"]
+    parts = (
+        (result["agreement_of_rounds"], "rounds agree: W {:.2f}"),
+        (result["alpha_of_rounds"], "alpha {:.2f}"),
+        (result["position"]["first_shown_won"], "the first shown got {:.0%} of the points"),
+        (result["flipped"], "{:.0%} of the verdicts flipped"),
+        (placebo["ties"], f"identical pictures called equal {{:.0%}} of {placebo['pairs']}"),
+        (result["detectable_rate"], "a win rate of {:.0%} could be seen"),
+    )
+    return ", ".join(text.format(value) for value, text in parts if value is not None)
 
 
 def _interval(value: dict[str, Any] | None) -> tuple[str, str]:

@@ -6,7 +6,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent import futures
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,7 +15,7 @@ from texforce_cli.errors import Interrupted, TexforceError, UsageError
 from texforce_cli.judging.answers import Unusable, Verdict, parse
 from texforce_cli.judging.budget import Budget, Exhausted, Metered
 from texforce_cli.judging.gate import Gate
-from texforce_cli.judging.journal import Entry, Journal, entry_of
+from texforce_cli.judging.journal import Entry, Journal, check_reply, entry_of
 from texforce_cli.judging.judge import Busy, Failed, Hopeless, Judge, Repair, Reply
 from texforce_cli.judging.prices import Size
 from texforce_cli.judging.questions import Question
@@ -22,7 +23,11 @@ from texforce_cli.judging.questions import Question
 PATIENCE = 600.0
 """Seconds without any answer after which a judge that is always busy ends the run."""
 MOST_FAILURES = 5
-"""So many questions in a row without an answer: something is broken, and asking on would only cost."""
+"""So many questions in a row without an answer: something is broken, and asking on would only cost.
+
+Questions that are turned down (not worth asking again) count only until the judge has answered one, and those on one prompt
+once: a few pictures that a judge will not take must not keep it from the others.
+"""
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,8 @@ def ask_all(
     progress(before, len(distinct))
     with ThreadPoolExecutor(max(workers, 1)) as pool:
         try:
-            _drive(run, pool, todo, max(workers, 1), lambda done: progress(before + done, len(distinct)))
+            breaker = _Breaker(works=before > 0)
+            _drive(run, pool, todo, max(workers, 1), breaker, lambda done: progress(before + done, len(distinct)))
         finally:
             run.stop.set()  # also where progress or Ctrl-C raised: no worker begins another request
     if run.error is not None:
@@ -99,25 +105,45 @@ def _drive(
     pool: ThreadPoolExecutor,
     todo: deque[tuple[str, Question]],
     workers: int,
+    breaker: _Breaker,
     progress: Callable[[int], None],
 ) -> None:
     """Keep the workers busy until all is asked or the run is to stop, then await those under way."""
-    running: set[Future[bool]] = set()
-    done = failures = 0
-    width = 1
+    running: dict[Future[Failed | None], Question] = {}
+    done, width = 0, 1
     while running or (todo and not run.stop.is_set()):
         while todo and len(running) < width and not run.stop.is_set():
-            running.add(pool.submit(run.settle, *todo.popleft()))
-        finished, running = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
+            key, question = todo.popleft()
+            running[pool.submit(run.settle, key, question)] = question
+        finished, _ = futures.wait(running, timeout=0.2, return_when=futures.FIRST_COMPLETED)
         for future in finished:
             width = workers
-            failures = 0 if future.result() else failures + 1
+            failure, question = future.result(), running.pop(future)
+            if breaker.opens(failure, question.prompt_id) and not run.stop.is_set():
+                run.end(f"{MOST_FAILURES} questions in a row got no answer; the last: {failure}")
             done += 1
-        if failures >= MOST_FAILURES and not run.stop.is_set():
-            run.end(f"{failures} questions in a row got no answer; the last: {run.last_failure}")
         if finished:
             progress(done)
         run.look()
+
+
+class _Breaker:
+    """Sees that something is broken; `works` where the judge is known to have answered."""
+
+    def __init__(self, works: bool) -> None:
+        self._works = works
+        self._failed = 0
+        self._turned_down: set[str] = set()
+
+    def opens(self, failure: Failed | None, prompt: str) -> bool:
+        """Take note of what became of a question (None: it is settled); whether the run is to end."""
+        if failure is None:
+            self._works, self._failed, self._turned_down = True, 0, set()
+        elif failure.retry:
+            self._failed += 1
+        elif failure.asked and not self._works:
+            self._turned_down.add(prompt)
+        return max(self._failed, len(self._turned_down)) >= MOST_FAILURES
 
 
 class _Stopped(Exception):
@@ -142,7 +168,6 @@ class _Run:
         self.stop = threading.Event()
         self.stopped: str | None = None
         self.error: BaseException | None = None
-        self.last_failure = ""
         self.replied: set[str] = set()
         self.last_reply = time.monotonic()
         self._asked_to_stop = check
@@ -152,20 +177,19 @@ class _Run:
         """What the journal says of a question."""
         return _state(self.journal.entries(key), question, self.judge.criteria, self.repairs)
 
-    def settle(self, key: str, question: Question) -> bool:
-        """Ask until the journal holds a verdict or the attempts are used up; False where no answer came."""
+    def settle(self, key: str, question: Question) -> Failed | None:
+        """Ask until the journal holds a verdict or the attempts are used up; why, where no answer came."""
         try:
             while isinstance(state := self.state(key, question), tuple):
                 reply = self._reply(question, state)
-                if reply is None:
-                    return False
+                if isinstance(reply, Failed):
+                    return reply
                 attempt = max((entry.attempt for entry in self.journal.entries(key)), default=-1) + 1
                 self.journal.append(entry_of(key, attempt, question, reply))
                 with self._lock:
                     self.replied.add(key)
-            return True
         except _Stopped:
-            return True
+            pass
         except (Hopeless, Exhausted) as error:
             self.end(str(error))
         except (TexforceError, KeyboardInterrupt, SystemExit) as error:
@@ -174,7 +198,7 @@ class _Run:
             failure = TexforceError(f"the judge failed ({type(error).__name__}: {str(error)[:200]})", "repair it")
             failure.__cause__ = error
             self.end(str(failure), failure)
-        return True
+        return None
 
     def end(self, why: str, error: BaseException | None = None) -> None:
         """Let nobody send another request; the first reason is the one that is told."""
@@ -197,8 +221,8 @@ class _Run:
         if self.stop.is_set():
             raise _Stopped
 
-    def _reply(self, question: Question, repairs: tuple[Repair, ...]) -> Reply | None:
-        """The reply to one attempt, None where it failed for good."""
+    def _reply(self, question: Question, repairs: tuple[Repair, ...]) -> Reply | Failed:
+        """The reply to one attempt, or why it failed for good."""
         size = Size(0, len(question.files), 0)
         if isinstance(self.judge, Metered):
             size = self.judge.size(question, repairs)
@@ -212,9 +236,9 @@ class _Run:
             except Failed as error:
                 failures += 1
                 if not error.retry or failures > self.retries:
-                    self.last_failure = str(error)
-                    return None
-            self.gate.pause(self.gate.backoff(failures - 1), self.check)
+                    return error
+                wait = max(self.gate.backoff(failures - 1), min(error.seconds or 0.0, PATIENCE))
+            self.gate.pause(wait, self.check)
 
     def _bear(self, error: Busy) -> None:
         """End the run where the judge asks for more patience than people have."""
@@ -236,8 +260,7 @@ class _Run:
                 if error.charged:
                     reservation.settle()
                 raise
-            if not isinstance(reply.text, str):
-                raise TexforceError(f"the judge answered {reply.text!r}", "it must answer with text")
+            check_reply(reply)
             self.last_reply = time.monotonic()
             self.gate.fine()
             reservation.settle(reply.input_tokens, reply.output_tokens)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from texforce_cli.errors import TexforceError
 from texforce_cli.files import write_error
 from texforce_cli.judging.judge import Reply
 from texforce_cli.judging.questions import Mode, Question
@@ -33,6 +34,21 @@ class Entry:
     output_tokens: int
     refused: bool
     cut: bool
+    raw: str = ""
+
+
+def check_reply(reply: Reply) -> None:
+    """See that a reply can be kept and read again.
+
+    Raises:
+        TexforceError: the judge filled in something of another type.
+    """
+    for name, kind in _TYPES.items():
+        value = getattr(reply, name, None) if name in Reply.__dataclass_fields__ else kind()
+        if type(value) is not kind:
+            raise TexforceError(
+                f"the judge's reply has {value!r} for '{name}', which must be {kind.__name__}", "repair the judge"
+            )
 
 
 def entry_of(key: str, attempt: int, question: Question, reply: Reply) -> Entry:
@@ -52,6 +68,7 @@ def entry_of(key: str, attempt: int, question: Question, reply: Reply) -> Entry:
         reply.output_tokens,
         reply.refused,
         reply.cut,
+        reply.raw,
     )
 
 
@@ -122,6 +139,7 @@ _TYPES: dict[str, type] = {
     "output_tokens": int,
     "refused": bool,
     "cut": bool,
+    "raw": str,
 }
 
 
@@ -131,7 +149,10 @@ def _read(line: bytes) -> Entry | None:
         row: Any = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(row, dict) or any(type(row.get(name)) is not kind for name, kind in _TYPES.items()):
+    if not isinstance(row, dict):
+        return None
+    row.setdefault("raw", "")  # of a version that did not keep it
+    if any(type(row.get(name)) is not kind for name, kind in _TYPES.items()):
         return None
     variants = row.get("variants")
     if row.get("mode") not in get_args(Mode) or not isinstance(variants, list):

@@ -15,7 +15,8 @@ AESTHETIC, ALIGNMENT = "aesthetic", "alignment"
 
 @dataclass(frozen=True)
 class Reply:
-    """A raw answer. `model` is who the server says that it is; `refused` where it would not answer."""
+    """A raw answer. `model` is who the server says that it is; `refused` where it would not answer; `raw` all that a server
+    sent, where there is more than the text."""
 
     text: str
     model: str = ""
@@ -23,6 +24,7 @@ class Reply:
     output_tokens: int = 0
     refused: bool = False
     cut: bool = False
+    raw: str = ""
 
 
 @dataclass(frozen=True)
@@ -44,13 +46,25 @@ class Busy(TexforceError):
 class Failed(TexforceError):
     """This question got no answer (cut connection, time out, server error); asking again may help unless `retry` is off.
 
-    `charged` says that the answer may have been made, and paid for, before it was lost.
+    `charged` says that the answer may have been made, and paid for, before it was lost; `seconds` is the wait that the
+    judge asks for. Not `asked`: the fault is the question's own (a picture that cannot be read), and says nothing of the judge.
     """
 
-    def __init__(self, message: str, hint: str | None = None, *, retry: bool = True, charged: bool = False) -> None:
+    def __init__(
+        self,
+        message: str,
+        hint: str | None = None,
+        *,
+        retry: bool = True,
+        charged: bool = False,
+        seconds: float | None = None,
+        asked: bool = True,
+    ) -> None:
         super().__init__(message, hint)
         self.retry = retry
         self.charged = charged
+        self.seconds = seconds
+        self.asked = asked
 
 
 class Hopeless(TexforceError):
@@ -62,7 +76,7 @@ class Judge(Protocol):
 
     Optional: `prepare(cases, data)`, called once before anything else with the cases and the hash of the pictures;
     `close()`; `notes`, a list of sentences for the user; `size(question, repairs)` as in `budget.Metered`, needed for
-    `--max-cost`.
+    `--max-cost`; `setting`, what tells its rankings from those of the same judge with other options (else `identity`).
     """
 
     identity: str

@@ -29,12 +29,14 @@ PREFERENCE = "preference"
 
 class ClipJudge:
     """Ranks by a reward that compares picture and prompt: tiny-judge where the pictures are the embedded model's (64
-    pixels), CLIP ViT-B/32 (`clip-score`) elsewhere, or `reward`. It knows nothing of aesthetic quality."""
+    pixels), CLIP ViT-B/32 (`clip-score`) elsewhere, or `reward`, with its own `weights` where those are given. It knows
+    nothing of aesthetic quality."""
 
     criteria: tuple[str, ...] = (ALIGNMENT,)
 
-    def __init__(self, reward: str = "") -> None:
+    def __init__(self, reward: str = "", weights: str = "") -> None:
         self.identity = ""
+        self._options = {"weights": weights} if weights else {}
         self.modes: tuple[Mode, ...] = MODES
         self._name = reward
         self._rewards: RewardSet | None = None
@@ -47,13 +49,14 @@ class ClipJudge:
         if not self._name:
             self._name = "tiny-judge" if _side(cases) <= _EMBEDDED_SIDE else "clip-score"
         registry = load_registry()
-        spec = TermSpec(self._name)
+        spec = TermSpec(self._name, options=self._options)
         info = find(spec, registry)
         self._low, self._high = info.range or (0.0, 0.0)
         self._sign = 1.0 if info.higher_is_better else -1.0
         if not info.range:
             self.modes = ("pairwise", "listwise")  # a score from 1 to 10 needs to know the reward's ends
-        self.identity = json.dumps(["clip", 1, self._name, info.origin, info.version])
+        made_with = [info.origin, info.version, *sorted(self._options.items())]
+        self.identity = json.dumps(["clip", 1, self._name, *made_with])
         self._make = lambda: RewardSet([spec], registry)  # when it is asked first: a dry run loads nothing
 
     def ask(self, question: Question, repairs: Sequence[Repair] = ()) -> Reply:
@@ -91,7 +94,9 @@ class ClipJudge:
                 images = _pixels(question.files[slot])[None]
                 self._known[key] = float(self._rewards.score(images, [question.prompt], [{}])[self._name][0])
             except TexforceError as error:
-                raise Failed(f"'{question.files[slot].name}' could not be scored: {error.message}") from error
+                raise Failed(
+                    f"'{question.files[slot].name}' could not be scored: {error.message}", retry=False, asked=False
+                ) from error
         return self._known[key]
 
 
@@ -106,6 +111,7 @@ class VotesJudge:
             raise UsageError("the judge 'votes' needs a file", "add --judge-option file=votes.json")
         self._file = Path(file).expanduser()
         self.identity = ""
+        self.setting = "votes"  # more votes make the same ranking anew
         # prompt and pictures -> points of the first picture: votes are on pictures, whoever drew them
         self._points: dict[tuple[str, str, str], list[float]] = {}
 
@@ -123,6 +129,9 @@ class VotesJudge:
     def ask(self, question: Question, repairs: Sequence[Repair] = ()) -> Reply:
         """Who got more points from people on this pair; a pair that nobody voted on has no verdict."""
         del repairs
+        if question.hashes[0] == question.hashes[1]:
+            same = {"reason": "the same picture twice", "winner": TIE}
+            return Reply(json.dumps({PREFERENCE: same}), model="people")
         points = self._points.get((question.prompt, question.hashes[0], question.hashes[1]), [])
         if not points:
             return Reply("nobody voted on this pair", model="people", refused=True)
@@ -136,7 +145,7 @@ def _pixels(path: Path) -> NDArray[np.uint8]:
     try:
         return read_picture(path)
     except TexforceError as error:
-        raise Failed(error.message) from error
+        raise Failed(error.message, retry=False, asked=False) from error
 
 
 def _side(cases: Sequence[Case]) -> int:

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,10 @@ OPENAI = "https://api.openai.com/v1"
 _CRITERION = re.compile(r"[a-z][a-z0-9_-]{0,30}")
 _SHORTEST_KEY = 8
 """A shorter key is a stand-in such as "none" or "x": not secret, and found in any text."""
+_LONGEST_ANSWER = 10_000_000
+"""Bytes of an answer that are read."""
+_LONGEST_RAW = 100_000
+"""Letters of a server's whole answer that are kept; longer ones leave the text alone."""
 _SCHEMA_VERSION = 1
 _KEY = "OPENAI_API_KEY"
 
@@ -105,6 +110,7 @@ class OpenAIJudge:
                     "this judge needs the package 'openai'", "pip install 'texforce[openai]'"
                 ) from error
             self._key = _read_key(self._loopback)
+            self._key_in_json = re.compile("".join(map(_letter_in_json, self._key)), re.IGNORECASE)
             # a proxy must not come between us and this machine
             client = openai.DefaultHttpxClient(trust_env=False) if self._loopback else None
             self._client = openai.OpenAI(
@@ -128,25 +134,26 @@ class OpenAIJudge:
             Busy, Failed, Hopeless
         """
         self.connect()
+        import httpx2
         import openai
 
         form = self._form
         body = self._body(form, question, repairs, data_url)
-        client = self._client.with_raw_response
-        create = client.chat.completions.create if self.api == "chat" else client.responses.create
         # raised outside of the handlers, so that no traceback shows the SDK's own errors, which may quote the key
         problem: TexforceError
         try:
-            return self._read(create(**body).content)
+            return self._read(self._send(body))
         except openai.APIStatusError as error:
-            if is_refusal(error.body):
-                return Reply("", refused=True)
             said = self._scrubbed(error.message)
+            if is_refusal(error.status_code, error.body, said):
+                return Reply("", refused=True, raw=said)
             problem = self._adapted(form, error.status_code, said, error.body) or of_status(
                 error.status_code, error.response.headers, error.body, said
             )
         except openai.APIConnectionError as error:
             problem = of_connection(error, isinstance(error, openai.APITimeoutError))
+        except httpx2.HTTPError as error:
+            problem = of_connection(error, isinstance(error, httpx2.TimeoutException))
         except openai.OpenAIError as error:
             problem = Failed(f"the judge could not be asked ({self._scrubbed(str(error))})")
         except (Busy, Failed, Hopeless) as error:
@@ -167,6 +174,20 @@ class OpenAIJudge:
         make = chat_body if self.api == "chat" else responses_body
         return make(form, answer, question, repairs, url)
 
+    def _send(self, body: dict[str, Any]) -> bytes:
+        """The whole answer. All of it must come in the time that is allowed, not only each piece of it."""
+        client = self._client.with_streaming_response
+        create = client.chat.completions.create if self.api == "chat" else client.responses.create
+        end, answer = time.monotonic() + self._timeout, bytearray()
+        with create(**body) as response:
+            for part in response.iter_bytes():
+                answer += part
+                if time.monotonic() > end:
+                    raise Failed(f"no whole answer within {self._timeout:g} s", charged=True)
+                if len(answer) > _LONGEST_ANSWER:
+                    raise Failed("the server's answer does not end", charged=True)
+        return bytes(answer)
+
     def _read(self, content: bytes) -> Reply:
         """The reply in a server's answer, without the key where a server echoes it."""
         try:
@@ -177,7 +198,8 @@ class OpenAIJudge:
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise Failed("the server's answer is not of the API's form", charged=True) from None
         model = encodable(self._without_key(model)[:200])
-        return Reply(self._without_key(text), model, *usage, refused, cut)
+        raw = self._without_key(json.dumps(answer))
+        return Reply(self._without_key(text), model, *usage, refused, cut, raw if len(raw) <= _LONGEST_RAW else "")
 
     def _adapted(self, form: Form, status: int, said: str, body: Any) -> Failed | None:
         """Leave out what the server does not know, for the rest of the run; the question is asked again."""
@@ -200,11 +222,16 @@ class OpenAIJudge:
                 self.notes.append(note)
 
     def _without_key(self, text: str) -> str:
-        return text.replace(self._key, "(key)") if len(self._key) >= _SHORTEST_KEY else text
+        return self._key_in_json.sub("(key)", text) if len(self._key) >= _SHORTEST_KEY else text
 
     def _scrubbed(self, text: str) -> str:
         """What a server said, on one line, at a bearable length and without the key."""
         return " ".join(self._without_key(text).split())[:300]
+
+
+def _letter_in_json(letter: str) -> str:
+    """A pattern for a letter of the key as it is, or escaped as JSON allows, once or within a text that holds JSON."""
+    return rf"(?:\\*{re.escape(letter)}|\\+u{ord(letter):04x})"
 
 
 def _host(url: str) -> tuple[str, bool]:

@@ -11,7 +11,10 @@ from typing import Any
 
 from texforce_cli.judging.judge import Busy, Failed, Hopeless
 
-_REFUSALS = {"content_filter", "content_policy_violation"}
+_REFUSALS = {"content_filter", "content_policy_violation", "moderation_blocked", "invalid_prompt"}
+_MODERATION = re.compile(r"moderat|flagged|content.?polic|usage.?polic|safety.?system", re.IGNORECASE)
+_LOST = (408, 502, 504)
+"""A gateway that gave up waiting: the answer may have been made and charged."""
 _FORMAT = re.compile(r"response_format|json_schema|text\.format|structured.?output", re.IGNORECASE)
 
 
@@ -25,12 +28,17 @@ def of_status(status: int, headers: Mapping[str, str], body: Any, said: str) -> 
         return Hopeless(f"the judge has no such model or address ({said})", "check the model's name and --base-url")
     if status in (429, 503, 529):
         return Busy(f"the judge is busy ({said})", retry_after(headers, time.time()))
-    return Failed(f"the judge could not answer ({said})", retry=status >= 500 or status in (408, 409))
+    return Failed(
+        f"the judge could not answer ({said})",
+        retry=status >= 500 or status in (408, 409),
+        charged=status in _LOST,
+        seconds=retry_after(headers, time.time()),
+    )
 
 
-def is_refusal(body: Any) -> bool:
-    """Whether an error is the judge's refusal to look at this."""
-    return bool(_codes(body) & _REFUSALS)
+def is_refusal(status: int, body: Any, said: str) -> bool:
+    """Whether an error is the judge's refusal to look at this, by its code or, where that says nothing, by its sentence."""
+    return bool(_codes(body) & _REFUSALS) or (status in (400, 403, 422) and bool(_MODERATION.search(said)))
 
 
 def is_about_format(said: str, body: Any) -> bool:

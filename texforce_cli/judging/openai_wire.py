@@ -13,6 +13,8 @@ from texforce_cli.judging.judge import Repair
 from texforce_cli.judging.questions import Question
 
 Url = Callable[[Path, str], str]
+_ABSURD = 10**9
+"""Nobody uses so many tokens for one answer."""
 Read = tuple[str, str, tuple[int, int], bool, bool]
 """Text, model, (input tokens, output tokens), refused, cut."""
 
@@ -139,5 +141,5 @@ def _usage(answer: dict[str, Any], *names: str) -> tuple[int, int]:
     """Tokens in and out; 0 where a server does not count."""
     usage = answer.get("usage") or {}
     found = [usage.get(name) for name in names]
-    first, second = (value if isinstance(value, int) and value > 0 else 0 for value in found)
+    first, second = (value if type(value) is int and 0 < value < _ABSURD else 0 for value in found)
     return first, second

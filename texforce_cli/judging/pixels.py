@@ -27,9 +27,9 @@ def data_url(path: Path, sha256: str) -> str:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise Failed(f"'{path}' cannot be read ({error.strerror or error})", retry=False) from error
+        raise Failed(f"'{path}' cannot be read ({error.strerror or error})", retry=False, asked=False) from error
     if hashlib.sha256(data).hexdigest() != sha256:
-        raise Failed(f"'{path}' has changed since this run began", "run the command again", retry=False)
+        raise Failed(f"'{path}' has changed since this run began", "run the command again", retry=False, asked=False)
     shown = data if _bare(data) else _redrawn(path, data)
     return "data:image/png;base64," + base64.b64encode(shown).decode("ascii")
 
@@ -56,7 +56,7 @@ def _redrawn(path: Path, data: bytes) -> bytes:
             upright = ImageOps.exif_transpose(opened)
             image = upright.convert("RGBA" if upright.has_transparency_data else "RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise Failed(f"'{path}' is no picture that can be read", retry=False) from error
+        raise Failed(f"'{path}' is no picture that can be read", retry=False, asked=False) from error
     image.info.clear()
     buffer = io.BytesIO()
     image.save(buffer, "PNG")

@@ -52,7 +52,8 @@ PRICES = {
     # at most 1536 patches, each 1.62 tokens
     "gpt-4.1-mini": Price(0.40, 1.60, 2489),
 }
-"""As published by OpenAI in 2025; check, and override with --price. Exact names only: dated versions may cost more."""
+"""As published by OpenAI in 2025, and the same in price lists of 2026; check, and override with --price. Exact names only:
+dated versions may cost more."""
 
 
 def parse_price(text: str) -> Price:

@@ -28,8 +28,8 @@ def ranking_tabs(folder: Path, data: str = "") -> tuple[Tab, ...]:
     for path in sorted(folder.glob(f"{RANKS}/*/summary.json")):
         try:
             summary = json.loads(path.read_text(encoding="utf-8"))
-            lines = (path.parent / "verdicts.jsonl").read_text(encoding="utf-8").splitlines()
-            verdicts = [json.loads(line) for line in lines]
+            lines = (path.parent / "verdicts.jsonl").read_text(encoding="utf-8").split("\n")
+            verdicts = [json.loads(line) for line in lines if line]
             tab_id = "rank-" + re.sub("[^a-z0-9]+", "-", path.parent.name.lower()).strip("-")
             _html(summary, verdicts, data, {})  # a summary of another version does not break the page
         except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, TemplateError):

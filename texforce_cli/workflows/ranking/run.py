@@ -146,7 +146,8 @@ def plan_ranking(request: RankRequest) -> dict[str, Any]:
     """
     work = _prepare(request)
     journal = Journal(work.folder / "judgments.jsonl")
-    todo = list(dict.fromkeys(question for question, found in _found(work, journal) if found == Missing("unanswered")))
+    missing = (question for question, found in _found(work, journal) if found == Missing("unanswered"))
+    todo = list({question.key(work.judge.identity): question for question in missing}.values())
     plan: dict[str, Any] = {
         "judge": request.judge,
         "criteria": list(work.judge.criteria),
@@ -167,6 +168,7 @@ def plan_ranking(request: RankRequest) -> dict[str, Any]:
         price = _price(request)
         if price:
             budget = Budget(price=price)
+            plan["picture_tokens_at_most"] = plan["pictures"] * price.picture
             plan["usd_at_most_without_repairs"] = round(float(sum(budget.worst(size) for size in sizes)), 4)
     return plan
 
@@ -220,7 +222,7 @@ def _prepare(request: RankRequest) -> _Work:
             "check that the folders tell of these prompts and seeds" if request.images else "draw them: texforce eval"
         )
         raise UsageError(f"'{evaluation.out}' has no prompt with two pictures", hint)
-    folder = evaluation.out / RANKS / f"{_file_name(request.judge)}-{mode}"
+    folder = _folder(evaluation.out / RANKS, request, judge, mode)
     return _Work(
         request, evaluation, judge, variants, mode, rounds, tuple(questions), folder, data, tuple(shown.missing)
     )
@@ -267,6 +269,37 @@ def _judge(request: RankRequest) -> Judge:
     return find_judge(name).create(options)
 
 
+def _setting(judge: Judge) -> str:
+    """What tells the rankings of a judge from those of the same one with other options."""
+    return str(getattr(judge, "setting", judge.identity))
+
+
+def _folder(ranks: Path, request: RankRequest, judge: Judge, mode: Mode) -> Path:
+    """Where this judge's ranking is or will be: JUDGE-MODE, and with other options another folder beside it.
+
+    Raises:
+        UsageError: only the report is to be made, of a ranking that is not there.
+    """
+    plain = f"{_file_name(request.judge)}-{mode}"
+    other = f"{plain}-{hashlib.sha256(_setting(judge).encode('utf-8', 'replace')).hexdigest()[:6]}"
+    found = [name for name in (plain, other) if _recorded(ranks / name) == _setting(judge)]
+    if request.report_only and not found:
+        raise UsageError(
+            f"'{ranks.parent}' has no ranking of '{request.judge}' with these options",
+            "give the options that it was made with, or leave --report-only out",
+        )
+    return ranks / (found[0] if found else plain if _recorded(ranks / plain) is None else other)
+
+
+def _recorded(folder: Path) -> str | None:
+    """The setting of the judge whose ranking a folder holds; None where it holds none."""
+    try:
+        record = json.loads((folder / "rank.json").read_text(encoding="utf-8"))
+        return str(record.get("setting", record["judge"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
 def _file_name(judge: str) -> str:
     """A judge's name as part of a folder's; different names stay different."""
     if re.fullmatch("[a-z0-9][a-z0-9.-]{0,40}", judge):
@@ -301,6 +334,7 @@ def _record(work: _Work) -> dict[str, Any]:
     return {
         "request": {**request, "judge_options": sorted(work.request.judge_options)},
         "judge": work.judge.identity,
+        "setting": _setting(work.judge),
         "pictures": work.data,
         "questions": len(work.questions),
         "versions": versions(),
@@ -387,10 +421,15 @@ def _write(folder: Path, summary: Mapping[str, Any], rows: Sequence[Mapping[str,
     write_text(folder / "verdicts.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["criterion", "variant", "mean_rank", "low", "high", "strength", "strength_low", "strength_high"])
+    rounds = [f"mean_rank_round_{number + 1}" for number in range(summary["rounds"])]
+    ends = ["mean_rank", "low", "high", "strength", "strength_low", "strength_high"]
+    beats = [f"wins_against_{name}" for name in summary["variants"]]
+    writer.writerow(map(csv_cell, ["criterion", "variant", *ends, *rounds, *beats]))
     for criterion, result in summary["results"].items():
         for name in summary["variants"]:
             mean, strength = result["mean_rank"][name]["all"] or {}, result["bradley_terry"][name]
             cells = [*(mean.get(key) for key in ("mean", "low", "high")), *strength.values()]
+            cells += [(one or {}).get("mean") for one in result["mean_rank"][name]["rounds"]]
+            cells += [result["wins"].get(name, {}).get(other) for other in summary["variants"]]
             writer.writerow([csv_cell(cell) for cell in (criterion, name, *cells)])
     write_text(folder / "summary.csv", text.getvalue())

@@ -180,15 +180,14 @@ def _mean_ranks(ranks: Ranks, variants: Sequence[str], rounds: int) -> dict[str,
 
 
 def _agreement(ranks: Ranks, variants: Sequence[str]) -> float:
-    """Kendall's W between the rounds of a prompt, the mean over prompts."""
-    values = []
+    """Kendall's W between the rounds of a prompt and seed: the mean over seeds, then over prompts."""
+    prompts = []
     for by_round in ranks.values():
-        rows = [
-            [float(np.mean([seed[name] for seed in seeds.values()])) for name in variants]
-            for seeds in by_round.values()
-        ]
-        values.append(kendall_w(np.array(rows)))
-    known = [value for value in values if math.isfinite(value)]
+        seeds = dict.fromkeys(seed for found in by_round.values() for seed in found)
+        tables = [[found[seed] for found in by_round.values() if seed in found] for seed in seeds]
+        values = [kendall_w(np.array([[row[name] for name in variants] for row in table])) for table in tables]
+        prompts.append([value for value in values if math.isfinite(value)])
+    known = [float(np.mean(values)) for values in prompts if values]
     return float(np.mean(known)) if known else math.nan
 
 
