@@ -586,6 +586,7 @@ def test_twenty_requests_a_minute_with_eight_workers_lose_nothing(tmp_path: Path
         outcome, found, _ = put(judge_of(server), questions, tmp_path / "j", workers=8)
     print(f"{time.monotonic() - began:.0f} s, {server.refused_by_limit} refused")
     assert outcome == Outcome(72, 0) and not any(isinstance(one, Missing) for one in found)
+    assert server.refused_by_limit <= 3 * 8  # nobody hammers: at most each worker once, each time the limit is met
 
 
 def test_so_many_requests_at_once_as_there_are_workers(tmp_path: Path) -> None:
