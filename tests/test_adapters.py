@@ -120,7 +120,8 @@ def test_a_lora_of_another_model_is_refused(key: str) -> None:
         stack(fresh(), [("x", wrong)])
 
 
-def test_an_official_folder_changes_the_encoder_by_exactly_what_it_encodes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ending", [".safetensors", ".bin"])
+def test_an_official_folder_changes_the_encoder_by_exactly_what_it_encodes(tmp_path: Path, ending: str) -> None:
     """The published form (`base_model.model.text_model...`, r = alpha = 16) loads nothing in peft under transformers 5.6."""
     ours, encoder = fresh(), fresh().text_encoder
     width = encoder.config.hidden_size
@@ -135,7 +136,12 @@ def test_an_official_folder_changes_the_encoder_by_exactly_what_it_encodes(tmp_p
                 shape=(width, width),
             )
     made.tensors = {key: value * np.float32(0.05) for key, value in made.tensors.items()}
-    made.save(tmp_path / "adapter_model.safetensors")
+    if ending == ".bin":
+        torch.save(
+            {key: torch.from_numpy(value) for key, value in made.tensors.items()}, tmp_path / "adapter_model.bin"
+        )
+    else:
+        made.save(tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 16, "lora_alpha": 16}')
     ids = torch.arange(16)[None]
     before = encoder(ids).last_hidden_state
@@ -143,7 +149,7 @@ def test_an_official_folder_changes_the_encoder_by_exactly_what_it_encodes(tmp_p
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
             delta = made.wanted[f"text_encoder.text_model.encoder.layers.{layer}.self_attn.{name}"] * 0.05**2
             block.self_attn.get_submodule(name).weight.data += torch.from_numpy(delta)
-    stack(ours, [("x", read_lora(str(tmp_path)).arrays())])
+    stack(ours, [("x", read_lora(str(tmp_path), allow_pickle=ending == ".bin").arrays())])
     after = encoder(ids).last_hidden_state
     assert (after - before).abs().max() > 0.1
     assert torch.allclose(ours.text_encoder(ids).last_hidden_state, after, rtol=0, atol=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ import torch
 from lora_files import deltas
 
 from texforce_cli.cli import app
-from texforce_cli.errors import TexforceError
+from texforce_cli.errors import TexforceError, UsageError
 from texforce_cli.lora.full import open_full
+from texforce_cli.lora.read import read_lora
 from texforce_cli.tiny import WEIGHTS
 from texforce_cli.workflows import extract as extracting
 from texforce_cli.workflows.extract import ExtractRequest, extract
@@ -57,6 +59,8 @@ def test_the_difference_becomes_the_closest_lora(tmp_path: Path) -> None:
         best, whole = best + optimum, whole + np.sum(exact**2)
     assert result.error == pytest.approx((best / whole) ** 0.5, rel=1e-6)
     assert (result.modules, result.rest, result.left_out) == (2, 0.0, ())
+    kernels = {name: module.kernel for name, module in read_lora(str(tmp_path / "out.safetensors")).modules.items()}
+    assert kernels == {f"unet.{QUERY.removesuffix('.weight')}": (), f"unet.{CONV.removesuffix('.weight')}": (3, 3)}
 
 
 def test_what_is_read_back_is_compared_with_the_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,6 +132,42 @@ def test_models_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(TexforceError, match=rf"'unet.{QUERY}' is .* in the two models"):
         extract(ExtractRequest(str(UNET), str(same), out, rank=4))
     assert not out.exists()
+
+
+def test_models_whose_parts_are_of_two_bases_are_one_sentence(tmp_path: Path, capsys: Any) -> None:
+    for folder, value in (("base", 0.0), ("tuned", 1.0)):
+        for part, key, width in (
+            ("text_encoder", "text_model.encoder.layers.0.self_attn.q_proj.weight", 1024),
+            ("unet", "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight", 768),
+        ):
+            (tmp_path / folder / part).mkdir(parents=True)
+            weights = {key: torch.full((2, width), value)}
+            safetensors.torch.save_file(weights, tmp_path / folder / part / "model.safetensors")
+    models = [str(tmp_path / name) for name in ("base", "tuned")]
+    assert app.run(["fuse", "--extract", *models, "--rank", "2", "--out", str(tmp_path / "out.safetensors")]) == 1
+    said = capsys.readouterr().err
+    assert (
+        "the model mixes base models ('text_encoder.text_model.encoder.layers.0.self_attn.q_proj' is of SD 2.x" in said
+    )
+    assert len(said.splitlines()) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "tuned"]
+
+
+@pytest.mark.parametrize("source", ["~nobody-of-that-name/x", "x" * 300, "a\0b"])
+def test_a_path_that_cannot_be_is_one_sentence(source: str) -> None:
+    with pytest.raises(UsageError, match=r"cannot be looked at|there is no folder or file"):
+        open_full(source)
+
+
+def test_an_index_without_an_end_is_one_sentence(tmp_path: Path) -> None:
+    index = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text('{"weight_map":' * 5000)
+    with pytest.raises(TexforceError, match=r"index.json' cannot be read"):
+        open_full(str(tmp_path))
+    index.write_text('{"weight_map": {"conv_in.weight": "pipe.safetensors"}}')
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    with pytest.raises(UsageError, match="is a pipe or a device"):
+        open_full(str(tmp_path))
 
 
 def test_full_weights_are_read_from_every_place(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from lora_files import FORMATS, TEXT, UNET, Made, close, deltas, diffusers_old, 
 from texforce_cli.cli import app
 from texforce_cli.errors import TexforceError, UsageError
 from texforce_cli.lora.read import read_lora
+from texforce_cli.tensorfile import TensorFile
 from texforce_cli.tiny import WEIGHTS
 from texforce_cli.workflows import fuse as fusing
 from texforce_cli.workflows.fuse import FuseRequest, fuse, plan_fuse
@@ -277,6 +278,141 @@ def test_what_is_read_back_is_compared(
     with pytest.raises(TexforceError, match=r"q_proj' in .*out.safetensors' would differ from the sum of its sources"):
         fused(tmp_path / "out.safetensors", sources[1], f"{sources[0]}:te=0", **options)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({}, "holds numbers that do not fit into fp32; use smaller weights"),
+        ({"precision": "bf16"}, "holds numbers that do not fit into bf16; use smaller weights"),
+        ({"rank": 2}, "holds numbers that are too large; use smaller weights"),
+        ({"max_error": 0.1}, "holds numbers that are too large; use smaller weights"),
+    ],
+)
+def test_a_sum_that_overflows_is_one_sentence_without_warnings(tmp_path: Path, options: Any, sentence: str) -> None:
+    key = f"unet.{UNET}.to_q"
+    made = Made().add(key, *(f"{key}.lora_{x}.weight" for x in "AB"))
+    made.tensors[f"{key}.lora_B.weight"] *= np.float32(1e38)
+    path = made.save(tmp_path / "a.safetensors")
+    with pytest.raises(TexforceError, match=f"'{key}' {sentence}"):
+        fused(tmp_path / "new" / "out.safetensors", f"{path}:1000", **options)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(("lists", "kept"), [(299, True), (300, False)])
+def test_a_lineage_nested_as_deeply_as_no_command_writes_it_is_left_out(
+    tmp_path: Path, capsys: Any, lists: int, kept: bool
+) -> None:
+    nested = '{"a": ' + "[" * lists + "]" * lists + ', "[[": "\\"[["}'
+    path = simple(tmp_path / "a.safetensors", **{"texforce.fuse": nested})
+    fused(tmp_path / "out.safetensors", path)
+    about = json.loads(TensorFile.open(tmp_path / "out.safetensors").metadata["texforce.fuse"])
+    assert ("fused from" in about["sources"][0]) is kept
+    assert app.run(["fuse", "--inspect", "--json", str(path)]) == 0
+    assert bool(json.loads(capsys.readouterr().out)["files"][0]["made_by"]) is kept
+
+
+def test_inspect_says_what_may_be_wrong(tmp_path: Path, capsys: Any) -> None:
+    folder, _ = peft_folder(tmp_path / "x")
+    (folder / "adapter_config.json").unlink()
+    assert app.run(["fuse", "--inspect", str(folder)]) == 0
+    assert "its alpha is not known and taken to be its rank" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_large_file_is_streamed(tmp_path: Path) -> None:
+    """600 MB of layers of 4 MB each, in a process of their own."""
+    rank, width, layers = 256, 2048, 150
+    size = rank * width * 4
+    header: dict[str, Any] = {}
+    for index in range(layers):
+        for factor, shape in (("A", [rank, width]), ("B", [width, rank])):
+            key = f"unet.down_blocks.0.attentions.0.transformer_blocks.{index}.attn1.to_q.lora_{factor}.weight"
+            start = len(header) * size
+            header[key] = {"dtype": "F32", "shape": shape, "data_offsets": [start, start + size]}
+    text = json.dumps(header).encode()
+    with (tmp_path / "a.safetensors").open("wb") as handle:
+        handle.write(len(text).to_bytes(8, "little") + text)
+        handle.truncate(8 + len(text) + len(header) * size)  # zeros that take no place on the disk
+    code = (
+        "import resource; from texforce_cli.cli.app import run; "
+        f"assert run(['fuse', {str(tmp_path / 'a.safetensors')!r}, '--out', {str(tmp_path / 'b.safetensors')!r}]) == 0; "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    # by way of a shell: a process counts what its parent held when it was forked
+    command = ["sh", "-c", '"$@"; exit $?', "sh", sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    peak = int(done.stdout.split()[-1]) * (1 if sys.platform == "darwin" else 1024)
+    assert (tmp_path / "b.safetensors").stat().st_size > 600e6
+    (tmp_path / "b.safetensors").unlink()
+    assert peak < 300e6 + 5 * 2 * size
+
+
+def test_peft_says_how_a_pissa_becomes_a_plain_lora_and_that_is_fused(tmp_path: Path, pipeline: Any) -> None:
+    """PiSSA moves a part of the base weights into the factors: only what peft converts is the change of the weights."""
+    from peft import LoraConfig, get_peft_model
+
+    before = {name: value.detach().clone().double() for name, value in pipeline.text_encoder.named_parameters()}
+    wrapped = get_peft_model(
+        pipeline.text_encoder, LoraConfig(r=4, lora_alpha=4, init_lora_weights="pissa", target_modules=["q_proj"])
+    )
+    wrapped.peft_config["default"].init_lora_weights = True  # as peft's guide says: not to begin anew when it is loaded
+    wrapped.save_pretrained(tmp_path / "initial")
+    wrapped.peft_config["default"].init_lora_weights = "pissa"
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_" in name:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    wrapped.save_pretrained(tmp_path / "pissa")
+    with pytest.raises(TexforceError, match=r"init_lora_weights 'pissa'.*path_initial_model_for_weight_conversion"):
+        fused(tmp_path / "a.safetensors", tmp_path / "pissa")
+    wrapped.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
+    found = fused(tmp_path / "b.safetensors", tmp_path / "plain")
+    tuned = dict(wrapped.merge_and_unload().named_parameters())
+    for name, delta in found.items():
+        own = next(
+            key for key in before if f"text_encoder.text_model.{key.removeprefix('text_model.')}" == f"{name}.weight"
+        )
+        change = tuned[own].detach().double() - before[own]
+        assert np.allclose(delta, change.numpy(), rtol=0, atol=1e-5)
+        assert change.abs().max() > 0.05
+
+
+@pytest.mark.parametrize("form", ["diffusers", "peft"])
+def test_an_output_that_appears_while_the_sum_is_made_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: Any
+) -> None:
+    source, out = simple(tmp_path / "a.safetensors"), tmp_path / "out.safetensors"
+    real = fusing._verify
+
+    def meanwhile(*arguments: Any) -> float:
+        out.write_text("theirs")
+        return real(*arguments)
+
+    monkeypatch.setattr(fusing, "_verify", meanwhile)
+    with pytest.raises(UsageError, match=r"out.safetensors' has appeared meanwhile"):
+        fused(out, source, format=form)
+    assert out.read_text() == "theirs"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "out.safetensors"]
+
+
+def test_a_folder_is_looked_through_to_its_first_stranger_and_only_where_it_would_be_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "home"
+    out.mkdir()
+
+    def endless(self: Path, pattern: str) -> Any:
+        yield self / "letters"
+        raise AssertionError("read on")
+
+    monkeypatch.setattr(Path, "rglob", endless)
+    with pytest.raises(UsageError, match="home' holds 'letters', which is no part"):
+        fusing.refuse_output(out, [], folder=True, force=True)
+    for folder in (True, False):
+        with pytest.raises(UsageError, match=r"exists already|does not end in"):
+            fusing.refuse_output(out, [], folder=folder, force=False)
 
 
 def test_a_folder_that_holds_anything_else_is_never_replaced(tmp_path: Path) -> None:

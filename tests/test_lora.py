@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -17,12 +18,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lora_files import FORMATS, TEXT, UNET, Made, close, deltas, factors, kohya, peft_folder
 
+from texforce_cli.cli import app
 from texforce_cli.errors import TexforceError, UsageError
 from texforce_cli.lora.lora import Lora, common_bases
 from texforce_cli.lora.names import parse_key
 from texforce_cli.lora.read import find_lora, read_lora
 from texforce_cli.lora.spec import LoraSpec, parse_lora
-from texforce_cli.lora.write import lora_bytes
+from texforce_cli.lora.write import lora_bytes, new_lora
 
 KEY = f"text_encoder.{TEXT}"
 
@@ -204,12 +206,37 @@ REFUSED: list[tuple[dict[str, torch.Tensor], str]] = [
 
 @pytest.mark.parametrize(("tensors", "sentence"), REFUSED, ids=[sentence for _, sentence in REFUSED])
 def test_what_cannot_be_merged_is_refused_with_file_and_key(
-    tmp_path: Path, tensors: dict[str, torch.Tensor], sentence: str
+    tmp_path: Path, capsys: Any, tensors: dict[str, torch.Tensor], sentence: str
 ) -> None:
-    safetensors.torch.save_file({key: value.clone() for key, value in tensors.items()}, tmp_path / "a.safetensors")
-    with pytest.raises(TexforceError, match=sentence) as caught:
-        read_lora(str(tmp_path / "a.safetensors"))
-    assert "a.safetensors" in str(caught.value)
+    path = tmp_path / "a.safetensors"
+    safetensors.torch.save_file({key: value.clone() for key, value in tensors.items()}, path)
+    with pytest.raises(TexforceError, match=sentence):
+        read_lora(str(path))
+    assert app.run(["fuse", str(path), "--out", str(tmp_path / "new" / "b.safetensors")]) in (1, 2)
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert len(said.err.splitlines()) == 1
+    assert "a.safetensors" in said.err
+    assert not tensors or any(key[:117] in said.err for key in tensors)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_name_with_a_line_break_is_quoted_on_one_line(tmp_path: Path, capsys: Any) -> None:
+    safetensors.torch.save_file({"a.lora_A\nerror: all is well\x1b[2J": ONE.clone()}, tmp_path / "a.safetensors")
+    assert app.run(["fuse", str(tmp_path / "a.safetensors"), "--dry-run"]) == 1
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1
+    assert r"a.lora_A\nerror: all is well\x1b" in said
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.safetensors")
+    with pytest.raises(UsageError, match="holds no LoRA"):
+        read_lora(str(tmp_path))
+    path, wanted = kohya(tmp_path / "x")
+    path.rename(tmp_path / "y.safetensors")
+    assert close(deltas(tmp_path), wanted)
 
 
 @pytest.mark.parametrize(
@@ -219,6 +246,15 @@ def test_what_cannot_be_merged_is_refused_with_file_and_key(
         ({"use_dora": True}, "made with use_dora"),
         ({"bias": "all"}, "made with bias"),
         ({"modules_to_save": ["x"]}, "made with modules_to_save"),
+        *(
+            ({"init_lora_weights": how}, f"init_lora_weights '{how}', which changed the base weights")
+            for how in ("pissa", "pissa_niter_16", "corda", "olora", "lora_ga", "loftq")
+        ),
+        ({"use_qalora": True}, "made with use_qalora"),
+        ({"use_bdlora": {"nblocks": 2}}, "made with use_bdlora"),
+        ({"kasa_config": {"beta": 1}}, "made with kasa_config"),
+        ({"alora_invocation_tokens": [1, 2]}, "made with alora_invocation_tokens"),
+        ({"layer_replication": [[0, 4], [2, 5]]}, "made with layer_replication"),
         ({"lora_alpha": "much"}, "an alpha of 'much'"),
         ({"lora_alpha": 1e999}, "an alpha of"),
         ({"lora_alpha": 10**400}, "an alpha of"),
@@ -229,6 +265,42 @@ def test_a_config_that_means_something_else_is_refused(tmp_path: Path, config: d
     folder, _ = peft_folder(tmp_path / "x")
     (folder / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(TexforceError, match=sentence):
+        read_lora(str(folder))
+
+
+def test_ways_to_begin_that_leave_the_base_alone_are_read(tmp_path: Path) -> None:
+    folder, wanted = peft_folder(tmp_path / "x")
+    for how in (True, False, None, "gaussian", "eva", "orthogonal"):
+        config = {"lora_alpha": 16, "init_lora_weights": how, "use_qalora": False, "layer_replication": None}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        assert close(deltas(folder), wanted)
+
+
+def test_a_header_that_tells_of_changed_base_weights_is_refused(tmp_path: Path) -> None:
+    header = json.dumps({"text_encoder.lora_alpha": 4, "text_encoder.init_lora_weights": "olora"})
+    made = Made(metadata={"lora_adapter_metadata": header}).add(KEY, *(f"{KEY}.lora_{x}.weight" for x in "AB"))
+    with pytest.raises(TexforceError, match="init_lora_weights 'olora'"):
+        read_lora(str(made.save(tmp_path / "a.safetensors")))
+
+
+def parts(folder: Path, **keys: str) -> Path:
+    """A PEFT folder of folders, one layer in each."""
+    for component, key in keys.items():
+        made = Made().add(key, *(f"{key}.lora_{x}.weight" for x in "AB"))
+        made.save(folder / component / "adapter_model.safetensors")
+        (folder / component / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 4}')
+    return folder
+
+
+def test_parts_that_hold_the_same_layer_or_another_parts_are_refused(tmp_path: Path) -> None:
+    folder = parts(tmp_path / "a", text_encoder=f"base_model.model.{TEXT}", unet=f"base_model.model.{TEXT}")
+    with pytest.raises(TexforceError, match=r"unet.*q_proj.*', which is of text_encoder, in a folder of unet"):
+        read_lora(str(folder))
+    folder = parts(tmp_path / "b", text_encoder=f"base_model.model.{UNET}.to_q")
+    with pytest.raises(TexforceError, match=r"which is of unet, in a folder of text_encoder"):
+        read_lora(str(folder))
+    folder = parts(tmp_path / "c", text_encoder=KEY, unet=KEY)
+    with pytest.raises(TexforceError, match=rf"unet/.*' holds '{KEY}.*', which '.*text_encoder/.*' holds as well"):
         read_lora(str(folder))
 
 
@@ -267,10 +339,50 @@ def attention(
         (attention(1280, TEXT, "text_encoder_2"), "SDXL"),
         (attention(320, f"{UNET}.to_q"), "unknown"),
         (attention(320, f"{UNET}.to_q", ss_base_model_version="sd_v1"), "SD 1.x"),
+        *(
+            (attention(320, f"{UNET}.to_q", **{key: told}), base)
+            for key, told, base in (
+                ("modelspec.architecture", "stable-diffusion-v1/lora", "SD 1.x"),
+                ("modelspec.architecture", "stable-diffusion-v2-768-v/lora", "SD 2.x"),
+                ("modelspec.architecture", "stable-diffusion-xl-v1-base/lora", "SDXL"),
+                ("modelspec.architecture", "flux-1-dev/lora", "unknown"),
+                ("ss_base_model_version", "sdxl_base_v1-0", "SDXL"),
+                ("ss_base_model_version", "sd_v2_v", "SD 2.x"),
+                ("ss_sd_model_name", "realisticVision_v20.safetensors", "unknown"),
+            )
+        ),
     ],
 )
 def test_the_base_model_is_told_by_widths_then_by_headers(tmp_path: Path, make: Any, base: str) -> None:
     assert make(tmp_path / "a.safetensors").base == base
+
+
+@pytest.mark.parametrize(
+    ("path", "base"),
+    [
+        ("runwayml/stable-diffusion-v1-5", "SD 1.x"),
+        ("CompVis/stable-diffusion-v1-4", "SD 1.x"),
+        ("/home/axl/stable-diffusion-v1-5/", "SD 1.x"),
+        (r"D:\sdxl\stable-diffusion-v1-5", "SD 1.x"),
+        ("stabilityai/stable-diffusion-2-1", "SD 2.x"),
+        ("stabilityai/stable-diffusion-2", "SD 2.x"),
+        ("me/sd21", "SD 2.x"),
+        ("stabilityai/stable-diffusion-xl-base-1.0", "SDXL"),
+        ("stabilityai/sdxl-turbo", "SDXL"),
+        ("me/realistic_v20", "SD 1.x or SDXL"),
+        ("me/axle-v15", "SD 1.x or SDXL"),
+        ("me/sd2024", "SD 1.x or SDXL"),
+    ],
+)
+def test_the_base_model_is_told_by_the_last_part_of_its_path(tmp_path: Path, path: str, base: str) -> None:
+    width = 1024 if base == "SD 2.x" else 768
+    made = Made().add(KEY, *(f"base_model.model.{TEXT}.lora_{x}.weight" for x in "AB"), shape=(6, width))
+    made.add("unet", f"unet.{UNET}.to_q.lora_A.weight", f"unet.{UNET}.to_q.lora_B.weight")
+    if base == "SD 2.x":  # whose width would tell as well
+        made.tensors = {key: value for key, value in made.tensors.items() if key.startswith("unet")}
+    made.save(tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 4, "base_model_name_or_path": path}))
+    assert read_lora(str(tmp_path)).base == base
 
 
 def test_one_file_of_two_bases_is_refused(tmp_path: Path) -> None:
@@ -292,6 +404,36 @@ def test_the_second_encoder_alone_is_known_by_its_folder_or_its_width(tmp_path: 
         (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4, "lora_alpha": 4}')
         for source in {folder, tmp_path / where.partition("/")[0]}:
             assert close(deltas(source), made.wanted)
+
+
+def test_the_second_encoder_is_known_by_what_its_layers_take_alone(tmp_path: Path) -> None:
+    """Not by a rank of 1280, and by its mlp as well as by its attention."""
+    for index, (name, shape, rank, component) in enumerate(
+        [
+            ("self_attn.q_proj", (768, 768), 1280, "text_encoder"),
+            ("mlp.fc1", (5120, 1280), 4, "text_encoder_2"),
+            ("mlp.fc2", (1280, 5120), 4, "text_encoder_2"),
+            ("mlp.fc2", (768, 3072), 4, "text_encoder"),
+            ("mlp.fc2", (1280, 1280), 4, "text_encoder"),
+        ]
+    ):
+        key = f"text_model.encoder.layers.0.{name}"
+        made = Made().add(key, *(f"base_model.model.{key}.lora_{x}.weight" for x in "AB"), shape=shape, rank=rank)
+        assert read_lora(str(made.save(tmp_path / f"{index}.safetensors"))).components == (component,)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "sentence"), [(1e200, "holds numbers beyond float32 in 'lora_te"), (-1e31, "gives 'lora_te.*' as -1e")]
+)
+def test_an_absurd_alpha_is_one_sentence(tmp_path: Path, capsys: Any, alpha: float, sentence: str) -> None:
+    key = "lora_te_text_model_encoder_layers_1_self_attn_q_proj"
+    made = Made().add(f"text_encoder.{TEXT}", f"{key}.lora_down.weight", f"{key}.lora_up.weight")
+    made.tensors[f"{key}.alpha"] = np.array(alpha)
+    path = made.save(tmp_path / "a.safetensors")
+    with pytest.raises(TexforceError, match=sentence):
+        read_lora(str(path))
+    assert app.run(["fuse", "--inspect", str(path)]) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_alpha_may_be_an_integer_and_its_absence_is_told(tmp_path: Path) -> None:
@@ -329,6 +471,72 @@ def test_loras_of_different_bases_are_told_apart(tmp_path: Path) -> None:
         common_bases([one, text])
     either = attention(768, TEXT, "text_encoder")(tmp_path / "d.safetensors")
     assert common_bases([either, one]) == {"SD 1.x"}
+
+
+def test_a_pickle_of_tensors_that_are_no_plain_arrays_is_one_sentence(tmp_path: Path) -> None:
+    torch.save({f"{KEY}.lora_A.weight": torch.eye(3).to_sparse()}, tmp_path / "a.bin")
+    with pytest.raises(TexforceError, match=rf"a.bin' holds '{KEY}.lora_A.weight' as no plain tensor"):
+        read_lora(str(tmp_path / "a.bin"), allow_pickle=True)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_product_that_overflows_reaches_no_model(tmp_path: Path) -> None:
+    made = Made().add(KEY, *(f"{KEY}.lora_{x}.weight" for x in "AB"))
+    made.tensors[f"{KEY}.lora_B.weight"] *= np.float32(1e38)
+    lora = read_lora(str(made.save(tmp_path / "a.safetensors")))
+    with pytest.raises(TexforceError, match=rf"a.safetensors' makes '{KEY}' infinite at 1000 times what it holds"):
+        lora.arrays(lambda component: 1000.0)
+    with pytest.raises(TexforceError, match="infinite at 1e"):
+        lora.arrays(lambda component: 1e308)
+
+
+def test_a_folder_that_is_replaced_is_back_after_an_interrupt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, rename = tmp_path / "out", Path.replace
+    out.mkdir()
+    (out / "old").touch()
+    for when in ("before", "after"):
+
+        def interrupted(self: Path, target: Path, when: str = when) -> Path:
+            if self.suffix == ".tmp" and when == "before":
+                raise KeyboardInterrupt
+            moved = rename(self, target)
+            if target.suffix == ".old" and when == "after":
+                raise KeyboardInterrupt
+            return moved
+
+        monkeypatch.setattr(Path, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt), new_lora(out, "peft", force=True) as temporary:
+            (temporary / "new").touch()
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        assert [path.name for path in out.iterdir()] == ["old"]
+    monkeypatch.undo()
+    with new_lora(out, "peft", force=True) as temporary:
+        (temporary / "new").touch()
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["out", "out/new"]
+
+
+@pytest.mark.parametrize("form", ["diffusers", "peft"])
+def test_what_appears_while_a_lora_is_made_is_not_replaced_without_force(tmp_path: Path, form: Any) -> None:
+    out = tmp_path / "out.safetensors"
+
+    def write(text: str, force: bool, meanwhile: bool) -> None:
+        with new_lora(out, form, force=force) as temporary:
+            (temporary / "x" if form == "peft" else temporary).write_text(text)
+            if meanwhile and form == "peft":
+                out.mkdir()
+                (out / "x").write_text("theirs")
+            elif meanwhile:
+                out.write_text("theirs")
+
+    with pytest.raises(UsageError, match=r"out.safetensors' has appeared meanwhile"):
+        write("ours", force=False, meanwhile=True)
+    assert (out / "x" if form == "peft" else out).read_text() == "theirs"
+    write("ours", force=True, meanwhile=False)
+    assert (out / "x" if form == "peft" else out).read_text() == "ours"
+    out = tmp_path / "new.safetensors"
+    write("ours", force=False, meanwhile=False)
+    assert (out / "x" if form == "peft" else out).read_text() == "ours"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new.safetensors", "out.safetensors"]
 
 
 def test_arrays_have_scale_and_weight_in_b(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from texforce_cli.cli.app import run
-from texforce_cli.errors import TexforceError
-from texforce_cli.tensorfile import TensorFile, TensorWriter, write_tensors
+from texforce_cli.errors import TexforceError, UsageError
+from texforce_cli.tensorfile import TensorFile, TensorWriter, shown, write_tensors
 
 
 @pytest.mark.parametrize(
@@ -167,3 +168,26 @@ def test_nan_is_named(tmp_path: Path) -> None:
         file.finite("x")
     with pytest.raises(TexforceError, match="holds 'n' as I64"):
         file.finite("n")
+
+
+@pytest.mark.filterwarnings("error")
+def test_numbers_are_those_that_float32_holds(tmp_path: Path) -> None:
+    values = {"x": torch.tensor([1.0, -1e39], dtype=torch.float64), "y": torch.tensor([1e38, 0.1], dtype=torch.float64)}
+    safetensors.torch.save_file(values, tmp_path / "a.safetensors")
+    file = TensorFile.open(tmp_path / "a.safetensors")
+    with pytest.raises(TexforceError, match="holds numbers beyond float32 in 'x'"):
+        file.finite("x")
+    assert file.finite("y").tolist() == [1e38, 0.1]
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.safetensors")
+    with pytest.raises(UsageError, match="is a pipe or a device"):
+        TensorFile.open(tmp_path / "a.safetensors")
+
+
+def test_a_name_is_quoted_on_one_line() -> None:
+    assert shown("a b.é\n\x1b\ud800\\") == "a b.é\\n\\x1b\\ud800\\"
+    assert shown("x" * 120) == "x" * 120
+    assert shown("x" * 121) == "x" * 117 + "..."

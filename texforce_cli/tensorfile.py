@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,9 +71,12 @@ class TensorFile:
             TexforceError: it is no safetensors file, cut short, or its header contradicts itself; the sentence says where.
         """
         try:
-            size = path.stat().st_size
-            if path.is_dir():
+            status = path.stat()
+            if stat.S_ISDIR(status.st_mode):
                 raise UsageError(f"'{path}' is a folder, not a file", "name the .safetensors file in it")
+            if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for without end
+                raise UsageError(f"'{path}' is a pipe or a device, not a file", "copy what it gives into a file")
+            size = status.st_size
             with path.open("rb") as handle:
                 start = handle.read(64)
                 _refuse_impostors(path, start)
@@ -109,23 +113,40 @@ class TensorFile:
         except OSError as error:
             raise TexforceError(f"'{self.path}' could not be read ({error.strerror or error})", _AGAIN) from error
         if data.size != math.prod(entry.shape):
-            raise TexforceError(f"'{self.path}' has changed while '{key}' was read", "run the command again")
+            raise TexforceError(f"'{self.path}' has changed while '{shown(key)}' was read", "run the command again")
         return data.reshape(entry.shape)
 
     def finite(self, key: str) -> Array:
         """A tensor of numbers in float32, or float64 where it is stored so.
 
         Raises:
-            TexforceError: it holds NaN or infinite values, or is no tensor of numbers with a fraction; a single number may
-                be an integer.
+            TexforceError: it holds NaN or infinite values or some beyond float32, or is no tensor of numbers with a
+                fraction; a single number may be an integer.
         """
         data = self.read(key)
         if not self.entries[key].dtype.startswith(("F", "BF")) and (data.size != 1 or data.dtype == np.bool_):
-            raise TexforceError(f"'{self.path}' holds '{key}' as {self.entries[key].dtype}", "it is no weight")
-        data = data if data.dtype == np.float64 else data.astype(np.float32)
-        if not np.isfinite(data).all():
-            raise TexforceError(f"'{self.path}' holds NaN or infinite values in '{key}'", "it cannot be used")
-        return data
+            raise TexforceError(f"'{self.path}' holds '{shown(key)}' as {self.entries[key].dtype}", "it is no weight")
+        return finite(self.path, key, data)
+
+
+def finite(path: Path, key: str, data: Array) -> Array:
+    """Numbers in float32, or float64 where they are stored so.
+
+    Raises:
+        TexforceError: they hold NaN or infinite values, or some that float32 cannot hold.
+    """
+    with np.errstate(over="ignore"):
+        single = data.astype(np.float32, copy=False)
+    if not np.isfinite(single).all():
+        what = "numbers beyond float32" if np.isfinite(data).all() else "NaN or infinite values"
+        raise TexforceError(f"'{path}' holds {what} in '{shown(key)}'", "it cannot be used")
+    return data if data.dtype == np.float64 else single
+
+
+def shown(name: str) -> str:
+    """A name as a message may quote it: on one line, and not too long."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+    return line if len(line) <= 120 else f"{line[:117]}..."
 
 
 class TensorWriter:
@@ -220,12 +241,12 @@ def _entry(path: Path, key: str, value: Any, base: int) -> Entry:
     except (TypeError, KeyError, ValueError):
         whole = False
     if not whole or not isinstance(dtype, str):
-        raise TexforceError(f"'{path}' describes '{key}' in a way that cannot be read", _AGAIN)
+        raise TexforceError(f"'{path}' describes '{shown(key)}' in a way that cannot be read", _AGAIN)
     if dtype not in DTYPES:
-        raise TexforceError(f"'{path}' holds '{key}' as {dtype[:20]!r}", f"that can be {', '.join(DTYPES)}")
+        raise TexforceError(f"'{path}' holds '{shown(key)}' as {dtype[:20]!r}", f"that can be {', '.join(DTYPES)}")
     need = math.prod(shape) * DTYPES[dtype].itemsize
     if need != stop - start:
-        raise TexforceError(f"'{path}' gives '{key}' {stop - start} bytes, its shape needs {need}", _AGAIN)
+        raise TexforceError(f"'{path}' gives '{shown(key)}' {stop - start} bytes, its shape needs {need}", _AGAIN)
     return Entry(dtype, shape, base + start, base + stop)
 
 
@@ -235,12 +256,14 @@ def _check_layout(path: Path, entries: Mapping[str, Entry], base: int, size: int
     for key, entry in _by_place(entries):
         if entry.stop > size:
             raise TexforceError(
-                f"'{path}' is cut short ('{key}' ends at byte {entry.stop}, the file at {size})", _AGAIN
+                f"'{path}' is cut short ('{shown(key)}' ends at byte {entry.stop}, the file at {size})", _AGAIN
             )
         if entry.start < end:
-            raise TexforceError(f"'{path}' has overlapping tensors ('{key}' begins within another)", _AGAIN)
+            raise TexforceError(f"'{path}' has overlapping tensors ('{shown(key)}' begins within another)", _AGAIN)
         if entry.start > end:
-            raise TexforceError(f"'{path}' has {entry.start - end} bytes before '{key}' that belong to nothing", _AGAIN)
+            raise TexforceError(
+                f"'{path}' has {entry.start - end} bytes before '{shown(key)}' that belong to nothing", _AGAIN
+            )
         end = entry.stop
     if end < size:
         raise TexforceError(f"'{path}' has {size - end} bytes at its end that belong to nothing", _AGAIN)

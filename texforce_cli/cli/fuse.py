@@ -126,7 +126,7 @@ def fuse(
 
 
 def _inspect(sources: list[str], allow_pickle: bool, json: bool) -> None:
-    from texforce_cli.cli.console import data, write_json
+    from texforce_cli.cli.console import data, warn, write_json
     from texforce_cli.errors import UsageError
     from texforce_cli.lora.spec import parse_lora
     from texforce_cli.workflows.inspect_lora import inspect_lora
@@ -148,6 +148,8 @@ def _inspect(sources: list[str], allow_pickle: bool, json: bool) -> None:
             data(f"  {name}: {str(value)[:300]}")
         for file, digest in zip(about["files"], about["sha256"]):
             data(f"  sha256 {digest}  {file}")
+        for text in about["warnings"]:
+            warn(text)
 
 
 def _counts(counts: dict[str, int]) -> str:

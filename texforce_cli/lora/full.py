@@ -14,8 +14,8 @@ from texforce_cli.files import sha256
 from texforce_cli.lora.lora import Tensors
 from texforce_cli.lora.names import COMPONENTS, locate
 from texforce_cli.lora.pickles import read_pickle
-from texforce_cli.lora.read import PICKLES
-from texforce_cli.tensorfile import Array, TensorFile
+from texforce_cli.lora.read import PICKLES, no_place
+from texforce_cli.tensorfile import Array, TensorFile, shown
 
 _FILES = ("diffusion_pytorch_model", "model", "pytorch_model")
 _VARIANTS = ("", ".fp16", ".non_ema")
@@ -78,10 +78,13 @@ def open_full(source: str, *, allow_pickle: bool = False) -> FullWeights:
         UsageError: nothing is there, or a pickle that was not allowed.
         TexforceError: damaged, a LoRA, or of another kind of model; the sentence names the file and the key.
     """
-    path = Path(source).expanduser()
+    try:
+        files = _files(source, Path(source).expanduser())
+    except (OSError, RuntimeError, ValueError) as error:
+        raise no_place(source, error) from error
     places: dict[str, tuple[Tensors, str]] = {}
     elsewhere: set[str] = set()
-    for file, component in _files(source, path):
+    for file, component in files:
         tensors: Tensors
         if file.suffix in PICKLES:
             if not allow_pickle:
@@ -108,7 +111,7 @@ def open_full(source: str, *, allow_pickle: bool = False) -> FullWeights:
             located = locate(module) if parameter in ("weight", "bias") else None
             if located is None:
                 kind = "a LoRA (use --lora)" if "lora" in key else "of no U-Net or CLIP text encoder that is known"
-                raise TexforceError(f"'{file}' holds '{key[:120]}', which is {kind}", "give the weights of one")
+                raise TexforceError(f"'{file}' holds '{shown(key)}', which is {kind}", "give the weights of one")
             found, name, naming = located
             if component and found != component and not (naming == "bare" and component.startswith("text")):
                 raise TexforceError(f"'{file}' holds weights of {found}, not of {component}", "check the folder")
@@ -143,7 +146,7 @@ def _weight_files(folder: Path) -> list[Path]:
             if index.is_file():
                 try:
                     names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-                except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                     raise TexforceError(f"'{index}' cannot be read", "download it again") from error
                 if any(not isinstance(name, str) or Path(name).name != name for name in names):
                     raise TexforceError(f"'{index}' names files outside of its folder", "do not trust it")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
+from itertools import accumulate
 
 _ARCHITECTURES = {
     "SD 1.x": ("stable-diffusion-v1/lora", "sd_v1"),
@@ -11,6 +13,9 @@ _ARCHITECTURES = {
     "SDXL": ("stable-diffusion-xl-v1-base/lora", "sdxl_base_v1-0"),
 }
 _CARRIED = ("modelspec.architecture", "ss_base_model_version", "ss_sd_model_name")
+_OURS = ("texforce", "texforce.fuse", "texforce.extract")
+_DEEPEST = 300  # what is nested more deeply cannot always be written again; a lineage is cut long before
+_JSON_TEXT = re.compile(r'"(?:[^"\\]|\\.)*"')
 
 
 def model_keys(
@@ -49,6 +54,15 @@ def shared_training(sources: Sequence[Mapping[str, str]]) -> dict[str, str]:
         runs.append(run if isinstance(run, dict) else {})
     common = {key: value for key, value in runs[0].items() if all(run.get(key) == value for run in runs[1:])}
     return {"texforce": json.dumps(common, sort_keys=True)} if common.get("base") else {}
+
+
+def without_abysses(metadata: Mapping[str, str]) -> dict[str, str]:
+    """A header without those of our keys whose JSON is nested as deeply as no command of ours writes it."""
+    return {key: text for key, text in metadata.items() if key not in _OURS or _depth(text) <= _DEEPEST}
+
+
+def _depth(text: str) -> int:
+    return max(accumulate((c in "[{") - (c in "]}") for c in _JSON_TEXT.sub("", text)), default=0)
 
 
 def _agree(sources: Sequence[Mapping[str, str]], key: str) -> bool:

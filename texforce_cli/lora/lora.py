@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+
 from texforce_cli.errors import TexforceError
 from texforce_cli.files import sha256
 from texforce_cli.lora.names import COMPONENTS
@@ -16,12 +18,13 @@ from texforce_cli.tensorfile import Array, Entry
 
 _GENERATIONS = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}
 _TEXT_WIDTHS = {768: {"SD 1.x", "SDXL"}, 1024: {"SD 2.x"}, 1280: {"SDXL"}}
+_BASE_PATH = "base_model_name_or_path"
 _TOLD = (  # how other tools' headers call a base model
-    (re.compile(r"xl", re.IGNORECASE), "SDXL"),
-    (re.compile(r"(?<![\d.])v?2[-_.]?[01]|stable-diffusion-(v)?2|sd_?v?2", re.IGNORECASE), "SD 2.x"),
-    (re.compile(r"v?1[-_.]?[45]|stable-diffusion-v1|sd_?v?1", re.IGNORECASE), "SD 1.x"),
+    (re.compile(r"(?<![a-z])(sd)?xl(?![a-z])", re.IGNORECASE), "SDXL"),
+    (re.compile(r"(?<![a-z])(sd|stable-diffusion)[-_ ]?v?2([-_.]?[01])?(?!\d)", re.IGNORECASE), "SD 2.x"),
+    (re.compile(r"(?<![a-z])(sd|stable-diffusion)[-_ ]?v?1([-_.]?[1-5])?(?!\d)", re.IGNORECASE), "SD 1.x"),
 )
-_HINTS = ("modelspec.architecture", "ss_base_model_version", "base_model_name_or_path", "ss_sd_model_name")
+_HINTS = ("modelspec.architecture", "ss_base_model_version", _BASE_PATH)  # not ss_sd_model_name: a free name
 
 
 class Tensors(Protocol):
@@ -103,7 +106,11 @@ class Lora:
         return [module for module in self.modules.values() if module.component == component]
 
     def arrays(self, weight_of: Callable[[str], float] = lambda component: 1.0) -> dict[str, Array]:
-        """Every factor in memory by its key in diffusers' form, with alpha = rank; scale and weight are in B."""
+        """Every factor in memory by its key in diffusers' form, with alpha = rank; scale and weight are in B.
+
+        Raises:
+            TexforceError: NaN or infinite values, or a product that is too large.
+        """
         arrays = {}
         for module in self.modules.values():
             factor = module.scale * weight_of(module.component)
@@ -111,7 +118,13 @@ class Lora:
             kernel = module.kernel
             a_shape = (module.rank, module.inputs // math.prod(kernel), *kernel)
             arrays[f"{module.name}.lora_A.weight"] = module.a().reshape(a_shape)
-            b = b if factor == 1 else (b * factor).astype(b.dtype)
+            with np.errstate(over="ignore"):
+                b = b if factor == 1 else (b * factor).astype(b.dtype)
+            if not np.isfinite(b).all():
+                raise TexforceError(
+                    f"'{self.source}' makes '{module.name}' infinite at {factor:g} times what it holds",
+                    "use a smaller weight",
+                )
             arrays[f"{module.name}.lora_B.weight"] = b.reshape(*b.shape, *(1 for _ in kernel))
         return arrays
 
@@ -131,11 +144,11 @@ class Sized(Protocol):
     def inputs(self) -> int: ...
 
 
-def bases_of(modules: Iterable[Sized], metadata: Mapping[str, str]) -> frozenset[str]:
+def bases_of(modules: Iterable[Sized], metadata: Mapping[str, str], whole: str = "the model") -> frozenset[str]:
     """The base models that fit the widths of the modules, narrowed by what the headers tell where several do.
 
     Raises:
-        ValueError: no base model has modules of all these widths.
+        TexforceError: no base model has modules of all these widths; the sentence calls what they are of `whole`.
     """
     candidates: set[str] | None = None
     last = ""
@@ -150,8 +163,10 @@ def bases_of(modules: Iterable[Sized], metadata: Mapping[str, str]) -> frozenset
         if width is None:
             continue
         if candidates is not None and not candidates & set(width):
-            raise ValueError(
-                f"'{last}' is of {' or '.join(sorted(candidates))}, '{module.component}.{module.path}' of {' or '.join(width)}"
+            raise TexforceError(
+                f"{whole} mixes base models ('{last}' is of {' or '.join(sorted(candidates))}, "
+                f"'{module.component}.{module.path}' of {' or '.join(sorted(width))})",
+                "it cannot be used whole",
             )
         candidates = set(width) if candidates is None else candidates & set(width)
         last = f"{module.component}.{module.path}"
@@ -192,7 +207,10 @@ def common_bases(loras: Iterable[Lora]) -> frozenset[str]:
 
 def _told(metadata: Mapping[str, str]) -> str | None:
     for key in _HINTS:
+        text = metadata.get(key, "")
+        if key == _BASE_PATH:  # the folders above it belong to somebody's machine
+            text = re.split(r"[/\\]", text.rstrip("/\\"))[-1]
         for pattern, base in _TOLD:
-            if pattern.search(metadata.get(key, "")):
+            if pattern.search(text):
                 return base
     return None

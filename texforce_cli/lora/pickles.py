@@ -6,10 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from texforce_cli.errors import TexforceError
-from texforce_cli.tensorfile import Array, Entry
+from texforce_cli.errors import TexforceError, UsageError
+from texforce_cli.tensorfile import Array, Entry, finite, shown
 
 
 @dataclass(frozen=True)
@@ -22,19 +20,20 @@ class PickledTensors:
 
     def finite(self, key: str) -> Array:
         """As TensorFile.finite."""
-        if not np.isfinite(self.values[key]).all():
-            raise TexforceError(f"'{self.path}' holds NaN or infinite values in '{key}'", "it cannot be used")
-        return self.values[key]
+        return finite(self.path, key, self.values[key])
 
 
 def read_pickle(path: Path) -> PickledTensors:
     """The tensors of a .bin, .pt or .ckpt file; nothing else in it is made.
 
     Raises:
+        UsageError: there is no such file.
         TexforceError: it holds more than tensors, or is damaged.
     """
     import torch  # the one place of this package that needs it
 
+    if not path.is_file():
+        raise UsageError(f"there is no file '{path}'", "check the path")
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a hostile pickle raises whatever it likes
@@ -46,6 +45,10 @@ def read_pickle(path: Path) -> PickledTensors:
     values = {}
     for key, value in loaded.items():
         if not isinstance(key, str) or not isinstance(value, torch.Tensor):
-            raise TexforceError(f"'{path}' holds {type(value).__name__} '{str(key)[:60]}'", "it is not a LoRA")
-        values[key] = value.detach().to(torch.float64 if value.dtype == torch.float64 else torch.float32).numpy()
+            raise TexforceError(f"'{path}' holds {type(value).__name__} '{shown(str(key))}'", "it is not a LoRA")
+        dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
+        try:
+            values[key] = value.detach().to(dtype).numpy()
+        except Exception as error:  # sparse, quantised, without storage: each has its own
+            raise TexforceError(f"'{path}' holds '{shown(key)}' as no plain tensor", "it is not a LoRA") from error
     return PickledTensors(path, values, {key: Entry("F32", value.shape, 0, 0) for key, value in values.items()})

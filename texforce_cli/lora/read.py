@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from texforce_cli.errors import TexforceError, UsageError
+from texforce_cli.lora.header import without_abysses
 from texforce_cli.lora.lora import Lora, LoraModule, Tensors, bases_of
 from texforce_cli.lora.names import COMPONENTS, REFUSED, Place, parse_key
 from texforce_cli.lora.pickles import read_pickle
-from texforce_cli.tensorfile import Entry, TensorFile
+from texforce_cli.tensorfile import Entry, TensorFile, shown
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
 PEFT_NAME, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -28,6 +29,10 @@ _LONGEST_CONFIG = 1_000_000
 _LARGEST_ALPHA = 1e30
 _PEFT_ALPHA = 8
 """What PEFT takes where its config says nothing."""
+_CHANGES_BASE = ("pissa", "corda", "olora", "lora_ga", "loftq")
+"""What PEFT begins with (init_lora_weights) by taking it out of the base weights: B A alone is not the change then."""
+_NO_SUM = ("modules_to_save", "use_qalora", "use_bdlora", "kasa_config", "alora_invocation_tokens", "layer_replication")
+"""What else in a PEFT config makes the change of a weight another one than B A."""
 
 
 def find_lora(source: str) -> list[Path]:
@@ -47,16 +52,21 @@ def find_lora(source: str) -> list[Path]:
                 return [path / name]
         parts = [[path / part / name for name in (PEFT_NAME, "adapter_model.bin")] for part in COMPONENTS]
         found = [next(file for file in files if file.is_file()) for files in parts if any(f.is_file() for f in files)]
-        found = found or sorted(path.glob("*.safetensors"))
-    except (OSError, RuntimeError, ValueError) as error:  # a name too long, a folder that is closed, no such ~user
-        reason = getattr(error, "strerror", None) or error
-        raise UsageError(f"'{source[:200]}' cannot be looked at ({reason})", "check the path") from error
+        found = found or sorted(file for file in path.glob("*.safetensors") if file.is_file())
+    except (OSError, RuntimeError, ValueError) as error:
+        raise no_place(source, error) from error
     if not found:
         raise UsageError(f"the folder '{source}' holds no LoRA", f"there is no {FILE_NAME} or {PEFT_NAME} in it")
     if len(found) > 1 and found[0].parent == path:
         names = ", ".join(part.name for part in found[:5])
         raise UsageError(f"the folder '{source}' holds several files ({names})", "name one of them")
     return found
+
+
+def no_place(source: str, error: Exception) -> UsageError:
+    """The sentence for a path that cannot be looked at: a name too long, a folder that is closed, no such ~user."""
+    reason = getattr(error, "strerror", None) or error
+    return UsageError(f"'{source[:200]}' cannot be looked at ({reason})", "check the path")
 
 
 def read_lora(source: str, *, allow_pickle: bool = False) -> Lora:
@@ -88,19 +98,21 @@ def read_lora(source: str, *, allow_pickle: bool = False) -> Lora:
         component = file.parent.name if file.parent.name in COMPONENTS else None
         own = _modules(tensors, _Scales.of(file, about, config), component)
         for module, format in own:
-            modules[module.name] = module
+            other = modules.setdefault(module.name, module)
+            if other is not module:
+                raise TexforceError(
+                    f"'{file}' holds '{shown(module.a_key)}', which '{other.tensors.path}' holds as well",
+                    "keep one of them",
+                )
             formats[format] += 1
         if not config and any(format == "PEFT" for _, format in own):
             warnings.append(f"'{file}' has no {PEFT_CONFIG} beside it: its alpha is not known and taken to be its rank")
-        metadata.update(about)
+        metadata.update(without_abysses(about))
         if isinstance(config.get("base_model_name_or_path"), str):
             metadata["base_model_name_or_path"] = config["base_model_name_or_path"]
     ordered = {name: modules[name] for name in sorted(modules)}
     format = " + ".join(name for name, _ in formats.most_common())
-    try:
-        bases = bases_of(ordered.values(), metadata)
-    except ValueError as error:
-        raise TexforceError(f"'{source}' mixes base models ({error})", "it cannot be used whole") from error
+    bases = bases_of(ordered.values(), metadata, f"'{source}'")
     return Lora(source, tuple(files), format, ordered, metadata, bases, tuple(warnings))
 
 
@@ -150,14 +162,19 @@ def _modules(tensors: Tensors, scales: _Scales, component: str | None) -> list[t
     for key, place in places.items():
         if place is None:
             raise TexforceError(
-                f"'{file}' holds '{_short(key)}', which is of no LoRA of Stable Diffusion", "it cannot be used whole"
+                f"'{file}' holds '{shown(key)}', which is of no LoRA of Stable Diffusion", "it cannot be used whole"
             )
         if place.bare and place.component == "text_encoder" and component == "text_encoder_2":
             place = replace(place, component=component)
+        if place.bare and component and place.component != component:
+            raise TexforceError(
+                f"'{file}' holds '{shown(key)}', which is of {place.component}, in a folder of {component}",
+                "check the folder",
+            )
         roles = found.setdefault(place.module, {})
         if place.role in roles:
             raise TexforceError(
-                f"'{file}' holds '{_short(key)}' and '{_short(roles[place.role][0])}', which are the same",
+                f"'{file}' holds '{shown(key)}' and '{shown(roles[place.role][0])}', which are the same",
                 "keep one of them",
             )
         roles[place.role] = (key, place)
@@ -168,7 +185,7 @@ def _modules(tensors: Tensors, scales: _Scales, component: str | None) -> list[t
             wanting = " and ".join(
                 {"A": "lora_A (down)", "B": "lora_B (up)"}[role] for role in "AB" if role not in roles
             )
-            raise TexforceError(f"'{file}' has '{_short(key)}' without its {wanting}", "the file is incomplete")
+            raise TexforceError(f"'{file}' has '{shown(key)}' without its {wanting}", "the file is incomplete")
         modules.append((_module(tensors, roles, scales), roles["A"][1].format))
     return modules
 
@@ -179,7 +196,7 @@ def _module(tensors: Tensors, roles: Mapping[str, tuple[str, Place]], scales: _S
     fits = len(a) in (2, 4) and len(b) in (2, 4) and b[2:] in ((), (1, 1)) and a[:1] == b[1:2] and 0 not in (*a, *b)
     if not fits:
         raise TexforceError(
-            f"'{tensors.path}' has '{_short(a_key)}' of shape {list(a)} and '{_short(b_key)}' of shape {list(b)}",
+            f"'{tensors.path}' has '{shown(a_key)}' of shape {list(a)} and '{shown(b_key)}' of shape {list(b)}",
             "they cannot be multiplied",
         )
     rank = a[0]
@@ -187,23 +204,27 @@ def _module(tensors: Tensors, roles: Mapping[str, tuple[str, Place]], scales: _S
         alpha = tensors.finite(roles["alpha"][0])
         if alpha.size != 1:
             raise TexforceError(
-                f"'{tensors.path}' has '{_short(roles['alpha'][0])}' of shape {list(alpha.shape)}",
+                f"'{tensors.path}' has '{shown(roles['alpha'][0])}' of shape {list(alpha.shape)}",
                 "alpha is one number",
             )
-        scale = float(alpha.reshape(())) / rank
+        if not abs(value := float(alpha.reshape(()))) < _LARGEST_ALPHA:
+            raise TexforceError(
+                f"'{tensors.path}' gives '{shown(roles['alpha'][0])}' as {value:g}", "no LoRA has an alpha of this size"
+            )
+        scale = value / rank
     else:
         scale = scales.scale(place.component, place.path, rank)
     return LoraModule(place.component, place.path, rank, math.prod(a[1:]), b[0], a[2:], scale, tensors, a_key, b_key)
 
 
 def _is_second_encoder(places: Mapping[str, Place | None], entries: Mapping[str, Entry]) -> bool:
-    """Whether keys that name no component are those of SDXL's second encoder, which is 1280 wide."""
+    """Whether keys that name no component are those of SDXL's second encoder: what its layers take is 1280 wide, or 5120."""
     return any(
         place is not None
         and place.bare
         and place.component == "text_encoder"
-        and ".self_attn." in place.path
-        and 1280 in entries[key].shape
+        and place.role == "A"
+        and entries[key].shape[1:2] == ((5120,) if place.path.endswith(".fc2") else (1280,))
         for key, place in places.items()
     )
 
@@ -215,11 +236,11 @@ def _refuse_kinds(file: Path, keys: Mapping[str, object]) -> None:
         kind = next((kind for pattern, kind in REFUSED if pattern.search(key)), None)
         if kind:
             raise TexforceError(
-                f"'{file}' is {kind} (key '{_short(key)}'), which no sum of LoRAs can hold",
+                f"'{file}' is {kind} (key '{shown(key)}'), which no sum of LoRAs can hold",
                 "use it by itself in a tool that knows it, or merge it into a model there and use --extract",
             )
     if not any("lora" in key.lower() for key in keys):
-        raise TexforceError(f"'{file}' is no LoRA (key '{_short(next(iter(keys)))}')", _FULL)
+        raise TexforceError(f"'{file}' is no LoRA (key '{shown(next(iter(keys)))}')", _FULL)
 
 
 def _adapter_config(file: Path) -> dict[str, Any]:
@@ -239,12 +260,17 @@ def _adapter_config(file: Path) -> dict[str, Any]:
 
 
 def _refuse_config(file: Path, config: Mapping[str, Any]) -> None:
-    kind = config.get("peft_type", "LORA")
+    kind, start = config.get("peft_type", "LORA"), config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
+        raise TexforceError(
+            f"'{file}' is a PEFT adapter made with init_lora_weights '{shown(start)}', which changed the base weights too",
+            "save it in peft with path_initial_model_for_weight_conversion (PiSSA, CorDA, OLoRA), or merge it there and use --extract",
+        )
     said: dict[str, Callable[[Any], bool]] = {
         "use_dora": lambda value: value is True,
         "lora_bias": lambda value: value is True,
-        "modules_to_save": bool,
         "bias": lambda value: value not in (None, "none"),
+        **dict.fromkeys(_NO_SUM, bool),
     }
     wrong = [name for name, refused in said.items() if refused(config.get(name))]
     if kind != "LORA" or wrong:
@@ -261,12 +287,8 @@ def _pattern(file: Path, patterns: Any, path: str, default: Any) -> Any:
         literal = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
         if set(literal) & set("*+?()[]{}|\\^$"):
             raise TexforceError(
-                f"'{file}' comes with the pattern '{_short(pattern)}'", "only names of modules are understood"
+                f"'{file}' comes with the pattern '{shown(pattern)}'", "only names of modules are understood"
             )
         if literal in names or (not pattern.startswith("^") and path.endswith(f".{literal}")):
             return value
     return default
-
-
-def _short(key: str) -> str:
-    return key if len(key) <= 120 else f"{key[:117]}..."

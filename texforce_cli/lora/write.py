@@ -6,6 +6,7 @@ import importlib.metadata
 import io
 import json
 import math
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from texforce_cli.core.lora_algebra import Pair, balance
-from texforce_cli.errors import TexforceError
+from texforce_cli.errors import TexforceError, UsageError
 from texforce_cli.files import atomic_path, parents_of, write_error, write_text
 from texforce_cli.lora.names import COMPONENTS, kohya_name, peft_name
 from texforce_cli.lora.read import PEFT_CONFIG, PEFT_NAME
@@ -90,11 +91,11 @@ class Layout:
             b = b * (rank / self.alpha)
         down, up, alpha = self._keys(slot)
         for key, value, shape in zip((down, up), (a, b), slot.shapes(rank)):
-            with np.errstate(over="ignore"):
-                stored = value.astype(DTYPES[self.precision])
+            stored = value.astype(DTYPES[self.precision])
             if not np.isfinite(stored.astype(np.float32)).all():
                 raise TexforceError(
-                    f"'{slot.name}' holds numbers that do not fit into {self.precision}", "use --dtype fp32 or bf16"
+                    f"'{slot.name}' holds numbers that do not fit into {self.precision}",
+                    "use --dtype fp32 or bf16" if self.precision == "fp16" else "use smaller weights",
                 )
             yield key, stored.reshape(shape)
         if alpha:
@@ -131,15 +132,17 @@ def lora_bytes(weights: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes
 
 
 @contextmanager
-def new_lora(out: Path, format: Format) -> Iterator[Path]:
+def new_lora(out: Path, format: Format, *, force: bool) -> Iterator[Path]:
     """A temporary path for a file, or a folder for PEFT's form, renamed to `out` when the block ends, else removed.
 
     Raises:
+        UsageError: something is at `out` by then, without `force`.
         TexforceError: the place cannot be written or the disk is full.
     """
     if format != "peft":
-        with atomic_path(out) as temporary:
+        with _claimed(out, force) as claim, atomic_path(out) as temporary:
             yield temporary
+            claim()
         return
     temporary, aside = (out.with_name(f".{out.name}.{uuid4().hex[:8]}.{what}") for what in ("tmp", "old"))
     try:
@@ -147,19 +150,43 @@ def new_lora(out: Path, format: Format) -> Iterator[Path]:
             try:
                 temporary.mkdir()
                 yield temporary
+                if not force and os.path.lexists(out):
+                    raise _taken(out)
                 if out.is_dir():
                     out.replace(aside)
-                try:
-                    temporary.replace(out)
-                except OSError:
-                    if aside.exists():
-                        aside.replace(out)
-                    raise
+                temporary.replace(out)
             finally:
+                if aside.exists() and not out.exists():  # stopped between the two renames
+                    aside.replace(out)
                 for left in (temporary, aside):
                     shutil.rmtree(left, ignore_errors=True)
     except OSError as error:
         raise write_error(out, error) from error
+
+
+@contextmanager
+def _claimed(out: Path, force: bool) -> Iterator[Callable[[], None]]:
+    """A call that takes the name `out`, just before it is renamed to; given back where the block fails."""
+    taken = False
+
+    def claim() -> None:
+        nonlocal taken
+        try:
+            out.open("xb").close()
+        except FileExistsError as error:
+            raise _taken(out) from error
+        taken = True
+
+    try:
+        yield (lambda: None) if force else claim
+    except BaseException:
+        if taken:
+            out.unlink(missing_ok=True)
+        raise
+
+
+def _taken(out: Path) -> UsageError:
+    return UsageError(f"'{out}' has appeared meanwhile", "choose another --out, or add --force")
 
 
 def size_of(place: Path) -> int:
@@ -209,8 +236,12 @@ def _write_file(
 ) -> None:
     writer = TensorWriter(handle, layout.planned(slots), {"format": "pt", **metadata(), "room": " " * 4096})
     for slot in slots:
-        for key, value in layout.tensors(slot, pair_of(slot)):
-            writer.write(key, value)
+        try:
+            with np.errstate(over="ignore", invalid="ignore"):  # what does not fit is told once, by the layout
+                for key, value in layout.tensors(slot, pair_of(slot)):
+                    writer.write(key, value)
+        except np.linalg.LinAlgError as error:  # a decomposition that met infinity
+            raise TexforceError(f"'{slot.name}' holds numbers that are too large", "use smaller weights") from error
     writer.finish({"format": "pt", **metadata()})
 
 

@@ -114,7 +114,7 @@ def extract(request: ExtractRequest, listener: Listener = silent) -> ExtractResu
             )
             return {"texforce.extract": json.dumps({**about, "texforce": __version__}), **keys}
 
-        with new_lora(request.out, request.format) as temporary:
+        with new_lora(request.out, request.format, force=request.force) as temporary:
             write_lora(temporary, layout, slots, pair_of, header)
             _verify(request, temporary, base, tuned, slots, sum(dropped.values()), stop, listener)
             size = size_of(temporary)

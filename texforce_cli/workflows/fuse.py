@@ -189,7 +189,7 @@ def fuse(plan: FusePlan, listener: Listener = silent) -> FuseResult:
         listener(Progressed("fusing", len(spectra.ranks), len(plan.slots)))
         return pair
 
-    with stop.listening(), new_lora(plan.out, plan.layout.format) as temporary:
+    with stop.listening(), new_lora(plan.out, plan.layout.format, force=plan.request.force) as temporary:
         write_lora(temporary, plan.layout, plan.slots, pair_of, lambda: _header(plan, sources, spectra))
         measured = _verify(plan, temporary, spectra, stop, listener)
         size = size_of(temporary)
@@ -288,7 +288,6 @@ def refuse_output(out: Path, inputs: Iterable[Path], *, folder: bool, force: boo
     """
     try:
         there, is_folder = os.path.lexists(out), out.is_dir()
-        inside = [path for path in out.rglob("*") if not path.is_dir()] if is_folder and not out.is_symlink() else []
         for file in inputs:
             if (
                 there
@@ -308,14 +307,19 @@ def refuse_output(out: Path, inputs: Iterable[Path], *, folder: bool, force: boo
         raise UsageError(f"'{out}' is a folder", "choose another --out")
     if there and not is_folder and folder:
         raise UsageError(f"'{out}' is a file, and a PEFT adapter is a folder", "choose another --out")
-    others = [path for path in inside if not _is_pefts(path.relative_to(out))]
-    if others:
-        raise UsageError(
-            f"the folder '{out}' holds '{others[0].relative_to(out)}', which is no part of a PEFT adapter",
-            "choose another --out",
-        )
     if there and not force:
         raise UsageError(f"'{out}' exists already", "choose another --out, or add --force")
+    stranger = _stranger(out) if is_folder else None
+    if stranger:
+        raise UsageError(
+            f"the folder '{out}' holds '{stranger}', which is no part of a PEFT adapter", "choose another --out"
+        )
+
+
+def _stranger(folder: Path) -> Path | None:
+    """The first file in a folder that is none of PEFT's; it looks no further, since that may be a whole disk."""
+    inside = (path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir())
+    return next((path for path in inside if not _is_pefts(path)), None)
 
 
 def _is_pefts(path: Path) -> bool:
