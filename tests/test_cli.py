@@ -124,6 +124,11 @@ def test_an_unwritable_folder_is_one_sentence(capsys: pytest.CaptureFixture[str]
     assert "file/run" in error.replace("\\", "/") and "choose another folder with --out" in error
 
 
+def test_a_line_break_in_a_name_makes_no_second_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["fuse", "no such\nfile.safetensors"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_an_error_with_json_is_a_document(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["train", "--reward", "nothing", "--json"]) == 2
     captured = capsys.readouterr()

@@ -57,7 +57,7 @@ def show_error(error: TexforceError, *, as_json: bool) -> None:
         write_json({"error": {"message": error.message, "hint": error.hint, "exit_code": error.exit_code}})
     hint = f"; {printable(error.hint)}" if error.hint else ""
     label = "stopped" if error.exit_code in (130, 143) else "error"
-    text = error.message.removeprefix("stopped; ")
+    text = " ".join(error.message.removeprefix("stopped; ").splitlines())  # a file's name may hold line breaks
     stderr.print(f"[bold red]{label}:[/bold red] {printable(text)}{hint}")
 
 
