@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from texforce_cli.cli.app import run
 from texforce_cli.errors import TexforceError, UsageError
 from texforce_cli.rewards import environments
 from texforce_cli.rewards.registry import load_registry
@@ -133,6 +134,10 @@ def test_what_no_manifest_names_is_swept_away_unless_the_manifest_cannot_be_read
     [
         ("face-iqua", "unknown reward 'face-iqua'; did you mean 'face-iqa'"),
         ("texforce-handd", "did you mean 'texforce-hand'"),
+        ("clipscore", "did you mean 'clip-score'"),
+        ("pickscore", "'pickscore' is built in, there is nothing to install"),
+        ("Tiny_CLIP", "'Tiny_CLIP' is built in"),
+        ("scores-file", "is built in"),
         ("./nothing", "holds no Python package"),
         ("--index-url=x", "is no name of a package"),
         ("a b", "is no name of a package"),
@@ -145,6 +150,12 @@ def test_a_name_is_never_guessed_at(asked: str, sentence: str) -> None:
 
 def test_names_of_ours_come_from_the_table_and_strangers_are_strangers(tmp_path: Path) -> None:
     assert environments.resolve("mean-colour").ours
+    for spelt, package in (
+        ("Face_IQA", "texforce-face-iqa"),
+        ("HPSv2-1", "texforce-hpsv2"),
+        ("Texforce.Hand", "texforce-hand"),
+    ):
+        assert Path(environments.resolve(spelt).requirement).name == package
     assert Path(environments.resolve("texforce-example").requirement).name == "texforce-example"
     assert not environments.resolve("somebodys-reward>=2").ours
     folder = write_plugin("sharp-edges", tmp_path / "p")
@@ -241,9 +252,6 @@ def install(what: str) -> environments.Environment:
 
 def test_a_new_plugin_installs_scores_and_goes(tmp_path: Path) -> None:
     folder = write_plugin("sharp-edges", tmp_path / "texforce-sharp-edges")
-    (folder / "pyproject.toml").write_text(
-        (folder / "pyproject.toml").read_text().replace('"pluggy>=1.5"', '"pluggy>=1.5", "numpy"')
-    )
     made = install(str(folder))
     assert (made.package, made.version) == ("texforce-sharp-edges", "0.1.0")
     registry = load_registry()
@@ -288,7 +296,33 @@ def test_the_written_plugin_passes_its_own_tests(tmp_path: Path) -> None:
     assert "2 passed" in done.stdout, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("name", ["Sharp", "a_b", "-x", "../evil", "a--b", ""])
+def test_a_package_that_lives_from_its_lock_is_not_installed_here(tmp_path: Path) -> None:
+    folder = write_plugin("sharp-edges", tmp_path / "p")
+    source = environments.resolve(str(folder))
+    lock = folder / "texforce_sharp_edges" / "locks" / "cpu.txt"
+    lock.parent.mkdir()
+    lock.write_text("# python >=3.11\nNumPy==2.0\nnot-here-at-all==1.0\n")
+    with pytest.raises(UsageError, match=r"p needs pinned packages that are not beside texforce \(not-here-at-all\)"):
+        environments.install_here(source, lambda text: None)
+    lock.write_text("# python >=3.11\nNumPy==2.0\n")
+    assert environments._pinned_elsewhere(folder) == []
+
+
+def test_what_was_installed_here_is_removed_by_pip(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_plugin("sharp-edges", tmp_path / "p")
+    info = folder / "texforce_sharp_edges-0.1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: texforce-sharp-edges\nVersion: 0.1.0\n")
+    (info / "entry_points.txt").write_text("[texforce]\nsharp-edges = texforce_sharp_edges\n")
+    monkeypatch.syspath_prepend(str(folder))
+    for name in ("sharp-edges", "texforce-sharp-edges"):
+        assert run(["rewards", "remove", name]) == 2
+        assert "pip uninstall texforce-sharp-edges" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["Sharp", "a_b", "-x", "../evil", "a--b", "", "none", "true", "cli"])
 def test_names_that_cannot_be_are_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot be the name of a reward"):
         write_plugin(name, tmp_path / "p")

@@ -13,23 +13,26 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from texforce_cli.errors import TexforceError, UsageError
-from texforce_cli.rewards import worker
+from texforce_cli.rewards import isolation, worker
 from texforce_cli.rewards.isolation import IsolatedReward, RewardFailure, WorkerFailure, WorkerSettings, ask_once
 from texforce_cli.rewards.places import Place
 from texforce_cli.rewards.registry import Registry, RewardInfo
+from texforce_cli.rewards.sharing import Lender, Lent
 from texforce_cli.rewards.terms import RewardSet, TermSpec
 
 Make = Callable[..., IsolatedReward]
@@ -93,6 +96,38 @@ def test_scores_come_back_in_order_and_everything_arrives(make: Make) -> None:
 def test_pictures_arrive_as_pil_images_where_the_class_says_nothing(make: Make) -> None:
     reward = make("return [image.size[0] + image.getpixel((0, 0))[1] for image in images]", start="R.input = 'pil'")
     assert ask(reward, 1, 2) == [7.0, 8.0]
+
+
+def test_a_batch_above_the_largest_payload_is_sent_in_parts(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    reward = make("return [len(images)] * len(images)")
+    monkeypatch.setattr(worker, "LARGEST_PAYLOAD", 2 * 4 * 6 * 3)  # two pictures
+    pids = reward.pids
+    assert ask(reward, 1, 2, 3, 4, 5) == [2.0, 2.0, 1.0, 2.0, 2.0]
+    assert (reward.warnings(), reward.pids) == ([], pids)
+
+
+def test_the_workers_of_this_machine_are_spread_over_its_devices(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = "return [float(os.environ.get('CUDA_VISIBLE_DEVICES', '-1'))] * len(images)"
+    monkeypatch.setattr(isolation, "visible_devices", lambda: ["3", "7"])
+    assert ask(make(seen, workers=3), 1, 2, 3) == [3.0, 7.0, 3.0]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert ask(make(seen), 1) == [-1.0]  # one worker sees what this process sees
+    monkeypatch.setattr(isolation, "visible_devices", list)
+    assert ask(make(seen, workers=2), 1, 2) == [-1.0, -1.0]
+
+
+@pytest.mark.parametrize(
+    ("count", "named", "expected"),
+    [(2, None, ["0", "1"]), (2, "5, GPU-1f", ["5", "GPU-1f"]), (1, "5,-1,6", ["5"]), (0, "", [])],
+)
+def test_devices_are_named_as_this_process_was_given_them(
+    monkeypatch: pytest.MonkeyPatch, count: int, named: str | None, expected: list[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if named is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    assert isolation.visible_devices() == expected
 
 
 def test_several_workers_share_a_batch_in_order(make: Make) -> None:
@@ -180,6 +215,29 @@ def test_a_worker_that_ends_while_it_starts_is_named(make: Make) -> None:
         make(MEAN, {"number": "two"})
 
 
+def test_a_module_that_ends_the_process_when_it_is_imported_is_named(make: Make, tmp_path: Path) -> None:
+    place = make(MEAN)._workers[0].place
+    (tmp_path / "site" / "leaves.py").write_text("import sys\nsys.exit(0)\n")
+    with pytest.raises(
+        TexforceError, match=r"reward 'r' could not start: .* it tried to end the process \(SystemExit\)"
+    ):
+        IsolatedReward("r", "leaves:R", {}, [place], WorkerSettings())
+
+
+def test_an_entry_point_may_name_an_object_of_a_module(make: Make, tmp_path: Path) -> None:
+    place = make(MEAN)._workers[0].place
+    info = tmp_path / "site" / "third-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: third\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[texforce]\nthird = third:plugin\n")
+    (tmp_path / "site" / "third.py").write_text(
+        "class Plugin:\n    def texforce_register_rewards(self, register):\n        register('glow', 'x:Y', api_version=1)\n"
+        "plugin = Plugin()\n"
+    )
+    found = ask_once(place, {"type": "describe"})["rewards"]
+    assert {"name": "glow", "factory": "x:Y", "distribution": "third", "api_version": 1} in found
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS")
 def test_memory_that_grows_without_bounds_ends_in_an_error(make: Make) -> None:
     reward = make("if images.max() > 9: bytearray(3_000_000_000)\n" + MEAN, memory_gb=2.0)
@@ -219,23 +277,44 @@ def test_a_worker_ends_with_its_parent_even_while_it_holds_the_interpreter(make:
     parent.kill()
     parent.wait()
     parent.stdout.close()
+    assert eventually_gone(pid), "the worker outlived its parent by five seconds"
+
+
+def eventually_gone(pid: int) -> bool:
+    """Whether the process ends, or waits to be buried, within five seconds."""
     for _ in range(100):
         try:
             os.kill(pid, 0)
         except ProcessLookupError:
-            return
-        if Path(f"/proc/{pid}/stat").exists() and Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] == "Z":
-            return
+            return True
+        stat = Path(f"/proc/{pid}/stat")
+        if stat.exists() and stat.read_text().split(") ")[1][0] == "Z":
+            return True
         time.sleep(0.05)
-    pytest.fail("the worker outlived its parent by five seconds")
+    return False
 
 
-def test_the_time_out_holds_when_the_reward_has_children(make: Make) -> None:
-    reward = make("if os.fork() == 0: time.sleep(30)\ntime.sleep(30)", timeout=0.5)
+@pytest.mark.parametrize("child", ["time.sleep(30)", "os.setsid(); time.sleep(15)"])
+def test_the_time_out_holds_when_the_reward_has_children(make: Make, child: str) -> None:
+    reward = make(f"if os.fork() == 0: {child}; os._exit(0)\ntime.sleep(30)", timeout=0.5)
     begun = time.monotonic()
     with pytest.raises(TexforceError, match=r"within 0.5 seconds"):
         ask(reward, 1)
     assert time.monotonic() - begun < 10
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="process groups")
+def test_what_a_worker_has_started_ends_with_its_stdin(make: Make, tmp_path: Path) -> None:
+    begin = "import subprocess; Path(mark).write_text(str(subprocess.Popen(['sleep', '60']).pid))"
+    (one,) = make("pass", {"mark": str(tmp_path / "pid")}, start=begin)._workers
+    command = [one.place.python, "-I", worker.__file__]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+        worker.write_frame(process.stdin, one._start)  # type: ignore[arg-type]
+        assert worker.read_frame(process.stdout)[0]["type"] == "ready"  # type: ignore[arg-type]
+    assert eventually_gone(int((tmp_path / "pid").read_text()))
 
 
 def test_closing_while_a_batch_is_out_starts_nothing_again(make: Make) -> None:
@@ -271,6 +350,30 @@ def test_where_less_is_better_the_picture_that_fails_gets_the_highest_score(make
         assert rewards.score(images(5, 66, 4), ["a"] * 3, [{}] * 3)["r"].tolist() == [5.0, 5.0, 4.0]
     finally:
         rewards.close()
+
+
+def test_without_a_substitute_a_picture_that_fails_is_nan_and_named(make: Make) -> None:
+    one = make("if (images == 66).any(): raise ValueError('no')\n" + MEAN)._workers[0]
+    registry = Registry({("r", ""): RewardInfo("r", one._start["factory"], "x", "1")})
+    rewards = RewardSet([TermSpec("r")], registry, hosts={"r": [one.place]}, workers=WorkerSettings(substitute=False))
+    try:
+        assert np.isnan(rewards.score(images(66), ["p66"], [{}])["r"]).tolist() == [True]  # the very first one
+        found = rewards.score(images(5, 66, 4), ["p5", "p66", "p4"], [{}] * 3)["r"]
+        assert np.array_equal(found, [5.0, np.nan, 4.0], equal_nan=True)
+        first, second = rewards.warnings()
+        assert "prompt 'p66'" in second and first.endswith("it has no score")
+        with pytest.raises(TexforceError, match="and on more"):
+            rewards.score(images(66, 66, 66), ["p66"] * 3, [{}] * 3)
+    finally:
+        rewards.close()
+
+
+def test_without_a_substitute_a_reward_that_answers_nan_is_named_too(make: Make) -> None:
+    reward = make("return np.where(images.mean((1, 2, 3)) == 66, np.nan, 1.0)", substitute=False)
+    assert np.isnan(ask(reward, 5, 66)).tolist() == [False, True]
+    assert reward.warnings() == ["reward 'r' returned nan for the prompt 'p66'; it has no score"]
+    with pytest.raises(TexforceError, match=r"reward 'r' returned nan for the prompt 'p66', and on more"):
+        ask(reward, 66, 66, 66)
 
 
 def test_in_batches_of_one_picture_the_worst_so_far_is_given_and_three_in_a_row_end_it(make: Make) -> None:
@@ -310,13 +413,17 @@ def test_ten_thousand_batches_leave_nothing_behind(make: Make) -> None:
     def resident(pid: int | str) -> int:
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096
 
+    batch = np.stack([np.full((64, 64, 3), level, np.uint8) for level in (1, 2)])
+
+    def ask_often(times: int) -> None:
+        for _ in range(times):
+            assert reward.score(batch, ["a", "b"], [{}, {}]) == [1.0, 2.0]
+
     reward = make(MEAN)
     (pid,) = reward.pids
-    for _ in range(500):
-        ask(reward, 1, 2)
+    ask_often(500)
     before = [measure(p) for measure in (descriptors, resident) for p in (pid, "self")]
-    for _ in range(10_000):
-        ask(reward, 1, 2)
+    ask_often(10_000)
     after = [measure(p) for measure in (descriptors, resident) for p in (pid, "self")]
     assert reward.pids == [pid]
     assert after[:2] == before[:2]
@@ -476,3 +583,97 @@ def test_the_workers_of_one_process_are_lent_to_another(make: Make) -> None:
             one.close()
     with pytest.raises(TexforceError, match="the process that owns the workers of reward 'r' has ended"):
         RewardSet([TermSpec("r")], registry, hosts={"r": [worker.place]}, lender=address)
+
+
+class Slow:
+    """What a lender lends: answers after `seconds`."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def score(self, images: Any, prompts: Any, metadata: Any) -> list[float]:
+        time.sleep(self.seconds)
+        return [1.0] * len(images)
+
+
+@pytest.mark.parametrize("manner", ["broken", "silent"])
+def test_a_handshake_that_fails_does_not_end_the_lending(manner: str) -> None:
+    lender = Lender({"r": Slow(0)})  # type: ignore[dict-item]
+    try:
+        stranger = Client(lender.address.place)
+        if manner == "broken":
+            stranger.send_bytes(b"nonsense")
+            stranger.close()
+        borrower = Lent("r", lender.address, timeout=5)
+        assert borrower.score(images(1), ["p"], [{}]) == [1.0]
+        borrower.close()
+        stranger.close()
+    finally:
+        lender.close()
+
+
+def test_an_owner_that_does_not_answer_is_not_waited_for_for_ever() -> None:
+    lender = Lender({"r": Slow(3)})  # type: ignore[dict-item]
+    try:
+        with pytest.raises(TexforceError, match=r"workers of reward 'r' has not answered for 0.5 seconds"):
+            Lent("r", lender.address, timeout=0.5).score(images(1), ["p"], [{}])
+    finally:
+        lender.close()
+
+
+def test_an_isolated_reward_scores_while_those_of_this_process_do(make: Make, tmp_path: Path) -> None:
+    """Each waits until the other has begun."""
+    wait = (
+        "Path(self.mark, {!r}).touch()\n"
+        "for _ in range(500):\n    if Path(self.mark, {!r}).exists(): break\n    time.sleep(0.01)\n"
+        "else:\n    raise RuntimeError('alone')\n" + MEAN
+    )
+    one = make(wait.format("there", "here"), {"mark": str(tmp_path)})._workers[0]
+    two = make(wait.format("here", "there"), {"mark": str(tmp_path)})._workers[0]
+    registry = Registry(
+        {(name, ""): RewardInfo(name, w._start["factory"], "x", "1") for name, w in (("far", one), ("near", two))}
+    )
+    options = {"mark": str(tmp_path)}
+    sys.path.insert(0, str(tmp_path / "site"))
+    rewards = RewardSet(
+        [TermSpec("near", options=options), TermSpec("far", options=options)],
+        registry,
+        hosts={"far": [one.place]},
+        workers=WorkerSettings(10),
+    )
+    try:
+        found = rewards.submit(images(3, 4), ["a", "b"], [{}] * 2).result(20)
+        assert [(name, values.tolist()) for name, values in found.items()] == [("near", [3, 4]), ("far", [3, 4])]
+        assert list(rewards.score(images(5), ["a"], [{}])) == ["near", "far"]
+    finally:
+        sys.path.remove(str(tmp_path / "site"))
+        rewards.close()
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.just(10**400),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=5,
+)
+SCORES = st.lists(st.floats() | st.integers() | st.just(10**400), min_size=2, max_size=2)
+
+
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={"type": JSON | st.just("error"), "error": JSON, "wrong_count": JSON, "memory": JSON, "counts": JSON},
+    ),
+    JSON | SCORES,
+)
+@example({"counts": {"no face": "three"}}, [1.0, 2.0])
+@example({"counts": {"no face": None}, "memory": "much"}, [1, 10**400])
+def test_whatever_a_worker_answers_is_two_scores_or_one_of_three_failures(answer: dict[str, Any], scores: Any) -> None:
+    one = isolation.Worker(Place("nowhere"), {}, WorkerSettings())
+    with (
+        mock.patch.object(isolation, "_exchange", lambda *_: {**answer, "scores": scores}),
+        contextlib.suppress(WorkerFailure, RewardFailure, isolation.WrongCount),
+    ):
+        found = one.score(images(1, 2), ["a", "b"], [{}, {}])
+        assert [type(value) for value in found] == [float, float]
+    assert isinstance(sum((Counter(one.counts), Counter(seen=1)), Counter()).total(), int)
+    assert isinstance(one.memory, int)

@@ -118,7 +118,7 @@ def test_removing_one_leaves_the_others_working(package: str, options: dict[str,
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_each_package_passes_its_own_tests_in_its_own_environment(package: str, tmp_path: Path) -> None:
-    """With pytest beside it, for the length of the test."""
+    """With pytest beside it, for the length of the test; without those of full size, which want 8 GB of memory."""
     (found,) = [found for found in environments.installed()[0] if found.package == package]
     beside = tmp_path / "pytest"
     subprocess.run(
@@ -134,6 +134,8 @@ def test_each_package_passes_its_own_tests_in_its_own_environment(package: str, 
             "no:cacheprovider",
             "-c",
             os.devnull,
+            "-m",
+            "not slow",
             ROOT / "plugins" / package / "tests",
         ],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(beside), str(ROOT)])},  # the contract test is in ROOT

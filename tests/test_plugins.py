@@ -107,11 +107,19 @@ def test_the_example_keeps_the_contract(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_the_contract_test_finds_what_is_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def plugin(name: str, score: str, about: str = "summary='s', api_version=1", top: str = "") -> str:
+    def plugin(
+        name: str,
+        score: str,
+        about: str = "summary='s', api_version=1",
+        top: str = "",
+        mark: str = "@pluggy.HookimplMarker('texforce')",
+        kind: str = "uint8",
+    ) -> str:
         text = (
-            f"import numpy as np\n{top}\n"
+            f"import pluggy\n{top}\n{mark}\n"
             f"def texforce_register_rewards(register):\n    register('r', '{name}:R', {about})\n"
-            f"class R:\n    input = 'uint8'\n    n = 0\n    def score(self, images, prompts, metadata):\n        {score}\n"
+            f"class R:\n    input = '{kind}'\n    n = 0\n    def score(self, images, prompts, metadata):\n"
+            f"        import numpy as np\n        {score}\n"
         )
         (tmp_path / f"{name}.py").write_text(text)
         return name
@@ -126,6 +134,9 @@ def test_the_contract_test_finds_what_is_wrong(monkeypatch: pytest.MonkeyPatch, 
         "in a batch": ("return images.mean((1, 2, 3)) - images.mean()", {}),
         "leave the range": ("return images.mean((1, 2, 3))", {"about": "summary='s', api_version=1, range=(0, 1)"}),
         "has no summary": ("return images.mean((1, 2, 3))", {"about": "api_version=1"}),
+        "registers nothing": ("return images.mean((1, 2, 3))", {"mark": ""}),
+        "takes more than 0.05 s": ("return images.mean((1, 2, 3))", {"top": "import time; time.sleep(0.06)"}),
+        "writes into the images": ("images[0].paste(0, (0, 0, 9, 9)); return [1.0] * len(images)", {"kind": "pil"}),
         "imports torch": ("return images.mean((1, 2, 3))", {"top": "import torch"}),
     }
     for i, (sentence, (score, more)) in enumerate(faults.items()):

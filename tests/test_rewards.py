@@ -9,6 +9,7 @@ import sys
 import time
 import types
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -169,6 +170,142 @@ def test_broken_plugins_break_only_themselves(plugins: Callable[..., None], monk
     monkeypatch.setenv("TEXFORCE_STRICT_PLUGINS", "1")
     with pytest.raises(TexforceError, match="plugin 'too-new' is broken"):
         load_registry()
+
+
+@pytest.mark.parametrize("problem", [RuntimeError("out of luck"), SystemExit(0), KeyError("x")])
+def test_a_plugin_that_raises_while_it_registers_leaves_nothing_behind(
+    plugins: Callable[..., None], problem: BaseException
+) -> None:
+    def half(register: Callable[..., None]) -> None:
+        register("glow", "x:Y", api_version=1)
+        raise problem
+
+    plugins("half", half)
+    plugins("good", registers("fine"))
+    registry = load_registry()
+    assert registry.broken["half"].startswith(type(problem).__name__)
+    assert "glow" not in registry.names and "fine" in registry.names
+
+
+class Speechless(Exception):
+    """An error that cannot even be printed."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
+def test_an_error_that_cannot_be_printed_is_named_by_its_kind(plugins: Callable[..., None]) -> None:
+    plugins("odd", Speechless())
+    assert load_registry().broken == {"odd": "Speechless"}
+
+
+def module(monkeypatch: pytest.MonkeyPatch, name: str, **contents: Any) -> RewardInfo:
+    """A module `name` with a reward class `R`, and the reward that it registers."""
+    made = types.ModuleType(name)
+    vars(made).update(contents)
+    monkeypatch.setitem(sys.modules, name, made)
+    return RewardInfo(name, f"{name}:R", name, "1")
+
+
+def leaves(*_: Any) -> Any:
+    sys.exit(0)
+
+
+@pytest.mark.parametrize("where", ["__init__", "score"])
+def test_a_reward_that_ends_the_program_is_named(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    info = module(monkeypatch, "quits", R=type("R", (), {where: leaves}))
+    with pytest.raises(TexforceError, match=r"reward 'quits' (could not start|failed): SystemExit: 0"):
+        RewardSet([TermSpec("quits")], Registry({("quits", ""): info})).score(pictures(1), ["a"], [{}])
+
+
+def test_a_module_that_ends_the_program_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "quits_at_once.py").write_text("import sys\nsys.exit(0)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(TexforceError, match=r"reward 'x' \(y\) could not be imported: SystemExit: 0"):
+        RewardInfo("x", "quits_at_once:R", "y", "1").create({})
+
+
+def test_options_that_cannot_be_read_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    class R:
+        def __init__(self, size: nowhere.Size = 3) -> None:  # type: ignore[name-defined]  # noqa: F821
+            pass
+
+    info = module(monkeypatch, "odd", R=R)
+    for read in (info.options, lambda: info.create({"size": "4"})):
+        with pytest.raises(TexforceError, match="the options of reward 'odd' cannot be read: NameError"):
+            read()
+
+
+def test_what_a_plugin_prints_goes_to_stderr(
+    plugins: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class R:
+        def __init__(self) -> None:
+            print("made")
+
+        def score(self, images: Any, prompts: Any, metadata: Any) -> list[float]:
+            print("scored")
+            return [1.0] * len(prompts)
+
+        def close(self) -> None:
+            print("closed")
+
+    def hook(register: Callable[..., None]) -> None:
+        print("registered")
+        register("loud", "loud_reward:R", api_version=1)
+
+    module(monkeypatch, "loud_reward", R=R)
+    plugins("loud", hook)
+    rewards = RewardSet(parse_terms(["loud"]), load_registry())
+    rewards.score(pictures(1), ["a"], [{}])
+    rewards.close()
+    assert capsys.readouterr() == ("", "registered\nmade\nscored\nclosed\n")
+
+
+def test_a_reward_that_fails_at_its_end_keeps_no_other_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = []
+
+    class Good:
+        def close(self) -> None:
+            ended.append("good")
+
+    def fails(self: Any) -> None:
+        raise RuntimeError("stuck")
+
+    infos = {
+        ("bad", ""): module(monkeypatch, "bad", R=type("R", (), {"close": fails})),
+        ("good", ""): module(monkeypatch, "good", R=Good),
+    }
+    rewards = RewardSet(parse_terms(["bad", "good"]), Registry(infos))
+    with pytest.warns(RuntimeWarning, match="reward 'bad' could not be closed: RuntimeError: stuck"):
+        rewards.close()
+    assert ended == ["good"]
+
+
+@pytest.mark.parametrize("wanted", ["uint8", "pil"])
+def test_what_a_reward_does_to_its_pictures_stays_with_it(monkeypatch: pytest.MonkeyPatch, wanted: str) -> None:
+    class Writes:
+        input = wanted
+
+        def score(self, images: Any, prompts: Any, metadata: Any) -> list[float]:
+            if wanted == "pil":
+                images[0].paste((0, 0, 0), (0, 0, 8, 8))
+            else:
+                images[0] = 0
+            return [1.0]
+
+    infos = {("writes", ""): module(monkeypatch, "writes", R=Writes), **load_registry().rewards}
+    batch = np.random.default_rng(0).integers(0, 256, (1, 8, 8, 3), dtype=np.uint8)
+    before = batch.copy()
+    terms = ["writes", "brightness"] if wanted == "uint8" else ["writes", "jpeg-incompressibility"]
+    rewards = RewardSet(parse_terms(terms), Registry(infos))
+    if wanted == "uint8":
+        with pytest.raises(TexforceError, match=r"reward 'writes' failed: ValueError: .*read-only"):
+            rewards.score(batch, ["a"], [{}])
+    else:
+        alone = RewardSet(parse_terms(terms[1:]), Registry(infos)).score(batch, ["a"], [{}])
+        assert rewards.score(batch, ["a"], [{}])[terms[1]] == alone[terms[1]]
+    assert np.array_equal(batch, before)
 
 
 class Fake:

@@ -21,16 +21,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from texforce_cli.rewards import worker
-from texforce_cli.rewards.registry import Registry, RewardInfo
+from texforce_cli.rewards.registry import REWARDS, Registry, RewardInfo, plugin_calls, plugin_manager
 
 HEAVY = ("torch", "tensorflow", "jax", "transformers", "diffusers", "mediapipe", "cv2", "pyiqa", "timm")
 REGISTERS_WITHIN_SECONDS = 0.05
 
 _REGISTER = """
 import sys, time, json, importlib, pluggy
-module = importlib.import_module(sys.argv[1])
-heavy = [name for name in sys.argv[2:] if name in sys.modules]
-print(json.dumps(heavy))
+begun = time.perf_counter()
+importlib.import_module(sys.argv[1])
+seconds = time.perf_counter() - begun
+print(json.dumps([seconds, [name for name in sys.argv[2:] if name in sys.modules]]))
 """
 
 
@@ -47,28 +48,30 @@ def pictures(count: int = 5, size: int = 96, seed: int = 0) -> NDArray[np.uint8]
 
 def check_registration(module: str, name: str) -> RewardInfo:
     """Assert that `module` registers `name` as the contract says, quickly, and without importing anything heavy."""
-    found = subprocess.run(
-        [sys.executable, "-c", _REGISTER, module, *HEAVY], capture_output=True, text=True, check=False, timeout=120
-    )
-    assert found.returncode == 0, f"importing {module} fails: {found.stderr.strip().splitlines()[-1:]}"
-    heavy = json.loads(found.stdout.splitlines()[-1])
-    assert not heavy, f"importing {module} imports {', '.join(heavy)}: name the class as a string and import inside it"
-    calls: list[dict[str, Any]] = []
-
-    def register(name: str, factory: str, **about: Any) -> None:
-        calls.append({"name": name, "factory": factory, **about})
-
-    hook = getattr(importlib.import_module(module), "texforce_register_rewards", None)
-    assert hook is not None, f"{module} has no function texforce_register_rewards"
+    tries = (_seconds_to_import(module) for _ in range(5))  # a machine may be busy for once, and write bytecode first
+    fast = any(seconds < REGISTERS_WITHIN_SECONDS for seconds in tries)
+    assert fast, f"importing {module} takes more than {REGISTERS_WITHIN_SECONDS} s, five times over: import less there"
     begun = time.perf_counter()
-    hook(register=register)
+    calls = plugin_calls(plugin_manager(), importlib.import_module(module), module, REWARDS)
     assert time.perf_counter() - begun < REGISTERS_WITHIN_SECONDS, "registering takes too long: import nothing there"
+    assert calls, f"{module} registers nothing: is its texforce_register_rewards there, marked with @hookimpl?"
     registry = Registry()
     registry.add(calls, module, "0")
     infos = [info for (known, _), info in registry.rewards.items() if known == name]
     assert infos, f"{module} registers {', '.join(registry.names)}, not '{name}'"
     assert infos[0].summary, f"'{name}' has no summary for the list of rewards"
     return infos[0]
+
+
+def _seconds_to_import(module: str) -> float:
+    """In a fresh interpreter; asserts that nothing heavy comes along."""
+    found = subprocess.run(
+        [sys.executable, "-c", _REGISTER, module, *HEAVY], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert found.returncode == 0, f"importing {module} fails: {found.stderr.strip().splitlines()[-1:]}"
+    seconds, heavy = json.loads(found.stdout.splitlines()[-1])
+    assert not heavy, f"importing {module} imports {', '.join(heavy)}: name the class as a string and import inside it"
+    return float(seconds)
 
 
 def check_reward(
@@ -101,10 +104,8 @@ def check_reward(
     batch = pictures() if images is None else images
     texts = list(prompts) if prompts is not None else [f"a {noun}" for noun in ("cat", "dog", "fox", "cow", "bee")]
     texts = [texts[i % len(texts)] for i in range(len(batch))]
-    before = batch.copy()
     scores = _score(reward, batch, texts)
     assert all(math.isfinite(value) for value in scores), f"scores that are not finite: {scores}"
-    assert np.array_equal(batch, before), "the reward writes into the images that it is given"
     scale = tolerance * max(1.0, *map(abs, scores))
     assert np.allclose(_score(reward, batch, texts), scores, rtol=0, atol=scale), "the same batch twice, other scores"
     alone = [_score(reward, batch[i : i + 1], texts[i : i + 1])[0] for i in range(len(batch))]
@@ -126,7 +127,10 @@ def check_reward(
 def _score(reward: Any, images: NDArray[np.uint8], prompts: Sequence[str]) -> list[float]:
     payload = np.ascontiguousarray(images).tobytes()
     given = worker.decode(payload, images.shape, getattr(reward, "input", "pil"))
-    return worker.score(reward, given, prompts, [{} for _ in prompts])
+    scores = worker.score(reward, given, prompts, [{} for _ in prompts])
+    after = b"".join(np.asarray(image).tobytes() for image in given)
+    assert after == payload, "the reward writes into the images that it is given"
+    return scores
 
 
 def _check_gradient(reward: Any, images: NDArray[np.uint8], prompts: Sequence[str]) -> None:

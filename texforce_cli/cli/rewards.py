@@ -176,7 +176,11 @@ def remove(
     for environment in environments.installed()[0]:
         if package in [str(entry["name"]) for entry in environment.rewards]:
             package = environment.package
-    if not yes:
+    there = (environments.root() / package).is_dir()
+    if not there:
+        beside = [info.origin for info in _registry().rewards.values() if info.name == package and info.state == "here"]
+        package = beside[0] if beside else package
+    if there and not yes:
         _confirm(f"Delete the environment of '{package}'?")
     freed = environments.remove(package)
     note(f"removed {package}: {freed / 1e6:,.0f} MB")

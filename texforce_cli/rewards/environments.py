@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import importlib.metadata
 import json
 import os
 import re
@@ -22,7 +23,9 @@ from typing import Any, Literal
 
 from texforce_cli.errors import TexforceError, UsageError
 from texforce_cli.files import user_folder, write_error, write_json
+from texforce_cli.rewards import builtin
 from texforce_cli.rewards.places import Place
+from texforce_cli.rewards.registry import REWARDS, Registry, normal, plugin_calls, plugin_manager, plugins
 
 MANIFEST_VERSION = 1
 OURS: Mapping[str, str] = {
@@ -120,14 +123,17 @@ def installed() -> tuple[list[Environment], dict[str, str]]:
 
 
 def resolve(asked: str) -> Source:
-    """What NAME, PACKAGE or PATH means. A reward's name is looked up in our own table alone.
+    """What NAME, PACKAGE or PATH means. A reward's name is looked up in our own table alone, however it is spelt.
 
     Raises:
-        UsageError: a path without a package, a near miss of a name in the table, or no package name.
+        UsageError: a built-in reward, a path without a package, a near miss of a name of ours, or no package name.
     """
-    if asked in OURS or asked in OURS.values():
-        package = OURS.get(asked, asked)
+    known = {normal(name): package for name, package in OURS.items()} | {package: package for package in OURS.values()}
+    if package := known.get(normal(asked)):
         return Source(str(_bundled(package)), True, package)
+    built_in = _built_in()
+    if normal(asked) in map(normal, built_in):
+        raise UsageError(f"the reward '{asked}' is built in, there is nothing to install", "see texforce rewards")
     path = Path(asked).expanduser()
     if path.exists() or os.sep in asked or asked.startswith((".", "~")):
         if path.suffix == ".whl" and path.is_file():
@@ -137,11 +143,16 @@ def resolve(asked: str) -> Source:
                 f"'{asked}' holds no Python package", "give a folder with a pyproject.toml, or a .whl file"
             )
         return Source(str(path.resolve()), False, path.resolve().name)
-    if close := difflib.get_close_matches(asked, [*OURS, *OURS.values()], n=1, cutoff=0.75):
+    if close := difflib.get_close_matches(normal(asked), [*OURS, *OURS.values(), *built_in], n=1, cutoff=0.75):
         raise UsageError(f"unknown reward '{asked}'", f"did you mean '{close[0]}'? Of ours there are {', '.join(OURS)}")
     if not _PACKAGE.fullmatch(asked):
         raise UsageError(f"'{asked}' is no name of a package", f"give a path, a package, or one of {', '.join(OURS)}")
-    return Source(asked, False, asked)
+    return Source(asked, False, f"{asked} of the package index")
+
+
+def _built_in() -> list[str]:
+    """The rewards that need no package of their own."""
+    return [call["name"] for call in plugin_calls(plugin_manager(), builtin, "texforce", REWARDS)]
 
 
 def _bundled(package: str) -> Path:
@@ -196,7 +207,6 @@ def install_isolated(
 def _adopt(folder: Path, lock: str) -> Environment:
     """Ask the new environment what it registers, move it to its place, write the manifest."""
     from texforce_cli.rewards.isolation import RewardFailure, WorkerFailure, ask_once
-    from texforce_cli.rewards.registry import Registry
 
     try:
         told = ask_once(Place(str(_python(folder))), {"type": "describe"})
@@ -207,7 +217,7 @@ def _adopt(folder: Path, lock: str) -> Environment:
     rewards = told["rewards"]
     if not rewards:
         raise UsageError("the package registers no reward", "it needs an entry point in the group 'texforce'")
-    package = re.sub(r"[-_.]+", "-", str(rewards[0]["distribution"])).lower()
+    package = normal(str(rewards[0]["distribution"]))
     if not _NAME.fullmatch(package):
         raise UsageError(f"the package calls itself {package!r}", "see its author")
     try:
@@ -252,6 +262,8 @@ def remove(package: str) -> int:
     """
     home = root() / package
     if not _NAME.fullmatch(package) or not home.is_dir():
+        if any(plugin.origin == package for plugin in plugins()):
+            raise UsageError(f"'{package}' is installed beside texforce", f"remove it with: pip uninstall {package}")
         names = ", ".join(environment.package for environment in installed()[0]) or "none"
         raise UsageError(f"there is no environment of '{package}'", f"there are: {names}")
     with contextlib.ExitStack() as stack:
@@ -270,7 +282,18 @@ def remove(package: str) -> int:
 
 
 def install_here(source: Source, say: Callable[[str], None]) -> None:
-    """Install the package into the environment that texforce runs in, by its own requirements."""
+    """Install the package into the environment that texforce runs in, by its own requirements.
+
+    Raises:
+        UsageError: it lives from pinned packages that are not all here.
+        TexforceError: as in `install_isolated`.
+    """
+    if absent := _pinned_elsewhere(Path(source.requirement)):
+        raise UsageError(
+            f"{source.said} needs pinned packages that are not beside texforce ({', '.join(absent[:4])}"
+            f"{', ...' if absent[4:] else ''})",
+            "leave out --here: it gets an environment of its own",
+        )
     say(f"installing {source.said} beside texforce")
     _Installer(sys.executable, Path(sys.prefix), say).install([source.requirement])
 
@@ -363,6 +386,19 @@ def _find_lock(folder: Path, variant: Variant) -> Path | None:
         if found := sorted(folder.glob(f"[Ll]ib*/**/site-packages/*/locks/{name}.txt")):
             return found[0]
     return None
+
+
+def _pinned_elsewhere(folder: Path) -> list[str]:
+    """What the lock of a package's sources pins and this environment does not have."""
+    locks = sorted(folder.glob("*/locks/cpu.txt")) if folder.is_dir() else []
+    pins = [
+        line.partition("==")[0]
+        for lock in locks[:1]
+        for line in lock.read_text(encoding="utf-8").splitlines()
+        if "==" in line
+    ]
+    here = {normal(found.name) for found in importlib.metadata.distributions()}
+    return [name for name in pins if normal(name) not in here]
 
 
 def _check_python(lock: Path, folder: Path) -> None:

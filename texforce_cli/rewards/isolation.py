@@ -33,6 +33,8 @@ _BACK_OFF = (0.0, 0.5, 2.0)
 _MOST_POISONED = 3
 """So many pictures of one batch may fail alone; then it is the reward that is at fault, not they."""
 _REMEMBERED_LINES = 30
+_DYING = 5.0
+"""Seconds until a process that was killed is no longer waited for."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class WorkerSettings:
     start_timeout: float = 900.0
     workers: int = 1
     memory_gb: float | None = None
+    substitute: bool = True
+    """Whether a picture that cannot be scored gets the worst score of its batch, as training needs it; else it is NaN."""
 
 
 class WorkerFailure(Exception):
@@ -60,8 +64,9 @@ class WrongCount(Exception):
 class Worker:
     """One process with one reward in it."""
 
-    def __init__(self, place: Place, start: Mapping[str, Any], settings: WorkerSettings) -> None:
-        self.place, self.settings = place, settings
+    def __init__(self, place: Place, start: Mapping[str, Any], settings: WorkerSettings, device: str = "") -> None:
+        """`device`: the one CUDA device that it sees, as CUDA_VISIBLE_DEVICES names it; by default all of them."""
+        self.place, self.settings, self.device = place, settings, device
         self.memory = 0
         self.counts: Mapping[str, int] = {}
         self._start = start
@@ -71,7 +76,6 @@ class Worker:
         self._asked: Future[dict[str, Any]] | None = None
         self.closed = False
         """Set by `close`, also from another thread: from then on no process is started."""
-        self._io = ThreadPoolExecutor(1, thread_name_prefix="texforce-worker")
 
     @property
     def pid(self) -> int | None:
@@ -94,7 +98,7 @@ class Worker:
             return
         self.kill()
         self._said.clear()
-        self._process = _spawn(self.place)
+        self._process = _spawn(self.place, self.device)
         if self.closed:
             self.kill()
             raise WorkerFailure("was closed")
@@ -114,12 +118,9 @@ class Worker:
             WorkerFailure: no answer in `timeout` seconds, the process ended, or it answered nonsense; it is killed.
             RewardFailure, WrongCount: the reward raised, or returned another number of values.
         """
+        self._asked = asked = _in_thread(_exchange, self._process, header, payload, noise)
         try:
-            self._asked = self._io.submit(self._exchange, header, payload, noise)
-        except RuntimeError:
-            raise WorkerFailure("was closed") from None
-        try:
-            answer = self._asked.result(timeout)
+            answer = asked.result(timeout)
         except TimeoutError:
             self.kill()
             raise WorkerFailure(f"did not answer within {timeout:g} seconds{self.last_words}") from None
@@ -150,12 +151,16 @@ class Worker:
         answer = self.ask(header, payload, timeout=self.settings.timeout)
         scores = answer.get("scores")
         listed = scores if isinstance(scores, list) else []
-        if len(listed) != len(prompts) or not all(isinstance(value, (int, float)) for value in listed):
-            self.kill()
-            raise WorkerFailure("answered without one score an image")
         counts = answer.get("counts")
-        self.counts = counts if isinstance(counts, dict) else {}
-        return [float(value) for value in listed]
+        counts = counts if isinstance(counts, dict) else {}
+        self.counts = {what: number for what, number in counts.items() if type(number) is int}
+        try:
+            if len(listed) == len(prompts) and all(isinstance(value, (int, float)) for value in listed):
+                return [float(value) for value in listed]
+        except OverflowError:  # an integer of hundreds of digits
+            pass
+        self.kill()
+        raise WorkerFailure("answered without one score an image")
 
     @property
     def last_words(self) -> str:
@@ -174,29 +179,24 @@ class Worker:
                     self.ask({"type": "stop"}, timeout=5)
         finally:
             self.kill()
-            self._io.shutdown(wait=False, cancel_futures=True)
 
     def kill(self) -> None:
-        """End the process now, and whatever it has started: such children would keep its pipes open."""
+        """End the process now, and what it has started. A child that left its group may hold the pipes open: they are left
+        to the thread that still reads them, and nobody waits."""
         process, self._process = self._process, None
         if process is None:
             return
+        asked, self._asked = self._asked, None
         if hasattr(os, "killpg"):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)  # it leads a session of its own
         process.kill()
-        process.wait()
-        for stream in (process.stdin, process.stdout):
-            with contextlib.suppress(OSError, ValueError):
-                if stream:
-                    stream.close()
-
-    def _exchange(self, header: Mapping[str, Any], payload: Any, noise: int) -> dict[str, Any]:
-        process = self._process
-        if process is None or process.stdin is None or process.stdout is None:
-            raise EOFError
-        write_frame(process.stdin, header, payload)  # type: ignore[arg-type]
-        return read_frame(process.stdout, noise=noise)[0]  # type: ignore[arg-type]
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_DYING)
+        if asked is None:
+            _close_pipes(process)
+        else:
+            asked.add_done_callback(lambda _: _close_pipes(process))
 
     def _how_it_ended(self) -> str:
         process = self._process
@@ -222,17 +222,48 @@ class Worker:
                 self._said.append(line.decode("utf-8", "replace"))
 
 
+def _in_thread(call: Callable[..., dict[str, Any]], *arguments: Any) -> Future[dict[str, Any]]:
+    """`call` in a thread that nobody waits for, not even the end of the program."""
+    future: Future[dict[str, Any]] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call(*arguments))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="texforce-worker", daemon=True).start()
+    return future
+
+
+def _exchange(
+    process: subprocess.Popen[bytes] | None, header: Mapping[str, Any], payload: Any, noise: int
+) -> dict[str, Any]:
+    if process is None or process.stdin is None or process.stdout is None:
+        raise EOFError
+    write_frame(process.stdin, header, payload)  # type: ignore[arg-type]
+    return read_frame(process.stdout, noise=noise)[0]  # type: ignore[arg-type]
+
+
+def _close_pipes(process: subprocess.Popen[bytes]) -> None:
+    for stream in (process.stdin, process.stdout):
+        with contextlib.suppress(OSError, ValueError):
+            if stream:
+                stream.close()
+
+
 # A worker dies with the thread that started it (Linux), so they are all started by one that lives as long as the process.
 _spawner = ThreadPoolExecutor(1, thread_name_prefix="texforce-spawner")
 
 
-def _spawn(place: Place) -> subprocess.Popen[bytes]:
+def _spawn(place: Place, device: str = "") -> subprocess.Popen[bytes]:
     def start() -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             place.command if place.host else [*place.command, str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": device} if device else None,
             start_new_session=True,  # Ctrl-C is for the trainer, which ends its workers in good order
         )
 
@@ -241,6 +272,16 @@ def _spawn(place: Place) -> subprocess.Popen[bytes]:
     except OSError as error:
         what = "ssh" if place.host else place.python
         raise WorkerFailure(f"could not be started ({what}: {error.strerror})") from error
+
+
+def visible_devices() -> list[str]:
+    """The CUDA devices that this process sees, as CUDA_VISIBLE_DEVICES names them; none without CUDA."""
+    import torch
+
+    count = torch.cuda.device_count()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [str(index) for index in range(count)] if named is None else named.split(",")
+    return [name.strip() for name in names[:count]]
 
 
 def ask_once(place: Place, header: Mapping[str, Any], *, timeout: float = 300.0) -> dict[str, Any]:
@@ -281,6 +322,10 @@ class _Verdict:
         return _Verdict(self.scores + other.scores, self.poisoned + other.poisoned)
 
 
+def _unscored(scores: Sequence[float], prompts: Sequence[str]) -> list[str]:
+    return [f"returned nan for the prompt '{p[:80]}'" for score, p in zip(scores, prompts) if np.isnan(score)]
+
+
 class IsolatedReward:
     """A reward whose score comes from worker processes."""
 
@@ -311,7 +356,12 @@ class IsolatedReward:
         }
         if settings.memory_gb:
             start["memory_limit"] = int(settings.memory_gb * 1e9)
-        self._workers = [Worker(place, start, settings) for place in places for _ in range(settings.workers)]
+        devices = visible_devices() if settings.workers > 1 and not all(place.host for place in places) else []
+        self._workers = [
+            Worker(place, start, settings, devices[i % len(devices)] if len(devices) > 1 and not place.host else "")
+            for place in places
+            for i in range(settings.workers)
+        ]
         self._pool = ThreadPoolExecutor(len(self._workers), thread_name_prefix=f"texforce-{name}")
         self._earlier: Counter[str] = Counter()
         try:
@@ -346,7 +396,8 @@ class IsolatedReward:
     def score(
         self, images: NDArray[np.uint8], prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> list[float]:
-        """One score an image [N], the batch split over the workers; of several threads one after the other.
+        """One score an image [N], the batch split over the workers; of several threads one after the other. A picture that
+        fails gets the worst score of its batch, or NaN (`WorkerSettings.substitute`).
 
         Raises:
             TexforceError: no worker can be kept alive, or too many pictures fail.
@@ -367,11 +418,14 @@ class IsolatedReward:
             self._worst_seen = self.worst(self._worst_seen, *known)
         elif known:
             self._worst_seen = self.worst(known)
-        if verdict.poisoned and (self._failed_in_a_row >= _MOST_POISONED or self._worst_seen is None):
-            raise self._too_many(verdict)
-        for sentence in verdict.poisoned:
-            self._warnings.put(f"reward '{self.name}' {sentence}; it got the worst score of its batch")
         substitute = self.worst(known) if known else self._worst_seen
+        if not self.settings.substitute:
+            substitute = np.nan
+        if verdict.poisoned and (self._failed_in_a_row >= _MOST_POISONED or substitute is None):
+            raise self._too_many(verdict)
+        given = "got the worst score of its batch" if self.settings.substitute else "has no score"
+        for sentence in verdict.poisoned:
+            self._warnings.put(f"reward '{self.name}' {sentence}; it {given}")
         return [float(substitute) if value is None else value for value in verdict.scores]  # type: ignore[arg-type]
 
     def close(self) -> None:
@@ -390,12 +444,16 @@ class IsolatedReward:
     def _judge(self, one: Worker, batch: _Batch, tries: int = 2) -> _Verdict:
         """Ask; ask again where the process failed; then halve, to find which picture it is."""
         reason = ""
+        if len(batch) > 1 and batch.images.nbytes > worker.LARGEST_PAYLOAD:
+            middle = len(batch) // 2
+            return self._judge(one, batch.part(0, middle)) + self._judge(one, batch.part(middle, len(batch)))
         if not one.alive:
             self._warnings.put(f"reward '{self.name}': its process had ended between two batches; started again")
             self._start(one)
         for _ in range(tries):
             try:
-                return _Verdict([*one.score(batch.images, batch.prompts, batch.metadata)])
+                scores = one.score(batch.images, batch.prompts, batch.metadata)
+                return _Verdict([*scores], [] if self.settings.substitute else _unscored(scores, batch.prompts))
             except WrongCount as error:
                 raise TexforceError(
                     f"reward '{self.name}' {error}", "it breaks the contract; see its author"

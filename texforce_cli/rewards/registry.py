@@ -10,6 +10,7 @@ import difflib
 import importlib.metadata
 import os
 import re
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -76,15 +77,14 @@ class RewardInfo:
             arguments = worker.typed_options(factory, options)
         except ValueError as error:
             raise UsageError(f"reward '{self.name}': {error}", f"see texforce rewards info {self.name}") from error
-        except (NameError, TypeError) as error:
-            raise TexforceError(
-                f"the options of reward '{self.name}' cannot be read: {worker.describe(error)}", "leave them out"
-            ) from error
+        except Exception as error:  # annotations are the plugin's code
+            raise self._unreadable(error) from error
         try:
-            reward: Reward = factory(**arguments)
+            with to_stderr():
+                reward: Reward = factory(**arguments)
         except TexforceError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise TexforceError(
                 f"reward '{self.name}' could not start: {worker.describe(error)}", "check its options"
             ) from error
@@ -97,10 +97,10 @@ class RewardInfo:
             TexforceError: it cannot be.
         """
         try:
-            return worker.load(self.factory)
-        except (
-            Exception
-        ) as error:  # the plugin boundary: whatever a third party raises is named, not thrown at the user
+            with to_stderr():
+                return worker.load(self.factory)
+        # the plugin boundary: whatever a third party raises is named, not thrown at the user
+        except (Exception, SystemExit) as error:
             raise TexforceError(
                 f"reward '{self.name}' ({self.origin}) could not be imported: {worker.describe(error)}",
                 f"repair or reinstall {self.origin}",
@@ -110,10 +110,14 @@ class RewardInfo:
         """Name, type and default of each option; an isolated reward is asked in its own environment.
 
         Raises:
-            TexforceError: the class cannot be imported.
+            TexforceError: the class cannot be imported, or its options cannot be read.
         """
         if self.environment is None:
-            return worker.list_options(self.load())
+            factory = self.load()
+            try:
+                return worker.list_options(factory)
+            except Exception as error:
+                raise self._unreadable(error) from error
         from texforce_cli.rewards.isolation import RewardFailure, WorkerFailure, ask_once
 
         try:
@@ -124,6 +128,11 @@ class RewardInfo:
                 f"reward '{self.name}' could not be asked for its options: {error}", f"reinstall {self.origin}"
             ) from error
         return list(answer["options"])
+
+    def _unreadable(self, error: Exception) -> TexforceError:
+        return TexforceError(
+            f"the options of reward '{self.name}' cannot be read: {worker.describe(error)}", "leave them out"
+        )
 
     def _isolated(self, options: Mapping[str, str], workers: WorkerSettings | None, places: Sequence[Place]) -> Reward:
         from texforce_cli.rewards.isolation import IsolatedReward, WorkerSettings
@@ -143,6 +152,11 @@ class RewardInfo:
         except BaseException:
             held.close()
             raise
+
+
+def to_stderr() -> contextlib.AbstractContextManager[Any]:
+    """While a plugin's code runs, what it prints goes to stderr: stdout holds data only."""
+    return contextlib.redirect_stdout(sys.stderr)
 
 
 _ABOUT = frozenset(RewardInfo.__dataclass_fields__) - {"name", "factory", "origin", "version", "environment"}
@@ -260,7 +274,8 @@ def load_registry() -> Registry:
     for plugin in plugins():
         begun = time.perf_counter()
         try:
-            calls = plugin_calls(manager, plugin.entry.load(), plugin.origin, REWARDS)
+            with to_stderr():
+                calls = plugin_calls(manager, plugin.entry.load(), plugin.origin, REWARDS)
             registry.add(calls, plugin.origin, plugin.version)
         except (Exception, SystemExit) as error:  # one broken plugin must not take the others with it
             _broken(registry, plugin.origin, error)
@@ -301,7 +316,7 @@ def plugins() -> list[Plugin]:
     """The entry points of the group `texforce`, without those that TEXFORCE_BLOCK_PLUGINS names."""
     found = []
     for entry in importlib.metadata.entry_points(group=hookspecs.PROJECT):
-        origin = _normal(entry.dist.name) if entry.dist else entry.name
+        origin = normal(entry.dist.name) if entry.dist else entry.name
         if not {entry.name, origin} & _blocked():
             found.append(Plugin(origin, entry.dist.version if entry.dist else "", entry))
     return found
@@ -337,5 +352,6 @@ def _blocked() -> set[str]:
     return {name.strip() for name in os.environ.get("TEXFORCE_BLOCK_PLUGINS", "").split(",")}
 
 
-def _normal(distribution: str) -> str:
-    return re.sub(r"[-_.]+", "-", distribution).lower()
+def normal(name: str) -> str:
+    """A name as the package index compares it: case and `-_.` make no difference."""
+    return re.sub(r"[-_.]+", "-", name).lower()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 import re
 from pathlib import Path
 
@@ -18,7 +19,7 @@ name = "texforce-{name}"
 version = "0.1.0"
 description = "The reward '{name}' for texforce"
 requires-python = ">=3.10"
-dependencies = ["pluggy>=1.5"]
+dependencies = ["pluggy>=1.5", "numpy"]
 
 [project.entry-points.texforce]
 {name} = "{module}"
@@ -107,14 +108,16 @@ def write_plugin(name: str, out: Path | None = None) -> Path:
         raise UsageError(
             f"'{name}' cannot be the name of a reward", "use lower case, digits and hyphens, as in edge-count"
         )
-    folder = out or Path(f"texforce-{name}")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"'{folder}' exists and is not empty", "choose another with --out")
     words = {
         "name": name,
         "module": "texforce_" + name.replace("-", "_"),
         "cls": "".join(part.capitalize() for part in name.split("-")),
     }
+    if keyword.iskeyword(words["cls"]) or words["module"] == "texforce_cli":
+        raise UsageError(f"'{name}' cannot be the name of a reward: Python or texforce has it", "choose another")
+    folder = out or Path(f"texforce-{name}")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"'{folder}' exists and is not empty", "choose another with --out")
     files = {
         "pyproject.toml": _PYPROJECT,
         "README.md": _README,

@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import secrets
 import threading
+import time
 from collections.abc import Mapping, Sequence
-from multiprocessing.connection import Client, Connection, Listener
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Client, Connection, Listener, answer_challenge, deliver_challenge
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -34,27 +36,29 @@ class Lender:
 
     def __init__(self, rewards: Mapping[str, IsolatedReward]) -> None:
         self._rewards = rewards
-        key = secrets.token_bytes(32)
-        self._listener = Listener(authkey=key)
-        self.address = Address(str(self._listener.address), key)
+        self._closed = False
+        self._listener = Listener()
+        self.address = Address(str(self._listener.address), secrets.token_bytes(32))
         threading.Thread(target=self._accept, name="texforce-lender", daemon=True).start()
 
     def close(self) -> None:
         """Lend no more."""
+        self._closed = True
         self._listener.close()
 
     def _accept(self) -> None:
-        while True:
+        while not self._closed:
             try:
                 asker = self._listener.accept()
-            except OSError:  # closed
-                return
-            except Exception:  # someone without the key
+            except OSError:  # closed, or one that went away again
+                time.sleep(0.05)
                 continue
             threading.Thread(target=self._serve, args=(asker,), daemon=True).start()
 
     def _serve(self, asker: Connection) -> None:
-        with asker, contextlib.suppress(EOFError, OSError):
+        with asker, contextlib.suppress(EOFError, OSError, AuthenticationError):
+            deliver_challenge(asker, self.address.key)  # here and not in `accept`: who does not answer holds up nobody
+            answer_challenge(asker, self.address.key)
             while True:
                 name, *batch = asker.recv()
                 try:
@@ -68,11 +72,15 @@ class Lent:
 
     input = "uint8"
 
-    def __init__(self, name: str, lender: Address) -> None:
-        self.name = name
+    def __init__(self, name: str, lender: Address, timeout: float = 3600.0) -> None:
+        """`timeout`: seconds without an answer, more than the owner takes to start a worker anew and ask again."""
+        self.name, self.timeout = name, timeout
         try:
-            self._owner = Client(lender.place, authkey=lender.key)
-        except OSError as error:
+            self._owner = Client(lender.place)
+            self._wait()
+            answer_challenge(self._owner, lender.key)
+            deliver_challenge(self._owner, lender.key)
+        except (OSError, EOFError) as error:
             raise self._gone() from error
 
     def score(
@@ -85,6 +93,7 @@ class Lent:
         """
         try:
             self._owner.send((self.name, images, list(prompts), [dict(one) for one in metadata]))
+            self._wait()
             answer, problem = self._owner.recv()
         except (OSError, EOFError) as error:
             raise self._gone() from error
@@ -96,6 +105,13 @@ class Lent:
     def close(self) -> None:
         """Ask no more."""
         self._owner.close()
+
+    def _wait(self) -> None:
+        if not self._owner.poll(self.timeout):
+            raise TexforceError(
+                f"the process that owns the workers of reward '{self.name}' has not answered for {self.timeout:g} seconds",
+                "see its messages",
+            )
 
     def _gone(self) -> TexforceError:
         return TexforceError(f"the process that owns the workers of reward '{self.name}' has ended", "see its messages")

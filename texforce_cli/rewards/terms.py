@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from texforce_cli.errors import TexforceError, UsageError
 from texforce_cli.rewards import worker
 from texforce_cli.rewards.isolation import IsolatedReward, WorkerSettings
 from texforce_cli.rewards.places import Place
-from texforce_cli.rewards.registry import Registry, Reward, RewardInfo
+from texforce_cli.rewards.registry import Registry, Reward, RewardInfo, to_stderr
 from texforce_cli.rewards.sharing import Address, Lender, Lent
 
 
@@ -101,7 +102,8 @@ class RewardSet:
         self.normalize = normalize
         infos = [find(spec, registry) for spec in specs]  # every name is checked before anything is imported
         self._terms: list[_Term] = []
-        self._ahead: ThreadPoolExecutor | None = None
+        self._ahead: dict[str, ThreadPoolExecutor] = {}
+        self._joining: ThreadPoolExecutor | None = None
         self._lender: Lender | None = None
         if "" in (hosts or {}) and not any(info.environment for info in infos):
             raise UsageError(
@@ -120,9 +122,12 @@ class RewardSet:
         except BaseException:
             self.close()
             raise
-        if all(isinstance(term.reward, IsolatedReward | Lent) for term in self._terms):
-            # all scoring happens in other processes, so that this one can go on drawing meanwhile
-            self._ahead = ThreadPoolExecutor(1, thread_name_prefix="texforce-rewards")
+        # other processes score while this one goes on drawing; one thread a term keeps its batches in order
+        for term in self._terms:
+            if isinstance(term.reward, IsolatedReward | Lent):
+                self._ahead[term.spec.name] = ThreadPoolExecutor(1, thread_name_prefix="texforce-rewards")
+        if self._ahead:
+            self._joining = ThreadPoolExecutor(1, thread_name_prefix="texforce-rewards")
 
     def __str__(self) -> str:
         return " + ".join(map(str, self.specs))
@@ -142,32 +147,38 @@ class RewardSet:
     def submit(
         self, images: NDArray[np.uint8], prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> Future[dict[str, NDArray[np.float64]]]:
-        """`score`, begun: done when this returns, unless all rewards are isolated; batches are finished in order."""
-        if self._ahead is not None:
-            return self._ahead.submit(self.score, images, prompts, metadata)
-        return finished(self.score(images, prompts, metadata))
+        """`score`, begun: isolated rewards first, those of this process meanwhile; done when this returns unless some are
+        isolated. Batches are finished in order.
+
+        Raises:
+            TexforceError: as in `score`, of a reward in this process; the future raises those of the others.
+        """
+        batch = images, prompts, metadata
+        begun = {
+            term.spec.name: self._ahead[term.spec.name].submit(self._scored, term, *batch)
+            for term in self._terms
+            if term.spec.name in self._ahead
+        }
+        here = {term.spec.name: self._scored(term, *batch) for term in self._terms if term.spec.name not in begun}
+        if self._joining is None:
+            return finished(here)
+
+        def join() -> dict[str, NDArray[np.float64]]:
+            names = [term.spec.name for term in self._terms]
+            return {name: begun[name].result() if name in begun else here[name] for name in names}
+
+        return self._joining.submit(join)
 
     def score(
         self, images: NDArray[np.uint8], prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> dict[str, NDArray[np.float64]]:
-        """The raw value of each term for uint8 `images` [N, height, width, 3]: name -> [N].
+        """The raw value of each term for uint8 `images` [N, height, width, 3]: name -> [N]; NaN only for a picture that an
+        isolated reward could not score, and only without `WorkerSettings.substitute`.
 
         Raises:
             TexforceError: a reward raised, returned another count, or a value that is not finite; it is named.
         """
-        pictures: list[Image.Image] = []
-        result = {}
-        for term in self._terms:
-            wanted = getattr(term.reward, "input", "pil")
-            if wanted not in ("pil", "uint8"):
-                raise TexforceError(
-                    f"reward '{term.spec.name}' wants the input '{wanted}'", "it must be 'pil' or 'uint8'"
-                )
-            if wanted == "pil":
-                pictures = pictures or [Image.fromarray(image) for image in images]
-            given = images if wanted == "uint8" else pictures
-            result[term.spec.name] = self._checked(term, given, prompts, metadata)
-        return result
+        return self.submit(images, prompts, metadata).result()
 
     def total(self, terms: Mapping[str, NDArray[np.float64]]) -> Scores:
         """Sum the terms of a whole epoch, each standardised over it with `normalize`: what is trained on."""
@@ -201,39 +212,57 @@ class RewardSet:
         return {term.spec.name: term.reward.memory for term in self._terms if isinstance(term.reward, IsolatedReward)}
 
     def close(self) -> None:
-        """End every reward that has something to end."""
-        if self._ahead is not None:
-            self._ahead.shutdown(wait=False, cancel_futures=True)
+        """End every reward that has something to end; one that fails at it is named in a warning."""
+        for pool in (*self._ahead.values(), self._joining):
+            if pool is not None:
+                pool.shutdown(wait=False, cancel_futures=True)
         if self._lender is not None:
             self._lender.close()
         for term in self._terms:
-            close = getattr(term.reward, "close", None)
-            if close is not None:
-                close()
+            try:
+                with to_stderr():
+                    getattr(term.reward, "close", lambda: None)()
+            except (Exception, SystemExit) as error:  # the others are still to be ended
+                sentence = f"reward '{term.spec.name}' could not be closed: {worker.describe(error)}"
+                warnings.warn(sentence, RuntimeWarning, stacklevel=2)
 
     @staticmethod
-    def _checked(
-        term: _Term, images: Any, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    def _scored(
+        term: _Term, images: NDArray[np.uint8], prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> NDArray[np.float64]:
-        name = term.spec.name
+        name, wanted = term.spec.name, getattr(term.reward, "input", "pil")
+        if wanted not in ("pil", "uint8"):
+            raise TexforceError(f"reward '{name}' wants the input '{wanted}'", "it must be 'pil' or 'uint8'")
         try:
-            values = np.asarray(worker.score(term.reward, images, prompts, metadata), dtype=np.float64)
+            if isinstance(term.reward, IsolatedReward | Lent):
+                values = np.asarray(term.reward.score(images, prompts, metadata))
+            else:
+                with to_stderr():
+                    values = np.asarray(worker.score(term.reward, _given(images, wanted), prompts, metadata))
         except TexforceError:
             raise
         except worker.WrongCount as error:
             message, _, remedy = str(error).partition("; ")
             raise TexforceError(f"reward '{name}' {message}", remedy) from error
-        except Exception as error:  # the plugin boundary
-            raise TexforceError(
-                f"reward '{name}' failed: {type(error).__name__}: {error}", "see it with --debug"
-            ) from error
-        bad = np.flatnonzero(~np.isfinite(values))
+        except (Exception, SystemExit) as error:  # the plugin boundary
+            raise TexforceError(f"reward '{name}' failed: {worker.describe(error)}", "see it with --debug") from error
+        unscored = isinstance(term.reward, IsolatedReward) and not term.reward.settings.substitute
+        bad = np.flatnonzero(np.isinf(values) if unscored else ~np.isfinite(values))
         if bad.size:
             raise TexforceError(
                 f"reward '{name}' returned {values[bad[0]]} for the prompt '{prompts[bad[0]][:80]}'",
                 "a reward must be finite; the epochs before this one are saved",
             )
         return values
+
+
+def _given(images: NDArray[np.uint8], wanted: str) -> Any:
+    """Pictures for one reward alone: what it does to them is nobody else's."""
+    if wanted == "pil":
+        return [Image.fromarray(image) for image in images]
+    view = images.view()
+    view.flags.writeable = False
+    return view
 
 
 def finished(scores: dict[str, NDArray[np.float64]]) -> Future[dict[str, NDArray[np.float64]]]:

@@ -151,7 +151,10 @@ class WrongCount(ValueError):
 
 def describe(error: BaseException) -> str:
     """`ValueError: first line`."""
-    lines = str(error).strip().splitlines()
+    try:
+        lines = str(error).strip().splitlines()
+    except Exception:  # the error of a third party may fail at that, too
+        lines = []
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
@@ -268,8 +271,7 @@ def registered() -> dict[str, Any]:
         return register
 
     for point in group:
-        module = importlib.import_module(point.value)
-        hook = getattr(module, "texforce_register_rewards", None)
+        hook = getattr(point.load(), "texforce_register_rewards", None)
         if hook is not None:
             distribution = getattr(point, "dist", None)
             hook(register=record(distribution.name if distribution else point.name))
@@ -303,7 +305,10 @@ def _listen(reader: BinaryIO, requests: queue.Queue[tuple[dict[str, Any], bytes]
         while True:
             requests.put(read_frame(reader))
     except BaseException:  # whatever it is, without this thread nothing is heard any more
-        os._exit(0)  # mostly the other side is gone: nobody wants the batch under way
+        # mostly the other side is gone: nobody wants the batch under way, nor what the reward has started for it
+        if hasattr(os, "killpg") and os.getpgrp() == os.getpid():
+            os.killpg(0, signal.SIGKILL)
+        os._exit(0)
 
 
 def _die_with(parent: int) -> None:
