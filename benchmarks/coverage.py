@@ -2,9 +2,10 @@
 
     python -m benchmarks.coverage --out FILE.json
 
-Simulated evaluations: prompts differ much (deviation 2), pictures of one prompt less (1), the effect of a variant differs from
-prompt to prompt (deviation 0.5, symmetric or skewed) around a true mean of 0.2; 4 seeds. `prompts` is the interval of
-`texforce eval`; `pictures` takes every pair of pictures for independent; `unpaired` compares two means.
+Simulated evaluations: prompts differ much (deviation 2), pictures of one prompt less (1), the effect of a variant differs
+from prompt to prompt (deviation 0.5, symmetric or skewed) around a true mean of 0.2; 4 seeds. `prompts` is the interval of
+`texforce eval`, made as it makes it, of every picture's score; `pictures` takes every pair of pictures for independent;
+`unpaired` compares two means.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from texforce_cli.core.comparison import interval
+from texforce_cli.core.comparison import ByPrompt, compare
 from texforce_cli.core.statistics import mean_interval
 from texforce_cli.files import write_json
 
@@ -31,17 +32,22 @@ def simulate(rng: np.random.Generator, prompts: int, skewed: bool) -> tuple[np.n
     return base, tuned + TRUE + effect
 
 
+def by_prompt(scores: np.ndarray) -> ByPrompt:
+    """As `texforce eval` compares them."""
+    return {str(number): row for number, row in enumerate(scores.tolist())}
+
+
 def coverage(prompts: int, skewed: bool, trials: int) -> dict[str, dict[str, float]]:
     """Share of trials in which each interval holds the truth, and its mean width."""
     rng = np.random.default_rng(prompts + skewed)
     hits: dict[str, list[bool]] = {}
     widths: dict[str, list[float]] = {}
-    for trial in range(trials):
+    for _ in range(trials):
         base, tuned = simulate(rng, prompts, skewed)
         difference = tuned - base
         spread = (base.mean(1).var(ddof=1) / prompts + tuned.mean(1).var(ddof=1) / prompts) ** 0.5
         found = {
-            "prompts": interval(difference.mean(1).tolist(), seed=trial),
+            "prompts": compare(by_prompt(tuned), by_prompt(base)).difference,
             "pictures": mean_interval(difference.ravel().tolist()),
         }
         bounds = {name: (i.low, i.high) for name, i in found.items()}

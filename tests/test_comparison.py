@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.coverage import by_prompt, coverage
 from texforce_cli.core.comparison import compare, diversity, holm, interval, signed_rank, unit_means, win_matrix
 
 BASE = {"a": [1.0, 2.0], "b": [3.0, 5.0], "c": [0.0, 0.0]}
@@ -97,6 +98,14 @@ def test_the_interval_covers_what_it_says_with_strong_prompt_effects(n: int) -> 
         found = interval(difference.tolist(), seed=trial)
         hits += found.low <= 0.5 <= found.high
     assert 0.88 <= hits / 300 <= 0.99
+
+
+def test_the_simulation_compares_as_the_evaluation_does() -> None:
+    """20 prompts of 4 pictures: taken one by one, the pictures pass for more than they are."""
+    found = coverage(20, skewed=False, trials=150)
+    assert found["prompts"]["coverage"] >= 0.9
+    assert found["pictures"]["mean width"] < 0.9 * found["prompts"]["mean width"]
+    assert set(by_prompt(np.zeros((3, 4)))) == {"0", "1", "2"}
 
 
 def test_an_effect_that_a_paired_interval_finds_and_an_unpaired_one_misses() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import hashlib
 import json
 import math
 import re
@@ -10,26 +12,41 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from texforce_cli.cli.app import run
 from texforce_cli.diffusion.adapters import Adapter
 from texforce_cli.diffusion.models import load_pipeline, resolve_model
-from texforce_cli.errors import TexforceError, UsageError
+from texforce_cli.errors import Interrupted, TexforceError, UsageError
+from texforce_cli.files import held
 from texforce_cli.lora.write import lora_bytes
 from texforce_cli.prompts import Prompt
-from texforce_cli.report.pictures import read_picture
+from texforce_cli.report.page import pictures_hash
+from texforce_cli.report.pictures import read_picture, save_png
+from texforce_cli.rewards.builtin.pictures import Brightness
+from texforce_cli.rewards.builtin.scores_file import picture_hash
+from texforce_cli.rewards.isolation import WorkerSettings
+from texforce_cli.rewards.places import Place
+from texforce_cli.rewards.registry import Registry, RewardInfo
+from texforce_cli.rewards.terms import TermSpec
 from texforce_cli.team import launched
-from texforce_cli.workflows.evaluation.pictures import Item, items_of
-from texforce_cli.workflows.evaluation.scores import ScoreFile
+from texforce_cli.workflows.evaluation import draw, sharing
+from texforce_cli.workflows.evaluation import run as running
+from texforce_cli.workflows.evaluation.layout import Layout
+from texforce_cli.workflows.evaluation.pictures import Found, Item, items_of
+from texforce_cli.workflows.evaluation.request import EvalRequest, gather_variants
+from texforce_cli.workflows.evaluation.scores import Metric, ScoreFile, score_key, score_pictures
 from texforce_cli.workflows.evaluation.variants import parse_variant, read_variants
 from texforce_cli.workflows.loras import trained_on
+from texforce_cli.workflows.stopping import StopRequest
 
 FAST = ["--steps", "2", "--guidance", "1", "--metric", "brightness", "--metric", "jpeg-incompressibility"]
 
@@ -117,8 +134,11 @@ def test_a_whole_evaluation(prompts: str, lora: str, capsys: Any) -> None:
     assert row(found, "tex", "brightness")["difference"] != 0
     assert found["wins"]["brightness"]["tex"]["base"] == pytest.approx(1 - found["wins"]["brightness"]["base"]["tex"])
     assert Path("out/report/index.html").is_file()
-    lines = Path("out/summary.csv").read_text().splitlines()
-    assert len(lines) == 1 + len(found["rows"])
+    with Path("out/summary.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == len(found["rows"])
+    marked = {(line["variant"], line["metric"]) for line in lines if line["in_sample"] == "1"}
+    assert marked == {(name, "brightness") for name in ("tex", "more")}
     assert str(Path.cwd()) not in Path("out/summary.json").read_text() + Path("out/report/index.html").read_text()
 
 
@@ -194,9 +214,9 @@ def test_missing_truncated_and_odd_pictures_leave_every_variant_and_are_told(pro
     two = sorted(Path("out/pictures/two").glob("*.png"))
     two[0].unlink()
     two[1].write_bytes(two[1].read_bytes()[:200])
-    Image.open(two[2]).convert("RGBA").save(two[2])
-    Image.open(two[3]).quantize(8).save(two[3])
-    Image.open(two[4]).resize((100, 80)).save(two[4])
+    save_png(two[2], Image.open(two[2]).convert("RGBA"), Image.open(two[2]).info)
+    save_png(two[3], Image.open(two[3]).quantize(8), Image.open(two[3]).info)
+    save_png(two[4], Image.open(two[4]).resize((100, 80)), Image.open(two[4]).info)
     capsys.readouterr()
     assert evaluate(prompts, *arguments, "--score-only", "--json") == 3
     document = json.loads(capsys.readouterr().out)
@@ -227,8 +247,6 @@ def test_pictures_of_others(prompts: str, capsys: Any) -> None:
 
 
 def test_a_metric_that_raises_on_one_picture_costs_one_picture(prompts: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from texforce_cli.rewards.builtin.pictures import Brightness
-
     real = Brightness.score
 
     def picky(self: Any, images: Any, texts: Any, metadata: Any) -> Any:
@@ -452,3 +470,481 @@ def test_a_table_that_a_spreadsheet_opens_holds_no_formula(prompts: str) -> None
     assert evaluate("hostile.jsonl", "--variant", "base=tiny") == 0
     for line in Path("out/summary.csv").read_text().splitlines()[1:]:
         assert not line.startswith(("=", "@", "+"))
+
+
+# --- what must not happen unseen --------------------------------------------------------------------------------------
+
+
+def elsewhere(folder: str, levels: Mapping[tuple[str, int], int], **more: str) -> None:
+    """A folder of grey pictures that somebody else drew."""
+    for (text, seed), level in levels.items():
+        picture = Image.new("RGB", (32, 32), (level, level, level))
+        save_png(Path(folder, f"{text}-{seed}.png"), picture, {"prompt": text, "seed": str(seed), **more})
+
+
+def tear(path: Path) -> None:
+    """Leave the text of a picture, and none of its pixels."""
+    data = path.read_bytes()
+    path.write_bytes(data[: data.index(b"IDAT") + 8])
+
+
+def written(lines: str, name: str = "p.txt") -> str:
+    Path(name).write_text(lines)
+    return name
+
+
+def compared(*extra: str, images: tuple[str, ...] = ("a", "b"), prompts: str = "p.txt", seeds: str = "0:2") -> int:
+    """Pictures of folders, by their brightness."""
+    folders = [word for name in images for word in ("--images", f"{name}={name}")]
+    return run(["eval", *folders, "--prompts", prompts, "--seeds", seeds, "--out", "out", *extra])
+
+
+BRIGHT = ("--metric", "brightness")
+GREYS = {("x", 0): 10, ("x", 1): 20, ("y", 0): 30, ("y", 1): 40}
+
+
+class Counted:
+    """Brightness that counts what it is asked for, and whose last bits depend on the place in the batch."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, refused: str = "") -> None:
+        self.pictures = 0
+        real = Brightness.score
+
+        def score(reward: Any, images: Any, texts: Any, metadata: Any) -> Any:
+            if refused in texts:
+                raise RuntimeError(f"no {refused}")
+            self.pictures += len(images)
+            return [float(v) + 1e-12 * place for place, v in enumerate(real(reward, images, texts, metadata))]
+
+        monkeypatch.setattr(Brightness, "score", score)
+
+
+def test_a_picture_that_an_isolated_reward_cannot_score_has_no_score(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", "env"], check=True)
+    ours = next(path for path in sys.path if path.endswith("site-packages"))
+    site = next(tmp_path.glob("env/lib/python*/site-packages"))
+    (site / "paths.pth").write_text(f"{ours}\n")
+    (site / "picky.py").write_text(
+        "class R:\n    input = 'uint8'\n    def score(self, images, prompts, metadata):\n"
+        "        assert 'bad' not in prompts, 'not this one'\n        return [float(i.mean()) for i in images]\n"
+    )
+    create, place = RewardInfo.create, Place(str(tmp_path / "env/bin/python"))
+    monkeypatch.setattr(RewardInfo, "create", lambda info, options, workers, _: create(info, options, workers, [place]))
+    seen = {}
+    for number, text in enumerate(["good", "bad", "fine"]):
+        path = Path(f"{number}.png")
+        Image.new("RGB", (8, 8), (number, number, number)).save(path)
+        seen[Item(text, 0)] = Found(path, str(number), f"pixels {number}")
+    info = RewardInfo("picky", "picky:R", "third", "1")
+    metric, scores, failed = Metric(TermSpec("picky"), info), ScoreFile(Path("s.jsonl")), []
+    seconds = EvalRequest(Path()).reward_timeout
+    monkeypatch.setattr(running, "score_pictures", lambda *given, **named: settings.append(named["workers"]))
+    settings: list[WorkerSettings] = []
+    running._score(
+        EvalRequest(Path()), metric, Registry(), scores, {}, running._Missing([]), lambda _: None, StopRequest()
+    )
+    assert settings == [WorkerSettings(seconds, substitute=False)]
+    score_pictures(
+        scores,
+        metric,
+        Registry({("picky", ""): info}),
+        {"one": seen},
+        batch=8,
+        workers=settings[0],
+        failed=lambda variant, item, why: failed.append((variant, item.text, why)),
+        progress=lambda done, total: None,
+        check=lambda: None,
+    )
+    assert [(variant, text) for variant, text, _ in failed] == [("one", "bad")]
+    assert "not this one" in failed[0][2]
+    values = [ScoreFile(Path("s.jsonl")).get(*score_key("picky", "third 1", item, one)) for item, one in seen.items()]
+    assert values == [0.0, None, 2.0]
+
+
+def test_pictures_of_other_settings_are_missing(prompts: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    variant = ["--variant", "base=tiny", "--batch", "5"]
+    assert evaluate(prompts, *variant) == 0
+    whole = Path("out/summary.json").read_bytes()
+    save, batches = draw.save_pictures, []
+
+    def stopping(*given: Any) -> None:
+        if batches:
+            raise Interrupted("stopped", exit_code=130)
+        batches.append(save(*given))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(draw, "save_pictures", stopping)
+        assert evaluate(prompts, *variant, "--steps", "3") == 130
+    assert evaluate(prompts, *variant, "--steps", "3", "--report-only") == 3
+    others = [entry for entry in summary()["missing"] if entry["what"] == "drawn with other settings"]
+    assert len(others) == 7
+    assert len(summary()["missing"]) == 7 + 2 * 5  # five are not scored by either metric
+    assert evaluate(prompts, *variant, "--guidance", "2", "--score-only") == 3
+    assert {entry["what"] for entry in summary()["missing"]} == {"drawn with other settings"}
+    assert evaluate(prompts, *variant) == 0
+    assert Path("out/summary.json").read_bytes() == whole
+
+
+def test_a_lora_that_was_changed_makes_its_pictures_others_and_one_that_is_gone_does_not(
+    prompts: str, lora: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(lora, "l.safetensors")
+    arguments = ["--variant", "base=tiny", "--variant", "tex=tiny+l.safetensors"]
+    assert evaluate(prompts, *arguments) == 0
+    whole = Path("out/summary.json").read_bytes()
+
+    def no_model(*given: Any, **named: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("texforce_cli.diffusion.models.load_pipeline", no_model)
+    Path("l.safetensors").rename("kept")
+    assert run(["eval", "--out", "out", "--report-only"]) == 0
+    assert Path("out/summary.json").read_bytes() == whole  # the in-sample mark, too
+    assert run(["fuse", f"{lora}:0.5", "--out", "l.safetensors"]) == 0
+    assert run(["eval", "--out", "out", "--report-only"]) == 3
+    assert {(e["variant"], e["what"]) for e in summary()["missing"]} == {("tex", "drawn with other settings")}
+
+
+def test_the_version_of_a_metric_has_the_contents_of_its_files(capsys: Any) -> None:
+    elsewhere("a", GREYS)
+    grey = {level: picture_hash(Image.new("RGB", (32, 32), (level, level, level))) for level in GREYS.values()}
+
+    def table(factor: int) -> None:
+        written("picture,score\n" + "".join(f"{name},{factor * level}\n" for level, name in grey.items()), "t.csv")
+
+    written("x\ny\n")
+    table(1)
+    arguments = ["--metric", "scores-file", "--metric-option", "scores-file.path=t.csv"]
+    assert compared(*arguments, images=("a",)) == 0
+    assert row(summary(), "a", "scores-file")["mean"] == 25
+    table(2)
+    assert compared(*arguments, images=("a",)) == 0
+    assert row(summary(), "a", "scores-file")["mean"] == 50
+    Path("t.csv").unlink()
+    assert run(["eval", "--out", "out", "--report-only"]) == 0
+    assert row(summary(), "a", "scores-file")["mean"] == 50
+    info = RewardInfo("m", "m:R", "texforce", "1")
+    metric, none = Metric(TermSpec("m", options={"weights": "w"}), info), ScoreFile(Path("none"))
+    before = metric.version(none)
+    assert before == "texforce 1 weights=w"
+    Path("w/deep").mkdir(parents=True)
+    versions = [before, metric.version(none)]
+    for content in ("one", "two"):
+        Path("w/deep/x").write_text(content)
+        versions.append(metric.version(none))
+    assert len(set(versions)) == 4
+
+
+def test_a_score_is_of_the_metadata_that_the_reward_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Brightness, "score", lambda reward, images, texts, metadata: [m["level"] for m in metadata])
+    elsewhere("a", GREYS)
+    for level in (0.25, 0.5):
+        written("".join(json.dumps({"prompt": text, "level": level}) + "\n" for text in "xy"), "p.jsonl")
+        assert compared(*BRIGHT, images=("a",), prompts="p.jsonl") == 0
+        assert row(summary(), "a", "brightness")["mean"] == level
+
+
+def test_scores_that_were_kept_by_the_files_hash_are_still_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere("a", GREYS)
+    elsewhere("b", GREYS, variant="b")
+    written("x\ny\n")
+    assert compared(*BRIGHT) == 0
+    lines = []
+    for line in Path("out/scores.jsonl").read_text().splitlines():
+        found = json.loads(line)
+        for path in sorted(Path().glob("[ab]/*.png")):
+            if found["metric"] == "brightness" and picture_hash(read_picture(path)) == found["picture"]:
+                digest = hashlib.sha256(path.read_bytes()).hexdigest()
+                lines.append(json.dumps({**found, "picture": digest, "value": 0.5 + 1e-9 * len(lines)}) + "\n")
+    assert len(lines) == 8
+    Path("out/scores.jsonl").write_text("".join(lines))
+    counted = Counted(monkeypatch)
+    assert run(["eval", "--out", "out"]) == 0
+    line = row(summary(), "b", "brightness")
+    assert (counted.pictures, line["difference"], round(line["mean"], 6)) == (0, 0, 0.5)
+
+
+def test_one_more_seed_draws_what_is_missing_and_a_torn_batch_is_drawn_whole(
+    prompts: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was stopped in the middle of a batch and went on is the same, to the byte, as what was not."""
+
+    def arguments(out: str, seeds: str) -> list[str]:
+        return ["eval", "--prompts", prompts, "--variant", "base=tiny", "--seeds", seeds, "--out", out, "--images-only", *FAST]  # fmt: skip
+
+    def drawn(out: str) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in Path(out, "pictures/base").glob("*.png")}
+
+    save, sizes = draw.save_pictures, []
+
+    def counting(folder: Path, variant: str, items: Any, *more: Any) -> None:
+        sizes.append(len(items))
+        save(folder, variant, items, *more)
+
+    def tearing(folder: Path, variant: str, items: Any, *more: Any) -> None:
+        save(folder, variant, items[:3], *more)
+        raise Interrupted("stopped", exit_code=130)
+
+    monkeypatch.setattr(draw, "save_pictures", counting)
+    assert run(arguments("whole", "0:3")) == 0
+    assert run(arguments("whole", "0:4")) == 0
+    assert sizes == [8, 4, 4]
+    monkeypatch.setattr(draw, "save_pictures", tearing)
+    assert run(arguments("torn", "0:3")) == 130
+    assert len(drawn("torn")) == 3
+    monkeypatch.setattr(draw, "save_pictures", counting)
+    sizes.clear()
+    assert run(arguments("torn", "0:4")) == 0
+    assert sizes == [8, 4, 4]
+    assert drawn("torn") == drawn("whole")
+    sizes.clear()
+    assert run(arguments("torn", "0:4")) == 0
+    assert not sizes
+
+
+def test_processes_that_begin_at_different_times_share_out_the_same_batches(tmp_path: Path) -> None:
+    items = items_of([Prompt(text) for text in "abcde"], range(3))
+    wished = Layout("asked", {"steps": 1}, 4)
+    first = wished.covering(items, None)
+    late = wished.covering(items, first)  # by then the first process has written its own
+    assert late == first
+    shares = [first.wanting(tmp_path, "v", items, (index, 2)) for index in range(2)]
+    assert sorted(item.name for share in shares for part in share for item in part) == sorted(i.name for i in items)
+    more = wished.covering(items_of([Prompt(text) for text in "abcdef"], range(4)), first)
+    assert more.batches[: len(first.batches)] == first.batches
+    assert sum(map(len, more.batches)) == 24
+    other = Layout("asked", {"steps": 2}, 4).covering(items, first)
+    assert (len(other.batches), other.batches[0]) == (4, tuple(item.name for item in items[:4]))
+
+
+def test_equal_pictures_have_exactly_the_same_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    for seed in range(5):
+        noise = Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8))
+        for name in "ab":
+            save_png(Path(name, f"{seed}.png"), noise, {"prompt": "a cat", "seed": str(seed), "variant": name})
+    written("a cat\n")
+    counted = Counted(monkeypatch)
+    assert compared(*BRIGHT, "--metric", "tiny-clip", "--batch", "3", seeds="0:5") == 0
+    assert counted.pictures == 5
+    for metric in ("brightness", "tiny-clip"):
+        line = row(summary(), "b", metric)
+        assert (line["difference"], line["difference_low"], line["difference_high"]) == (0, 0, 0)
+        assert (line["p"], line["win_rate"]) == (1, 0.5)
+
+
+def test_only_what_has_no_score_is_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere("a", GREYS)
+    elsewhere("b", {cell: level + 100 for cell, level in GREYS.items()})
+    written("x\ny\n")
+    tear(Path("a/x-1.png"))
+    with monkeypatch.context() as patch:
+        counted = Counted(patch, refused="y")
+        assert compared(*BRIGHT) == 3
+        assert counted.pictures == 3
+    counted = Counted(monkeypatch)
+    assert compared(*BRIGHT) == 3
+    assert counted.pictures == 4  # those of y, and no neighbour of theirs
+    assert compared(*BRIGHT) == 3  # one picture cannot be read
+    elsewhere("a", {("x", 2): 50})
+    elsewhere("b", {("x", 2): 150})
+    assert compared(*BRIGHT, seeds="0:3") == 3
+    assert counted.pictures == 6
+
+
+def test_the_page_has_every_picture_that_can_be_read_with_or_without_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere("a", GREYS)
+    elsewhere("b", GREYS)
+    written("x\ny\n")
+    tear(Path("b/y-1.png"))
+    pages = []
+    write = running.write_page
+    monkeypatch.setattr(running, "write_page", lambda page, *given, **named: pages.append(page) or write(page, *given, **named))  # fmt: skip
+    for stage in (["--report-only"], []):
+        assert compared(*BRIGHT, *stage) == 3
+    request = EvalRequest(
+        Path("out"), variants=gather_variants([], None, ["a=a", "b=b"]), prompts="p.txt", seeds=(0, 1), recorded=False
+    )
+    pages.append(running.pictures_of(request).page)
+    assert [len(page.pictures) for page in pages] == [7, 7, 7]
+    assert len({pictures_hash(page) for page in pages}) == 1
+
+
+def test_what_is_given_beside_a_folder_counts() -> None:
+    elsewhere("a", GREYS)
+    elsewhere("b", {cell: level + 100 for cell, level in GREYS.items()})
+    written("x\ny\n")
+    assert compared(*BRIGHT) == 0
+    assert (summary()["baseline"], summary()["seeds"]) == ("a", [0, 1])
+    assert run(["eval", "--out", "out", "--report-only", "--baseline", "b", "--seeds", "1"]) == 0
+    assert (summary()["baseline"], summary()["seeds"]) == ("b", [1])
+    assert run(["eval", "--out", "out", "--baseline", "c"]) == 2
+    assert (
+        run(["eval", "--out", "out", "--metric", "jpeg-incompressibility", "--prompts", written("x\n", "q.txt")]) == 0
+    )
+    assert {r["metric"] for r in summary()["rows"]} == {"jpeg-incompressibility"}
+    assert row(summary(), "a", "jpeg-incompressibility")["prompts"] == 1
+    assert json.loads(Path("out/eval.json").read_text())["request"]["steps"] is None
+    assert run(["eval", "--out", "out", "--steps", "7", "--batch", "2"]) == 0
+    request = json.loads(Path("out/eval.json").read_text())["request"]
+    assert (request["steps"], request["batch"], request["seeds"]) == (7, 2, [1])
+
+
+def test_each_process_draws_on_a_gpu_of_its_own() -> None:
+    launcher = {"RANK": "5", "WORLD_SIZE": "8"}
+    assert [draw.gpu_of(index, 2, {}) for index in range(4)] == [0, 1, 0, 1]
+    assert draw.gpu_of(5, 4, {**launcher, "LOCAL_RANK": "3"}) == 3
+    assert draw.gpu_of(5, 4, launcher) == 1
+    assert draw.gpu_of(1, 2, {"LOCAL_RANK": "0"}) == 1  # left over from something else
+    before = torch.get_num_threads()
+    sharing._few_threads(before + 1)
+    try:
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_of_a_launchers_processes_the_first_scores_reports_and_speaks(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    elsewhere("a", GREYS)
+    written("x\ny\n")
+    shares: list[tuple[int, int]] = []
+    monkeypatch.setattr(sharing, "draw_share", lambda request, shard, listener: shares.append(shard))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, documents in (("1", 0), ("0", 1)):
+        monkeypatch.setenv("RANK", rank)
+        assert compared(*BRIGHT, "--json", images=("a",)) == 0
+        assert capsys.readouterr().out.count("texforce_eval") == documents
+        assert Path("out/eval.json").exists() == Path("out/summary.json").exists() == bool(documents)
+        assert run(["eval", "--out", "out", "--report-only", "--json"]) == 0
+        assert capsys.readouterr().out.count("texforce_eval") == documents
+    assert shares == [(1, 2), (0, 2)]
+
+    def failing(*given: Any) -> None:
+        assert json.loads(Path("out/eval.json").read_text())["request"]["seeds"] == [1]
+        raise Interrupted("stopped", exit_code=130)
+
+    monkeypatch.setattr(sharing, "draw_share", failing)
+    assert compared(*BRIGHT, images=("a",), seeds="1") == 130
+
+
+def test_votes_about_pictures_that_changed_are_left_out_with_a_word(capsys: Any) -> None:
+    elsewhere("a", GREYS)
+    elsewhere("b", {cell: level + 100 for cell, level in GREYS.items()})
+    written("x\ny\n")
+    assert compared(*BRIGHT) == 0
+    data = re.search(r'"hash": ?"([0-9a-f]{64})"', Path("out/report/index.html").read_text())
+    assert data is not None
+    cast = [{"prompt": Item("x", 0).prompt_id, "seed": 0, "left": "a", "right": "b", "winner": "left"}]
+    Path("votes.json").write_text(json.dumps({"texforce_votes": 1, "data": data[1], "votes": cast}))
+    assert run(["eval", "--out", "out", "--votes", "votes.json"]) == 0
+    assert run(["eval", "--out", "out"]) == 0
+    assert row(summary(), "b", "votes")["mean"] == 0
+    elsewhere("b", {("y", 1): 200})
+    capsys.readouterr()
+    assert run(["eval", "--out", "out"]) == 0
+    assert "the votes in 'votes.json' are about other pictures; they are left out" in capsys.readouterr().err
+    assert not [r for r in summary()["rows"] if r["metric"] == "votes"]
+    assert run(["eval", "--out", "out", "--votes", "votes.json"]) == 2
+    assert run(["eval", "--out", "out", "--votes", "none.json"]) == 2
+    assert "there is no file 'none.json'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("index", "sentence"),
+    [
+        (b'{"file_name": "x-0.png", "prompt": "x", "seed": Infinity}', "line 1 of 'a/metadata.jsonl' is no row"),
+        (b'{"file_name": "x-0.png", "prompt": "\xff"}', "cannot be read as UTF-8 text"),
+        (b'{"file_name": "x\\u0000.png", "prompt": "x", "seed": 0}', "line 1 of 'a/metadata.jsonl' is no row"),
+        (b'{"file_name": ".", "prompt": "x", "seed": 0}', ""),
+        (b"", "nothing in 'a' tells"),
+    ],
+)
+def test_a_hostile_folder_is_one_sentence(index: bytes, sentence: str, capsys: Any) -> None:
+    elsewhere("a", {("x", 0): 1})
+    written("x\n")
+    Path("a/metadata.jsonl").write_bytes(index)
+    assert compared(*BRIGHT, images=("a",), seeds="0") == (2 if sentence else 3)
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seed", ["\u00b2", "9" * 5000, "-1", "\u0663"])
+def test_what_is_no_seed_is_passed_over(seed: str) -> None:
+    elsewhere("a", {("x", 0): 1})
+    picture = Image.new("RGB", (8, 8))
+    save_png(Path("a/odd.png"), picture, {"prompt": "x", "seed": seed})
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add_itxt("prompt", "x" * 2_000_000, zip=True)  # more than Pillow reads
+    picture.save("a/long.png", pnginfo=chunks)
+    written("x\n")
+    assert compared(*BRIGHT, images=("a",), seeds="0") == 0
+
+
+def test_a_prompt_of_more_letters_than_a_text_chunk_holds_is_drawn_and_known_again() -> None:
+    written("a cat " * 3000 + "\n")
+    arguments = ["--variant", "base=tiny", "--seeds", "0"]
+    for _ in range(2):
+        assert evaluate("p.txt", *arguments) == 0
+        assert row(summary(), "base", "brightness")["pictures"] == 1
+
+
+def test_one_model_at_a_time_is_in_memory(prompts: str, lora: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from texforce_cli.diffusion import models
+
+    load: Any = models.load_pipeline
+    loaded: list[weakref.ref[Any]] = []
+
+    def loading(*given: Any, **named: Any) -> Any:
+        assert not [one for one in loaded if one() is not None]
+        pipeline = load(*given, **named)
+        loaded.append(weakref.ref(pipeline.unet))
+        return pipeline
+
+    monkeypatch.setattr(models, "load_pipeline", loading)
+    variants = ["--variant", "base=tiny", "--variant", f"tex=tiny+{lora}", "--variant", "more=tiny"]
+    assert evaluate(prompts, *variants, "--images-only", "--seeds", "0") == 0
+    assert len(loaded) == 3
+
+
+def test_two_evaluations_do_not_work_in_one_folder(capsys: Any) -> None:
+    elsewhere("a", GREYS)
+    written("x\ny\n")
+    with held(Path("out")):
+        assert compared(*BRIGHT, images=("a",)) == 1
+    assert "another process works in 'out'" in capsys.readouterr().err
+    assert compared(*BRIGHT, images=("a",)) == 0
+
+
+def test_prompts_may_all_be_unseen_and_none_is_both(capsys: Any) -> None:
+    elsewhere("a", GREYS)
+    rows = [{"prompt": text, "split": "unseen"} for text in "xy"]
+    written("".join(json.dumps(r) + "\n" for r in rows), "p.jsonl")
+    assert compared(*BRIGHT, images=("a",), prompts="p.jsonl") == 0
+    assert row(summary(), "a", "brightness")["prompts"] == 2
+    written("".join(json.dumps(r) + "\n" for r in [*rows, {"prompt": "x"}]), "p.jsonl")
+    assert compared(*BRIGHT, images=("a",), prompts="p.jsonl") == 2
+    assert "'x' is seen and unseen in 'p.jsonl'" in capsys.readouterr().err
+
+
+def test_every_score_is_in_a_table(prompts: str) -> None:
+    rows = [{"prompt": "x", "category": "=1+1"}, {"prompt": "y", "split": "unseen"}]
+    written("".join(json.dumps(r) + "\n" for r in rows), "p.jsonl")
+    elsewhere("a", {("x", 0): 51, ("x", 1): 102, ("y", 0): 153, ("y", 1): 204})
+    assert compared(*BRIGHT, images=("a",), prompts="p.jsonl") == 0
+    with Path("out/scores.csv").open(newline="") as file:
+        found = list(csv.DictReader(file))
+    bright = [
+        (r["variant"], r["prompt"], r["seed"], r["split"], r["category"], round(float(r["value"]), 3))
+        for r in found
+        if r["metric"] == "brightness"
+    ]
+    assert bright == [
+        ("a", "x", "0", "seen", "'=1+1", 0.2),
+        ("a", "x", "1", "seen", "'=1+1", 0.4),
+        ("a", "y", "0", "unseen", "", 0.6),
+        ("a", "y", "1", "unseen", "", 0.8),
+    ]
+    assert [(r["prompt"], r["seed"]) for r in found if r["metric"] == "diversity"] == [("x", ""), ("y", "")]

@@ -76,3 +76,8 @@ def test_a_folder_is_held_by_one_process_alone(tmp_path: Path) -> None:
         other.wait()
     with files.held(tmp_path):  # the lock ends with its process, even a killed one
         pass
+
+
+def test_what_a_spreadsheet_gets() -> None:
+    given = ["", "a cat", "=1+1", "-x", None, float("nan"), 0.1, 3]
+    assert [files.csv_cell(value) for value in given] == ["", "a cat", "'=1+1", "'-x", "", "", "0.1", 3]

@@ -19,6 +19,7 @@ import pytest
 from page_data import HOSTILE, METRICS, VARIANTS, example_page, hostile_prompts
 from PIL import Image, ImageCms
 
+from texforce_cli.core.comparison import win_matrix
 from texforce_cli.errors import TexforceError
 from texforce_cli.report import page as page_module
 from texforce_cli.report.page import Page, PageVariant, Picture, Row, Tab, pictures_hash, write_page
@@ -139,6 +140,13 @@ def test_a_single_file_holds_its_pictures(tmp_path: Path) -> None:
     (tmp_path / "one.webp").write_bytes(base64.b64decode(encoded))
     # 32 pixels: not one of them is changed
     assert Image.open(tmp_path / "one.webp").tobytes() == Image.open(page.pictures[key].path).tobytes()
+
+
+def test_a_win_is_said_to_be_of_a_picture_as_it_is_counted(tmp_path: Path) -> None:
+    text = write_page(example_page(tmp_path), tmp_path / "report").read_text(encoding="utf-8")
+    assert win_matrix({"a": {"p": [1, 1, 0]}, "b": {"p": [0, 0, 3]}})["a"]["b"] == pytest.approx(2 / 3)
+    assert len(re.findall("[Ss]hare of pictures [io]n which the variant", text)) == 2
+    assert "hare of prompts" not in text
 
 
 def test_equal_pictures_of_two_variants_are_one_file(tmp_path: Path) -> None:

@@ -90,6 +90,7 @@ def test_txt_jsonl_and_csv_say_the_same(tmp_path: Path) -> None:
         ("a.jsonl", b'{"prompt": 3}', "is no text"),
         ("a.jsonl", b'{"prompt": "a", "split": "test"}', "has the split 'test'"),
         ("a.jsonl", b'{"prompt": "a", "split": "unseen"}', "no prompt to train on"),
+        ("a.jsonl", b'{"prompt": "a"}\n{"prompt": "a ", "split": "unseen"}', "'a' is seen and unseen"),
         ("a.jsonl", b'{"prompt": "\\ud800"}', "is no text"),
         ("a.jsonl", b"[" * 200_000, "line 1 of"),
         ("a.csv", b"text\na cat\n", "has no column 'prompt'"),
@@ -100,6 +101,12 @@ def test_a_bad_file_is_named_with_what_is_wrong(tmp_path: Path, name: str, conte
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UsageError, match=sentence):
         load_prompts(str(tmp_path / name), "tiny")
+
+
+def test_prompts_to_measure_with_may_all_be_unseen(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a", "split": "unseen"}\n')
+    found = load_prompts(str(tmp_path / "a.jsonl"), "tiny", to_train=False)
+    assert (found.seen, found.unseen) == ((), (Prompt("a"),))
 
 
 def test_unknown_sets_and_missing_files_are_named() -> None:

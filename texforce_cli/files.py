@@ -110,7 +110,7 @@ def finite(value: Any) -> Any:
 
 def csv_cell(value: Any) -> Any:
     """What a CSV file gets for a value. A text that a spreadsheet would take for a formula is quoted; what is not finite is left empty."""
-    if isinstance(value, str) and value[:1] in "=+-@\t\r":
+    if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")):
         return f"'{value}"
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return ""

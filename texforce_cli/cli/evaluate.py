@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -29,9 +30,17 @@ EXAMPLE = (
     "--metric brightness --out evals/color[/bold]"
 )
 _WHAT, _HOW, _STAGES, _OUT = "What to compare", "Sampling", "Stages", "Output"
+_FIELDS = {"metric": "metrics", "metric_option": "metric_options"}
+"""What an option is called in the request, where it is called otherwise."""
+_RECALLED = (
+    "prompts seeds metric metric_option votes baseline steps guidance eta scheduler size negative_prompt batch precision "
+    "allow_pickle"
+).split()
+"""The options that a folder remembers."""
 
 
 def evaluate(
+    context: typer.Context,
     variant: Annotated[
         Optional[list[str]],
         typer.Option(metavar="NAME=MODEL[+LORA[:WEIGHT]]...", help="Repeatable.", rich_help_panel=_WHAT),
@@ -99,12 +108,17 @@ def evaluate(
     from texforce_cli.cli.console import note, warn, write_json
     from texforce_cli.cli.live import TrainView
     from texforce_cli.errors import UsageError
+    from texforce_cli.team import launched
     from texforce_cli.workflows.evaluation import run
+    from texforce_cli.workflows.evaluation.plan import plan_eval
+    from texforce_cli.workflows.evaluation.request import Stage
+    from texforce_cli.workflows.evaluation.sharing import evaluate_in
+    from texforce_cli.workflows.events import silent
     from texforce_cli.workflows.sample import parse_seeds
 
     if images_only + score_only + report_only > 1:
         raise UsageError("--images-only, --score-only and --report-only exclude each other", "give one of them")
-    stage: run.Stage = "images" if images_only else "scores" if score_only else "report" if report_only else "all"
+    stage: Stage = "images" if images_only else "scores" if score_only else "report" if report_only else "all"
     request = run.EvalRequest(
         out=out,
         variants=run.gather_variants(variant or [], variants, images or []),
@@ -126,12 +140,16 @@ def evaluate(
         single_file=single_file,
         votes=tuple(votes or []),
         stage=stage,
+        given=tuple(_FIELDS.get(name, name) for name in _RECALLED if _is_given(context, name)),
     )
     if dry_run:
-        _show_plan(run.plan_eval(request), json)
+        _show_plan(plan_eval(request), json)
         return
-    with TrainView() as view:
-        result = run.evaluate_in(num_processes, request, view)
+    follower = launched()[0] > 0  # of a launcher's processes the first one speaks
+    with nullcontext(silent) if follower else TrainView() as view:
+        result = evaluate_in(num_processes, request, view)
+    if follower:
+        return
     if result.summary is None:
         note(f"pictures: {out / 'pictures'}")
         if json:
@@ -148,6 +166,11 @@ def evaluate(
     note(f"report: {result.page}")
     if result.missing:
         raise typer.Exit(3)
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name in ("COMMANDLINE", "ENVIRONMENT")
 
 
 def _show_plan(plan: dict[str, Any], json: bool) -> None:

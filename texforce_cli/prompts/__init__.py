@@ -48,14 +48,15 @@ class PromptSet:
         return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def load_prompts(spec: str, family: Family) -> PromptSet:
+def load_prompts(spec: str, family: Family, *, to_train: bool = True) -> PromptSet:
     """The prompts that `--prompts` names: a set, or a .txt, .jsonl or .csv file.
 
     On the embedded model (`family` tiny) a set holds the combinations of words that it knows; on Stable Diffusion the
-    phrases of the paper.
+    phrases of the paper. Not `to_train`: all prompts may be unseen.
 
     Raises:
-        UsageError: no such set or file, or a file that is empty, binary, too large or without prompts.
+        UsageError: no such set or file, or a file that is empty, binary, too large, without prompts, or that has a prompt
+            in both splits.
     """
     from texforce_cli.prompts.fetched import FETCHED, fetch
     from texforce_cli.prompts.sets import SETS
@@ -66,13 +67,22 @@ def load_prompts(spec: str, family: Family) -> PromptSet:
     if spec in FETCHED:
         return fetch(spec)
     if Path(spec).suffix.lower() in _SUFFIXES:
-        return read_prompts(Path(spec).expanduser())
+        return _checked(read_prompts(Path(spec).expanduser()), to_train)
     names = [*SETS, *FETCHED]
     close = difflib.get_close_matches(spec, names, n=1)
     hint = f"did you mean '{close[0]}'? " if close else ""
     raise UsageError(
         f"unknown prompts '{spec}'", f"{hint}Give one of {', '.join(names)}, or a file ({', '.join(_SUFFIXES)})"
     )
+
+
+def _checked(found: PromptSet, to_train: bool) -> PromptSet:
+    if to_train and not found.seen:
+        raise UsageError(f"'{found.source}' holds no prompt to train on", "leave the split of some prompts out")
+    both = {prompt.text for prompt in found.seen} & {prompt.text for prompt in found.unseen}
+    if both:
+        raise UsageError(f"'{min(both)[:80]}' is seen and unseen in '{found.source}'", "keep one of the two")
+    return found
 
 
 def read_prompts(path: Path) -> PromptSet:
@@ -99,8 +109,8 @@ def read_prompts(path: Path) -> PromptSet:
         if split not in splits:
             raise UsageError(f"prompt {number} of '{path}' has the split '{split}'", "write seen or unseen")
         splits[split].append(Prompt(prompt.strip(), values))
-    if not splits["seen"]:
-        raise UsageError(f"'{path}' holds no prompt to train on", "write one prompt a line")
+    if not any(splits.values()):
+        raise UsageError(f"'{path}' holds no prompt", "write one prompt a line")
     return PromptSet(path.name, str(path), tuple(splits["seen"]), tuple(splits["unseen"]))
 
 

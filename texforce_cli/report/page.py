@@ -120,7 +120,7 @@ class Page:
     """All that the page shows.
 
     `pictures` is keyed by variant, prompt id and seed; a key that is absent is shown as a gap. `wins[metric][a][b]` is
-    the share of prompts on which `a` beats `b`, ties counted half. `missing` says in sentences what could not be made.
+    the share of pictures in which `a` beats `b`, ties counted half, prompts equally. `missing` says in sentences what could not be made.
     """
 
     title: str
@@ -247,7 +247,7 @@ def _digest(size: str, sha256: str) -> str:
 def _opened(path: Path) -> Image.Image:
     try:
         return Image.open(path)
-    except (OSError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise _unreadable(path) from error
 
 

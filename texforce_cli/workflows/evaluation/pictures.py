@@ -1,10 +1,13 @@
-"""The pictures of an evaluation: the same noise for every variant, kept on the disk, drawn again only when they must be."""
+"""The pictures of an evaluation: the same noise for every variant, kept on the disk; and those that somebody else drew."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,13 +15,17 @@ from typing import Any
 from PIL import Image
 
 from texforce_cli.core.seeds import derive
-from texforce_cli.errors import UsageError
+from texforce_cli.errors import TexforceError, UsageError
 from texforce_cli.prompts import Prompt
-from texforce_cli.report.pictures import save_png
+from texforce_cli.report.pictures import read_picture, save_png
+from texforce_cli.rewards.builtin.scores_file import picture_hash
 from texforce_cli.workflows.evaluation.variants import Variant
 
 _ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 _INDEXES = ("metadata.jsonl", "index.jsonl")
+_SEED = re.compile("[0-9]{1,18}")
+_ROW = 'write {"file_name": ..., "prompt": ..., "seed": 0}'
+_BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -35,9 +42,26 @@ class Item:
         return hashlib.sha256(self.text.encode("utf-8")).hexdigest()[:10]
 
     @property
+    def name(self) -> str:
+        """Of its picture's file, without the ending."""
+        return f"{self.prompt_id}-{self.seed}"
+
+    @property
     def noise(self) -> int:
         """The seed of its noise: of the text and the seed, whatever else is asked for. Prompts share no noise."""
         return derive(self.seed, "eval", self.text)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A picture that can be read: its file, the SHA-256 of the file's bytes and the hash of its pixels.
+
+    Votes and rankings are about files. Scores are of pixels: what else a file says changes no score.
+    """
+
+    path: Path
+    sha256: str
+    pixels: str
 
 
 def items_of(prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Item]:
@@ -49,7 +73,7 @@ def items_of(prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Item]:
 
 def picture_path(folder: Path, variant: str, item: Item) -> Path:
     """Where a picture lies."""
-    return folder / "pictures" / variant / f"{item.prompt_id}-{item.seed}.png"
+    return folder / "pictures" / variant / f"{item.name}.png"
 
 
 def picture_key(settings: Mapping[str, Any], item: Item) -> str:
@@ -66,31 +90,8 @@ def is_drawn(path: Path, key: str) -> bool:
                 return False
             picture.load()
             return True
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except _BROKEN:
         return False
-
-
-def wanting(
-    folder: Path,
-    variant: str,
-    items: Sequence[Item],
-    settings: Mapping[str, Any],
-    *,
-    batch: int,
-    shard: tuple[int, int] = (0, 1),
-) -> list[Sequence[Item]]:
-    """The batches in which a picture is missing; of `shard` (i, n) every n-th from the i-th.
-
-    Batches are cut the same way each time: the last bits of a picture depend on its neighbours, and an evaluation that was
-    resumed, or shared among processes, shall be the same as one that was not.
-    """
-    batches = [items[start : start + batch] for start in range(0, len(items), batch)]
-    return [
-        part
-        for index, part in enumerate(batches)
-        if index % shard[1] == shard[0]
-        and not all(is_drawn(picture_path(folder, variant, item), picture_key(settings, item)) for item in part)
-    ]
 
 
 def save_pictures(
@@ -148,14 +149,18 @@ def _told(folder: Path) -> Iterator[tuple[Path, str, int]]:
             with Image.open(path) as picture:
                 texts = getattr(picture, "text", {})
             prompt, seed = texts.get("prompt"), texts.get("seed", "")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        except _BROKEN:
             continue
-        if isinstance(prompt, str) and str(seed).isdigit():
+        if isinstance(prompt, str) and _SEED.fullmatch(str(seed)):
             yield path, prompt, int(seed)
 
 
 def _indexed(folder: Path, index: Path) -> Iterator[tuple[Path, str, int]]:
-    for number, line in enumerate(index.read_text(encoding="utf-8").split("\n"), 1):
+    try:
+        lines = index.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"'{index}' cannot be read as UTF-8 text", _ROW) from error
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
@@ -163,29 +168,56 @@ def _indexed(folder: Path, index: Path) -> Iterator[tuple[Path, str, int]]:
             name, prompt, seed = row["file_name"], row.get("prompt", row.get("text")), int(row.get("seed", 0))
             path = (folder / name).resolve()
             inside = path.is_relative_to(folder.resolve())
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UsageError(
-                f"line {number} of '{index}' is no row", 'write {"file_name": ..., "prompt": ..., "seed": 0}'
-            ) from error
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError, OSError) as error:
+            raise UsageError(f"line {number} of '{index}' is no row", _ROW) from error
         if not isinstance(prompt, str) or not inside:
             raise UsageError(f"line {number} of '{index}' has no prompt, or names a file outside", "correct the line")
         yield path, prompt, seed
 
 
 def collect(
-    folder: Path, variants: Sequence[Variant], items: Sequence[Item], missing: Callable[[str, Item, str], None]
-) -> dict[str, dict[Item, tuple[Path, str]]]:
-    """Variant -> item -> file and SHA-256, of the pictures that are there; the others are told to `missing`."""
-    found: dict[str, dict[Item, tuple[Path, str]]] = {}
-    for variant in variants:
-        foreign = foreign_pictures(variant, items) if variant.images else {}
-        found[variant.name] = {}
-        for item in items:
-            path = foreign.get(item) if variant.images else picture_path(folder, variant.name, item)
-            try:
-                if path is None:
-                    raise FileNotFoundError
-                found[variant.name][item] = (path, hashlib.sha256(path.read_bytes()).hexdigest())
-            except OSError:
-                missing(variant.name, item, "no picture")
+    folder: Path,
+    variants: Sequence[Variant],
+    items: Sequence[Item],
+    settings: Mapping[str, Mapping[str, Any] | None],
+    missing: Callable[[str, Item, str], None],
+) -> dict[str, dict[Item, Found]]:
+    """Variant -> item -> the picture, of those that are there and can be read; the others are told to `missing`.
+
+    `settings` by variant are those that its pictures must have been drawn with; None where that is not known.
+    """
+    found: dict[str, dict[Item, Found]] = {}
+    # Pillow and hashlib work outside Python's lock
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for variant in variants:
+            found[variant.name] = {}
+            paths: list[Path | None]
+            if variant.images:
+                foreign = foreign_pictures(variant, items)
+                paths = [foreign.get(item) for item in items]
+            else:
+                paths = [picture_path(folder, variant.name, item) for item in items]
+            drawn = settings.get(variant.name)
+            keys = [None if drawn is None else picture_key(drawn, item) for item in items]
+            for item, result in zip(items, pool.map(_look, paths, keys)):
+                if isinstance(result, Found):
+                    found[variant.name][item] = result
+                else:
+                    missing(variant.name, item, result)
     return found
+
+
+def _look(path: Path | None, key: str | None) -> Found | str:
+    """The picture, or why there is none; `key` is the one that it must have."""
+    if path is None or not path.is_file():
+        return "no picture"
+    try:
+        pixels = picture_hash(read_picture(path))
+        with Image.open(path) as picture:
+            written = picture.info.get("key")
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    except TexforceError as error:
+        return error.message
+    except _BROKEN as error:
+        return f"'{path.name}' cannot be read ({type(error).__name__})"
+    return Found(path, sha256, pixels) if key in (None, written) else "drawn with other settings"

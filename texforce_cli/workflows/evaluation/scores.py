@@ -1,4 +1,4 @@
-"""The scores of an evaluation: kept by picture, prompt and version of the reward, so that nothing is scored twice."""
+"""The scores of an evaluation: kept by pixels, prompt and version of the reward, so that nothing is scored twice."""
 
 from __future__ import annotations
 
@@ -16,15 +16,20 @@ from numpy.typing import NDArray
 
 from texforce_cli.core.comparison import diversity
 from texforce_cli.errors import TexforceError
-from texforce_cli.files import write_error
+from texforce_cli.files import sha256, write_error
 from texforce_cli.report.pictures import read_picture
 from texforce_cli.rewards.isolation import WorkerSettings
 from texforce_cli.rewards.registry import Registry, RewardInfo
 from texforce_cli.rewards.terms import RewardSet, TermSpec, find
-from texforce_cli.workflows.evaluation.pictures import Item
+from texforce_cli.workflows.evaluation.pictures import Found, Item
 
 DIVERSITY = "diversity"
 _DIVERSITY_VERSION = "1"
+_SMALL_FOLDER = 64_000_000
+"""Bytes of a folder up to which its contents are hashed; beyond, names, sizes and times stand for them."""
+
+Key = tuple[str, str, str, str]
+"""Hash of the pixels, prompt, metric, version."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +44,41 @@ class Metric:
         """The reward's name."""
         return self.spec.name
 
-    @property
-    def version(self) -> str:
-        """What its values depend on: the version of the package that it comes from, and its options."""
+    def version(self, scores: ScoreFile) -> str:
+        """What its values depend on: the version of its package, its options, and the contents of files that these name.
+
+        Where these files are gone, it is the version that was scored with last.
+        """
         options = ",".join(f"{key}={value}" for key, value in sorted(self.spec.options.items()))
-        return f"{self.info.origin} {self.info.version}" + (f" {options}" if options else "")
+        plain = f"{self.info.origin} {self.info.version}" + (f" {options}" if options else "")
+        contents = [_contents(value) for _, value in sorted(self.spec.options.items())]
+        if any(contents):
+            return f"{plain} [{_hash(contents)}]"
+        known = [version for version in scores.versions(self.name) if version.startswith(f"{plain} [")]
+        return known[-1] if known else plain
+
+
+def _contents(value: str) -> str:
+    """A hash of the file or folder that an option names; "" where it names none."""
+    path = Path(value).expanduser()
+    try:
+        if not value or not path.exists():
+            return ""
+        if path.is_file():
+            return sha256(path)
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        sizes = [file.stat().st_size for file in files]
+        small = sum(sizes) <= _SMALL_FOLDER
+        return _hash(
+            [file.relative_to(path).as_posix(), size, sha256(file) if small else file.stat().st_mtime_ns]
+            for file, size in zip(files, sizes)
+        )
+    except (OSError, RuntimeError, ValueError):
+        return ""
+
+
+def _hash(value: Iterable[Any]) -> str:
+    return hashlib.sha256(json.dumps(list(value), sort_keys=True, default=str).encode("utf-8")).hexdigest()[:16]
 
 
 class ScoreFile:
@@ -51,7 +86,8 @@ class ScoreFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._values: dict[tuple[str, str, str, str], float] = {}
+        self._values: dict[Key, float] = {}
+        self._versions: dict[str, dict[str, None]] = {}
         if not path.is_file():
             return
         data = path.read_bytes()
@@ -66,12 +102,24 @@ class ScoreFile:
                 value = float(row["value"])
             except (ValueError, KeyError, TypeError):
                 continue
-            if math.isfinite(value):
+            if math.isfinite(value) and all(isinstance(part, str) for part in key):
                 self._values[key] = value
+                of_metric = self._versions.setdefault(key[2], {})
+                of_metric.pop(key[3], None)
+                of_metric[key[3]] = None
 
     def get(self, picture: str, prompt: str, metric: str, version: str) -> float | None:
         """A score that is known."""
         return self._values.get((picture, prompt, metric, version))
+
+    def versions(self, metric: str) -> list[str]:
+        """Those of a metric that the file knew when it was opened, in the order of their last scores."""
+        return list(self._versions.get(metric, ()))
+
+    def adopt(self, key: Key, earlier: Key) -> None:
+        """Know a score by `key` that the file has by `earlier`, where nothing is known by `key`."""
+        if key not in self._values and earlier in self._values:
+            self._values[key] = self._values[earlier]
 
     def add(self, rows: Iterable[tuple[str, str, str, str, float]]) -> None:
         """Append (picture, prompt, metric, version, value), on the disk before this returns.
@@ -103,11 +151,23 @@ def metrics_of(specs: Sequence[TermSpec], registry: Registry) -> list[Metric]:
     return [Metric(spec, find(spec, registry)) for spec in specs]
 
 
+def score_key(metric: str, version: str, item: Item, found: Found) -> Key:
+    """What a score is known by; metadata of the prompt, which rewards are given, is a part of the version."""
+    about = f" {{{_hash([item.metadata])}}}" if item.metadata else ""
+    return found.pixels, item.text, metric, version + about
+
+
+def known_score(scores: ScoreFile, key: Key, found: Found) -> float | None:
+    """The score of a picture; files of earlier versions of texforce have it by the hash of the picture's file."""
+    scores.adopt(key, (found.sha256, *key[1:]))
+    return scores.get(*key)
+
+
 def score_pictures(
     scores: ScoreFile,
     metric: Metric,
     registry: Registry,
-    variants: Mapping[str, Mapping[Item, tuple[Path, str]]],
+    variants: Mapping[str, Mapping[Item, Found]],
     *,
     batch: int,
     workers: WorkerSettings | None,
@@ -115,95 +175,114 @@ def score_pictures(
     progress: Callable[[int, int], None],
     check: Callable[[], None],
 ) -> None:
-    """Score what has no score yet. A picture that cannot be read or scored is told to `failed`, and the others go on.
+    """Score what has no score yet; pictures with the same pixels and prompt once, so that they have exactly the same score.
+
+    What cannot be scored is told to `failed`, and the others go on. `workers` must not substitute scores.
 
     Raises:
         TexforceError: the reward cannot be made.
     """
-    cells = [(name, item, path, sha) for name, found in variants.items() for item, (path, sha) in found.items()]
-    batches = [cells[start : start + batch] for start in range(0, len(cells), batch)]
-    todo = [
-        part
-        for part in batches
-        if any(scores.get(sha, item.text, metric.name, metric.version) is None for _, item, _, sha in part)
-    ]
-    done = sum(map(len, batches)) - sum(map(len, todo))
-    progress(done, len(cells))
+    version = metric.version(scores)
+    cells: dict[Key, list[Cell]] = {}
+    for name, pictures in variants.items():
+        for item, found in pictures.items():
+            key = score_key(metric.name, version, item, found)
+            known_score(scores, key, found)
+            cells.setdefault(key, []).append(Cell(name, item, found.path))
+    keys = list(cells)
+    # cut where they always are: what a reward computes may depend, in its last bits, on who is scored together
+    batches = [keys[start : start + batch] for start in range(0, len(keys), batch)]
+    todo = [part for part in ([key for key in whole if scores.get(*key) is None] for whole in batches) if part]
+    done = len(keys) - sum(map(len, todo))
+    progress(done, len(keys))
     if not todo:
         return
+
+    def lacks(key: Key, why: str) -> None:
+        for cell in cells[key]:
+            failed(cell.variant, cell.item, why)
+
     rewards = RewardSet([metric.spec], registry, workers=workers)
     try:
         for part in todo:
             check()
-            rows = []
-            for (name, item, sha), value in _scored(rewards, metric.name, part, failed):
-                del name
-                rows.append((sha, item.text, metric.name, metric.version, value))
-            scores.add(rows)
+            scored = _scored(rewards, metric.name, {key: cells[key][0] for key in part}, lacks)
+            scores.add((*key, value) for key, value in scored.items())
             done += len(part)
-            progress(done, len(cells))
+            progress(done, len(keys))
     finally:
         rewards.close()
 
 
-Cell = tuple[str, Item, Path, str]
+@dataclass(frozen=True)
+class Cell:
+    """A picture to score."""
+
+    variant: str
+    item: Item
+    path: Path
 
 
 def _scored(
-    rewards: RewardSet, metric: str, cells: Sequence[Cell], failed: Callable[[str, Item, str], None]
-) -> list[tuple[tuple[str, Item, str], float]]:
+    rewards: RewardSet, metric: str, cells: Mapping[Key, Cell], failed: Callable[[Key, str], None]
+) -> dict[Key, float]:
     """Those of a batch that could be scored: together where their sizes allow it, one by one where that fails."""
-    pictures: dict[tuple[int, ...], list[tuple[Cell, NDArray[np.uint8]]]] = {}
-    for cell in cells:
+    sizes: dict[tuple[int, ...], dict[Key, tuple[Cell, NDArray[np.uint8]]]] = {}
+    for key, cell in cells.items():
         try:
-            picture = read_picture(cell[2])
+            picture = read_picture(cell.path)
         except TexforceError as error:
-            failed(cell[0], cell[1], error.message)
+            failed(key, error.message)
             continue
-        pictures.setdefault(picture.shape, []).append((cell, picture))
-    result = []
-    for group in pictures.values():
+        sizes.setdefault(picture.shape, {})[key] = (cell, picture)
+    result: dict[Key, float] = {}
+    for group in sizes.values():
         try:
-            values = _values(rewards, metric, group)
+            result |= _values(rewards, metric, group, failed)
         except TexforceError as error:
             if len(group) == 1:
-                failed(group[0][0][0], group[0][0][1], error.message)
+                failed(*group, error.message)
                 continue
-            values = []
-            for one in group:
+            for key, one in group.items():
                 try:
-                    values += _values(rewards, metric, [one])
+                    result |= _values(rewards, metric, {key: one}, failed)
                 except TexforceError as alone:
-                    failed(one[0][0], one[0][1], alone.message)
-                    values.append(math.nan)
-        result += [((c[0], c[1], c[3]), value) for (c, _), value in zip(group, values) if math.isfinite(value)]
+                    failed(key, alone.message)
     return result
 
 
-def _values(rewards: RewardSet, metric: str, group: Sequence[tuple[Cell, NDArray[np.uint8]]]) -> list[float]:
-    images = np.stack([picture for _, picture in group])
-    prompts = [cell[1].text for cell, _ in group]
-    metadata: list[Mapping[str, Any]] = [cell[1].metadata for cell, _ in group]
-    return [float(value) for value in rewards.score(images, prompts, metadata)[metric]]
+def _values(
+    rewards: RewardSet,
+    metric: str,
+    group: Mapping[Key, tuple[Cell, NDArray[np.uint8]]],
+    failed: Callable[[Key, str], None],
+) -> dict[Key, float]:
+    images = np.stack([picture for _, picture in group.values()])
+    prompts = [cell.item.text for cell, _ in group.values()]
+    metadata: list[Mapping[str, Any]] = [cell.item.metadata for cell, _ in group.values()]
+    values = dict(zip(group, map(float, rewards.score(images, prompts, metadata)[metric])))
+    said = rewards.warnings()
+    for key, value in values.items():
+        if not math.isfinite(value):
+            failed(key, next((text for text in said if f"'{key[1][:80]}'" in text), "it could not be scored"))
+    return {key: value for key, value in values.items() if math.isfinite(value)}
 
 
-def measure_diversity(
-    scores: ScoreFile, pictures: Mapping[Item, tuple[Path, str]], check: Callable[[], None]
-) -> dict[str, float]:
+def measure_diversity(scores: ScoreFile, pictures: Mapping[Item, Found], check: Callable[[], None]) -> dict[str, float]:
     """Prompt -> how much its pictures differ from seed to seed, for prompts with two pictures of one size or more."""
-    by_prompt: dict[str, list[tuple[Path, str]]] = {}
+    by_prompt: dict[str, list[Found]] = {}
     for item, found in pictures.items():
         by_prompt.setdefault(item.text, []).append(found)
     result = {}
     for prompt, files in by_prompt.items():
         check()
-        key = hashlib.sha256(" ".join(sha for _, sha in files).encode()).hexdigest()
+        key = hashlib.sha256(" ".join(file.pixels for file in files).encode()).hexdigest()
         value = scores.get(key, prompt, DIVERSITY, _DIVERSITY_VERSION)
         if value is None:
             try:
-                arrays = [read_picture(path) for path, _ in files]
+                arrays = [read_picture(file.path) for file in files]
             except TexforceError:
-                continue  # it is told where the picture is scored
+                continue
             if len(arrays) < 2:
                 continue
             value = diversity(arrays)

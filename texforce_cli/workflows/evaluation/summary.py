@@ -19,13 +19,14 @@ ONE_PROMPT = "for this prompt only"
 
 @dataclass(frozen=True)
 class MetricAbout:
-    """How to read a metric."""
+    """How to read a metric. Not `by_picture`: it has one value a prompt."""
 
     name: str
     unit: str
     higher_is_better: bool
     summary: str
     version: str
+    by_picture: bool = True
 
 
 @dataclass(frozen=True)
@@ -96,12 +97,43 @@ def summarise(
 def write_summary(summary: Summary, folder: Path) -> None:
     """summary.json and summary.csv."""
     write_json(folder / "summary.json", summary.plain())
+    marks = {about["name"]: set(about["in_sample"]) for about in summary.about.get("variants", ())}
+    rows = [[*asdict(row).values(), int(row.metric in marks.get(row.variant, ()))] for row in summary.rows]
+    _write_table(folder / "summary.csv", [*Row.__dataclass_fields__, "in_sample"], rows)
+
+
+def write_scores(
+    values: Sequence[tuple[MetricAbout, Values]], items: Sequence[Item], unseen: frozenset[str], folder: Path
+) -> None:
+    """scores.csv: every value that a picture has; of diversity one a prompt, without a seed."""
+    rows = [
+        [
+            variant,
+            item.text,
+            item.seed if metric.by_picture else None,
+            "unseen" if item.text in unseen else "seen",
+            _category(item),
+            metric.name,
+            found[item],
+        ]
+        for metric, by_variant in values
+        for variant, found in by_variant.items()
+        for item in items
+        if item in found
+    ]
+    _write_table(folder / "scores.csv", ["variant", "prompt", "seed", "split", "category", "metric", "value"], rows)
+
+
+def _write_table(path: Path, names: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(Row.__dataclass_fields__), lineterminator="\n")
-    writer.writeheader()
-    for row in summary.rows:
-        writer.writerow({key: csv_cell(value) for key, value in asdict(row).items()})
-    write_text(folder / "summary.csv", text.getvalue())
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([names, *([csv_cell(value) for value in row] for row in rows)])
+    write_text(path, text.getvalue())
+
+
+def _category(item: Item) -> str:
+    category = item.metadata.get("category")
+    return category.strip() if isinstance(category, str) else ""
 
 
 def _groups(items: Sequence[Item], unseen: frozenset[str]) -> dict[str, set[str]]:
@@ -112,9 +144,8 @@ def _groups(items: Sequence[Item], unseen: frozenset[str]) -> dict[str, set[str]
         groups |= {"seen": texts - unseen, "unseen": texts & unseen}
     categories: dict[str, set[str]] = {}
     for item in items:
-        category = item.metadata.get("category")
-        if isinstance(category, str) and category.strip():
-            categories.setdefault(category.strip(), set()).add(item.text)
+        if category := _category(item):
+            categories.setdefault(category, set()).add(item.text)
     if len(categories) > 1:
         groups |= {name: members for name, members in sorted(categories.items()) if name not in groups}
     return groups

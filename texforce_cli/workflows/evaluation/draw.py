@@ -1,0 +1,221 @@
+"""Drawing the pictures of an evaluation: with which settings, in which batches, on which device."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from texforce_cli.errors import TexforceError
+from texforce_cli.team import launched
+from texforce_cli.workflows.drawing import DrawingOptions
+from texforce_cli.workflows.evaluation.layout import Layout, read_layout, write_layout
+from texforce_cli.workflows.evaluation.pictures import Item, items_of, save_pictures
+from texforce_cli.workflows.evaluation.request import EvalRequest, prompts_of
+from texforce_cli.workflows.evaluation.variants import Variant
+from texforce_cli.workflows.events import Listener, Progressed, Warned
+from texforce_cli.workflows.loras import LoadedLora
+from texforce_cli.workflows.stopping import StopRequest
+
+if TYPE_CHECKING:
+    import torch
+
+    from texforce_cli.diffusion.models import ModelSource
+    from texforce_cli.diffusion.policy import Denoising
+
+_LEFT_TO_LORAS = ("steps", "guidance", "eta", "negative_prompt")
+_NO_SETTING = ("batch", "device", "allow_pickle")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides the pictures of a variant; `settings` says it in plain values, the same on every machine."""
+
+    variant: Variant
+    loras: Sequence[LoadedLora]
+    trained: Mapping[str, Any]
+    source: ModelSource
+    denoising: Denoising
+    settings: Mapping[str, Any]
+
+
+def recipes(request: EvalRequest) -> list[Recipe]:
+    """Of every variant that is drawn; LoRAs are read and weights hashed, no model is loaded.
+
+    Raises:
+        UsageError, TexforceError: a model or LoRA that is not there or cannot be read.
+    """
+    from texforce_cli.diffusion.models import fingerprint
+    from texforce_cli.lora.full import open_full
+    from texforce_cli.workflows.drawing import denoising_for, source_for
+    from texforce_cli.workflows.loras import load_lora
+
+    pickle = request.allow_pickle
+    loaded = {v.name: [load_lora(text, allow_pickle=pickle) for text in v.loras] for v in request.variants}
+    first = next((lora.trained for loras in loaded.values() for lora in loras if lora.trained), {})
+    made = []
+    for variant in (v for v in request.variants if not v.images):
+        loras = loaded[variant.name]
+        trained = next((lora.trained for lora in loras if lora.trained), {})
+        source = source_for(variant.model, trained or first)
+        denoising = denoising_for(request, first, source.family)
+        settings = {
+            "model": fingerprint(source),
+            "weights": {name: open_full(path, allow_pickle=pickle).sha256() for name, path in variant.replaced.items()},
+            "loras": [lora.about for lora in loras],
+            "uncond_embedding": trained.get("uncond_embedding") == "base",
+            "denoising": asdict(denoising),
+            "scheduler": request.scheduler,
+            "precision": request.precision,
+        }
+        made.append(Recipe(variant, loras, trained, source, denoising, json.loads(json.dumps(settings))))
+    return made
+
+
+def settings_of(request: EvalRequest) -> dict[str, Mapping[str, Any] | None]:
+    """Variant -> the settings that its pictures must have been drawn with; None where nothing tells. No model is needed.
+
+    They are as kept beside the pictures, while the same is asked for and each LoRA that is still there is the same. Else they
+    are found anew; where that fails, no picture can be of these settings.
+    """
+    found: dict[str, Mapping[str, Any] | None] = {}
+    changed = []
+    for variant in (v for v in request.variants if not v.images):
+        kept = read_layout(request.out, variant.name)
+        if kept is None or (kept.asked == _asked(request, variant) and _same_loras(request, variant, kept.settings)):
+            found[variant.name] = kept.settings if kept else None
+        else:
+            changed.append(variant.name)
+    if changed:
+        try:
+            anew = {recipe.variant.name: recipe.settings for recipe in recipes(request)}
+        except TexforceError:
+            anew = {}
+        found |= {name: anew.get(name, {}) for name in changed}
+    return found
+
+
+def _asked(request: EvalRequest, variant: Variant) -> str:
+    """A hash of all words that decide a variant's settings: a record that is sent on holds no path of this machine."""
+    options = {f.name: getattr(request, f.name) for f in fields(DrawingOptions) if f.name not in _NO_SETTING}
+    left = variant.model == "auto" or any(options[name] is None for name in _LEFT_TO_LORAS)
+    others = [text for v in request.variants for text in v.loras] if left else []
+    text = json.dumps([asdict(variant), options, others], sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _same_loras(request: EvalRequest, variant: Variant, settings: Mapping[str, Any]) -> bool:
+    """Whether the LoRAs that are still there are those of the settings."""
+    from texforce_cli.lora.read import read_lora
+    from texforce_cli.lora.spec import parse_lora
+
+    kept = settings.get("loras")
+    if not isinstance(kept, list) or len(kept) != len(variant.loras):
+        return False
+    for text, about in zip(variant.loras, kept):
+        spec = parse_lora(text)
+        try:
+            now = LoadedLora(spec, read_lora(spec.source, allow_pickle=request.allow_pickle), {}).about
+        except TexforceError:
+            continue
+        if json.loads(json.dumps(now)) != about:
+            return False
+    return True
+
+
+def draw(
+    request: EvalRequest, items: Sequence[Item], listener: Listener, stop: StopRequest, shard: tuple[int, int] = (0, 1)
+) -> None:
+    """Draw what is missing, variant by variant; of `shard` (i, n) every n-th batch from the i-th.
+
+    Raises:
+        UsageError, TexforceError: a model or LoRA that cannot be used, a folder that cannot be written.
+        Interrupted: asked to stop.
+    """
+    laid_out = []
+    for recipe in recipes(request):
+        name = recipe.variant.name
+        wished = Layout(_asked(request, recipe.variant), recipe.settings, request.batch)
+        earlier = read_layout(request.out, name)
+        layout = wished.covering(items, earlier)
+        if layout != earlier:
+            write_layout(request.out, name, layout)
+        laid_out.append((recipe, layout))
+    for recipe, layout in laid_out:
+        todo = layout.wanting(request.out, recipe.variant.name, items, shard)
+        listener(Progressed(f"drawing {recipe.variant.name}", len(items) - sum(map(len, todo)), len(items)))
+        if todo:
+            _draw_variant(request, recipe, items, todo, listener, stop, shard)
+            gc.collect()  # the next model is loaded when this one's memory is free
+
+
+def draw_share(request: EvalRequest, shard: tuple[int, int], listener: Listener) -> None:
+    """What one of several processes draws.
+
+    Raises:
+        as `draw`
+    """
+    stop = StopRequest()
+    prompts = prompts_of(request)
+    with stop.listening():
+        draw(request, items_of([*prompts.seen, *prompts.unseen], request.seeds), listener, stop, shard)
+
+
+def _draw_variant(
+    request: EvalRequest,
+    recipe: Recipe,
+    items: Sequence[Item],
+    todo: Sequence[Sequence[Item]],
+    listener: Listener,
+    stop: StopRequest,
+    shard: tuple[int, int],
+) -> None:
+    from texforce_cli.diffusion.adapters import stack
+    from texforce_cli.diffusion.models import load_pipeline
+    from texforce_cli.workflows.drawing import draw_pictures, policy_for
+    from texforce_cli.workflows.loras import put_weights
+
+    variant = recipe.variant
+    pipeline = load_pipeline(
+        recipe.source, device=_device(request.device, shard), precision=request.precision, safety_checker=False
+    )
+    for component, path in variant.replaced.items():
+        put_weights(pipeline, component, path, allow_pickle=request.allow_pickle)
+    policy = policy_for(pipeline, recipe.denoising, recipe.trained)
+    stack(pipeline, [(lora.lora.source, lora.arrays) for lora in recipe.loras])
+    _warn_of_long_prompts(policy, items, listener)
+    done = len(items) - sum(map(len, todo))
+    for part in todo:
+        stop.check()
+        pictures = draw_pictures(policy, request.scheduler, [(item.text, item.noise) for item in part])
+        save_pictures(request.out, variant.name, part, pictures, recipe.settings)
+        done += len(part)
+        listener(Progressed(f"drawing {variant.name}", done, len(items)))
+
+
+def _device(name: str, shard: tuple[int, int]) -> torch.device:
+    """The device; of several processes each takes a GPU of its own, as far as there are so many."""
+    import torch
+
+    from texforce_cli.devices import resolve_device
+
+    device = resolve_device(name)
+    if shard[1] > 1 and device.type == "cuda" and device.index is None:
+        return torch.device("cuda", gpu_of(shard[0], torch.cuda.device_count()))
+    return device
+
+
+def gpu_of(process: int, count: int, environment: Mapping[str, str] = os.environ) -> int:
+    """The GPU, of `count`, that a process draws on: by its place on this machine, where a launcher tells it."""
+    local = environment.get("LOCAL_RANK", "") if launched(environment)[1] > 1 else ""
+    return (int(local) if local.isdecimal() else process) % count
+
+
+def _warn_of_long_prompts(policy: Any, items: Sequence[Item], listener: Listener) -> None:
+    cut = [text for text in dict.fromkeys(item.text for item in items) if policy.too_long(text)]
+    if cut:
+        listener(Warned(f"{len(cut)} prompts are longer than the model reads, the first: '{cut[0][:60]}...'"))

@@ -1,0 +1,72 @@
+"""How the pictures of a variant are drawn, kept beside them from before the first one: settings, and who shares a batch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from texforce_cli.files import write_json
+from texforce_cli.workflows.evaluation.pictures import Item, is_drawn, picture_key, picture_path
+
+_FILE = "drawing.json"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """`asked` stands for the words that were asked with, `settings` for what they came to; `batches` hold names of items.
+
+    The last bits of a picture depend on its neighbours. An evaluation that was stopped, shared among processes or given more
+    seeds shall be the same as one that was not: so a batch once laid out stays, and new items make batches of their own.
+    """
+
+    asked: str
+    settings: Mapping[str, Any]
+    batch: int
+    batches: tuple[tuple[str, ...], ...] = ()
+
+    def covering(self, items: Sequence[Item], earlier: Layout | None) -> Layout:
+        """With batches for all items: those of `earlier`, where it was of the same settings, and new ones."""
+        same = earlier is not None and (earlier.settings, earlier.batch) == (self.settings, self.batch)
+        kept = earlier.batches if earlier is not None and same else ()
+        placed = set(chain.from_iterable(kept))
+        new = [item.name for item in items if item.name not in placed]
+        cut = (tuple(new[start : start + self.batch]) for start in range(0, len(new), self.batch))
+        return Layout(self.asked, self.settings, self.batch, (*kept, *cut))
+
+    def wanting(
+        self, folder: Path, variant: str, items: Sequence[Item], shard: tuple[int, int] = (0, 1)
+    ) -> list[list[Item]]:
+        """The batches in which a picture of `items` is missing; of `shard` (i, n) every n-th from the i-th."""
+        named = {item.name: item for item in items}
+        parts = [[named[name] for name in batch if name in named] for batch in self.batches[shard[0] :: shard[1]]]
+        return [part for part in parts if not all(self._is_drawn(folder, variant, item) for item in part)]
+
+    def _is_drawn(self, folder: Path, variant: str, item: Item) -> bool:
+        return is_drawn(picture_path(folder, variant, item), picture_key(self.settings, item))
+
+
+def read_layout(folder: Path, variant: str) -> Layout | None:
+    """What is kept of a variant; None where there is nothing that can be read."""
+    try:
+        stored = json.loads(_place(folder, variant).read_text(encoding="utf-8"))
+        batches = tuple(tuple(map(str, batch)) for batch in stored["batches"])
+        return Layout(str(stored["asked"]), dict(stored["settings"]), int(stored["batch"]), batches)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def write_layout(folder: Path, variant: str, layout: Layout) -> None:
+    """Keep it.
+
+    Raises:
+        TexforceError: the folder cannot be written.
+    """
+    write_json(_place(folder, variant), asdict(layout))
+
+
+def _place(folder: Path, variant: str) -> Path:
+    return folder / "pictures" / variant / _FILE

@@ -1,0 +1,57 @@
+"""What an evaluation would draw and score."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from texforce_cli.errors import UsageError
+from texforce_cli.rewards.registry import load_registry
+from texforce_cli.rewards.terms import parse_terms
+from texforce_cli.workflows.drawing import denoising_for, source_for
+from texforce_cli.workflows.evaluation.pictures import items_of
+from texforce_cli.workflows.evaluation.request import EvalRequest, prompts_of, recalled
+from texforce_cli.workflows.evaluation.scores import metrics_of
+from texforce_cli.workflows.evaluation.variants import check_variants
+from texforce_cli.workflows.loras import training_of
+
+
+def plan_eval(request: EvalRequest) -> dict[str, Any]:
+    """What would be drawn and scored, as plain values; LoRAs that are not there yet are named, no weights are loaded.
+
+    Raises:
+        UsageError, TexforceError: as `evaluate`, but for missing LoRAs.
+    """
+    request = recalled(request)
+    baseline = check_variants(request.variants, request.baseline)
+    metrics = metrics_of(parse_terms(request.metrics, request.metric_options), load_registry())
+    prompts = prompts_of(request)
+    items = items_of([*prompts.seen, *prompts.unseen], request.seeds)
+    absent: list[str] = []
+    trained: dict[str, dict[str, Any]] = {}
+    for variant in request.variants:
+        for text in variant.loras:
+            try:
+                trained.setdefault(variant.name, training_of(text, allow_pickle=request.allow_pickle))
+            except UsageError:
+                absent.append(text)
+        absent += [path for path in variant.replaced.values() if not Path(path).expanduser().exists()]
+    first = next((about for about in trained.values() if about), {})
+    variants = []
+    for variant in request.variants:
+        about: dict[str, Any] = {"name": variant.name, "description": variant.description, "pictures": len(items)}
+        if not variant.images:
+            source = source_for(variant.model, trained.get(variant.name) or first)
+            denoising = denoising_for(request, first, source.family)
+            branches = 1 if denoising.guidance == 1 else 2
+            about |= {"model": source.name, "steps": denoising.steps, "guidance": denoising.guidance}
+            about["unet_calls"] = len(items) * denoising.steps * branches
+        variants.append(about)
+    return {
+        "baseline": baseline,
+        "prompts": {"name": prompts.name, "count": len({item.text for item in items})},
+        "seeds": list(request.seeds),
+        "variants": variants,
+        "metrics": [metric.name for metric in metrics],
+        "not_there_yet": sorted(set(absent)),
+    }

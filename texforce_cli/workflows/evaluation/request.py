@@ -1,0 +1,124 @@
+"""What an evaluation is asked for, and how its folder remembers that."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Literal
+
+from texforce_cli.errors import TexforceError, UsageError
+from texforce_cli.files import write_json
+from texforce_cli.prompts import PromptSet, load_prompts
+from texforce_cli.workflows.drawing import DrawingOptions
+from texforce_cli.workflows.evaluation.variants import Variant, parse_images, parse_variant, read_variants
+from texforce_cli.workflows.loras import trained_on, training_of
+
+Stage = Literal["all", "images", "scores", "report"]
+
+_RECORD = "eval.json"
+_TRANSIENT = ("stage", "out", "device", "single_file", "recorded", "given")
+
+
+@dataclass(frozen=True)
+class EvalRequest(DrawingOptions):
+    """What to compare, on which prompts and seeds, by which metrics, and where it goes.
+
+    `steps`, `guidance`, `eta`, `negative_prompt` None: as the first LoRA was trained, or as is usual; the same for every
+    variant. Not `recorded`: the folder is not made an evaluation that can be gone on with. `given` are the names of the
+    fields that somebody chose: without variants, they change what the folder was made with.
+    """
+
+    out: Path
+    variants: tuple[Variant, ...] = ()
+    baseline: str | None = None
+    prompts: str = ""
+    seeds: tuple[int, ...] = (0, 1, 2, 3)
+    metrics: tuple[str, ...] = ()
+    metric_options: tuple[str, ...] = ()
+    reward_timeout: float = 300.0
+    votes: tuple[str, ...] = ()
+    single_file: bool = False
+    stage: Stage = "all"
+    recorded: bool = True
+    given: tuple[str, ...] = ()
+
+
+def gather_variants(short: Sequence[str], file: Path | None, images: Sequence[str]) -> tuple[Variant, ...]:
+    """The variants of `--variant`, `--variants FILE` and `--images`, in this order."""
+    listed = read_variants(file) if file else []
+    return (*map(parse_variant, short), *listed, *map(parse_images, images))
+
+
+def recalled(request: EvalRequest) -> EvalRequest:
+    """A request that names no variant is the one that the folder was made with, but for what it gives.
+
+    Raises:
+        UsageError: the folder holds no evaluation.
+        TexforceError: its record cannot be read.
+    """
+    record = request.out / _RECORD
+    if request.variants:
+        return request
+    if not record.is_file():
+        raise UsageError(f"'{request.out}' holds no evaluation", "give --variant, --prompts and --metric")
+    try:
+        stored = json.loads(record.read_text(encoding="utf-8"))["request"]
+        variants = tuple(Variant(**{**v, "loras": tuple(v["loras"])}) for v in stored.pop("variants"))
+        known = {field.name for field in fields(EvalRequest)}
+        values = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in stored.items() if key in known
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TexforceError(f"'{record}' cannot be read", "give --variant, --prompts and --metric again") from error
+    given = {*request.given, *(name for name in ("votes", "metrics") if getattr(request, name))}
+    if "metrics" in given:
+        given.add("metric_options")
+    asked = {name: getattr(request, name) for name in (*_TRANSIENT, *given)}
+    return replace(EvalRequest(request.out), **{**values, **asked, "variants": variants})
+
+
+def record(request: EvalRequest, trained: Mapping[str, Sequence[str]]) -> None:
+    """Remember the request, and what its LoRAs were `trained` on.
+
+    Raises:
+        TexforceError: the folder cannot be written.
+    """
+    from texforce_cli.workflows.run_folder import versions
+
+    stored = {key: value for key, value in asdict(request).items() if key not in _TRANSIENT}
+    document = {"request": stored, "trained_on": trained, "versions": versions()}
+    write_json(request.out / _RECORD, document)
+
+
+def rewards_trained_on(request: EvalRequest) -> dict[str, list[str]]:
+    """LoRA, as it was named -> the rewards that it was trained on; for one that is gone, as the folder remembers it."""
+    try:
+        kept = json.loads((request.out / _RECORD).read_text(encoding="utf-8"))["trained_on"]
+    except (OSError, ValueError, KeyError, TypeError):
+        kept = {}
+    found: dict[str, list[str]] = {}
+    for text in (text for variant in request.variants for text in variant.loras):
+        try:
+            training_of(text, allow_pickle=request.allow_pickle)
+            found[text] = sorted(trained_on(text))
+        except TexforceError:
+            known = kept.get(text) if isinstance(kept, dict) else None
+            found[text] = [str(name) for name in known] if isinstance(known, list) else []
+    return found
+
+
+def prompts_of(request: EvalRequest) -> PromptSet:
+    """The prompts; where the embedded model draws, its own words stand for the sets.
+
+    Raises:
+        UsageError: there are none, or they cannot be read.
+    """
+    from texforce_cli.diffusion.models import resolve_model
+
+    if not request.prompts:
+        raise UsageError("there are no prompts", "give --prompts SET or FILE")
+    models = [v.model for v in request.variants if not v.images]
+    tiny = "tiny" in models or ("auto" in models and resolve_model("auto").family == "tiny")
+    return load_prompts(request.prompts, "tiny" if tiny else "sd", to_train=False)
