@@ -2,9 +2,10 @@
 
     python -m benchmarks.kill_resume FOLDER --kills 30 --out FILE.json
 
-One run goes through; a second one with the same options is killed (SIGKILL, of which no process learns) at random moments,
-every third time while a checkpoint is being written, and resumed each time. Then adapter, checkpoint and measurements
-of both are compared byte by byte, metrics without their seconds, and nothing temporary may be left.
+One run goes through; a second one with the same options is killed (SIGKILL, of which no process learns) once before the
+preflight, then at random moments, every third time while a checkpoint is being written, and resumed each time. Then adapter,
+pictures, checkpoint and measurements of both are compared byte by byte, metrics without their seconds, and nothing temporary may
+be left.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ OPTIONS = (
     "--reward brightness --model tiny --device cpu --samples-per-epoch 8 --group-size 4 --micro-batch 4 --grad-accum 1 "
     "--steps 3 --train-steps first:2 --eval-images 4 --eval-every 2 --seed 0"
 ).split()
-_SAME = ("adapter/pytorch_lora_weights.safetensors", "evaluations.jsonl", "prompts.jsonl", "before_after.png")
+_SAME = ("adapter/*", "samples/*", "*.png", "evaluations.jsonl", "prompts.jsonl")
+BEFORE, SAVING = "before the preflight", "in a checkpoint"
 
 
 def command(folder: Path, epochs: int) -> list[str]:
@@ -33,37 +35,46 @@ def command(folder: Path, epochs: int) -> list[str]:
     program = [sys.executable, "-m", "texforce_cli", "train"]
     if (folder / "run.json").exists():
         return [*program, "--resume", str(folder)]
-    shutil.rmtree(folder, ignore_errors=True)  # killed before there was a run
     return [*program, *OPTIONS, "--epochs", str(epochs), "--out", str(folder)]
 
 
-def killed(folder: Path, epochs: int, seconds: float, in_checkpoint: bool) -> str:
-    """Begin or go on, and kill: after so many seconds of work, or when a checkpoint is being written. Says what happened."""
+def killed(folder: Path, epochs: int, when: float | str) -> str:
+    """Begin or go on, and kill: after so many seconds of work, or at the moment named. Says what happened."""
     process = subprocess.Popen(command(folder, epochs), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
-    for line in process.stderr:
+    for line in process.stderr if when != BEFORE else ():
         if "preflight" in line:
             break
     begun = time.monotonic()
     while process.poll() is None:
-        writing = any((folder / "checkpoints").glob(".*.tmp")) if in_checkpoint else False
-        if writing or (not in_checkpoint and time.monotonic() - begun > seconds):
+        if when == BEFORE:
+            now = (folder / ".lock").exists()  # the model is not loaded yet
+        elif when == SAVING:
+            now = any((folder / "checkpoints").glob(".*.tmp"))
+        else:
+            now = time.monotonic() - begun > float(when)
+        if now:
             process.kill()
             process.wait()
-            return "in a checkpoint" if writing else f"after {seconds:.2f} s"
-        time.sleep(0.0002 if in_checkpoint else 0.005)
+            return when if isinstance(when, str) else f"after {when:.2f} s"
+        time.sleep(0.0002 if when == SAVING else 0.005)
     return f"ended by itself with {process.returncode}"
 
 
 def differences(one: Path, two: Path) -> list[str]:
     """What is not the same in two finished runs."""
-    found = [name for name in _SAME if (one / name).read_bytes() != (two / name).read_bytes()]
+    names = {str(path.relative_to(run)) for run in (one, two) for kind in _SAME for path in run.glob(kind)}
+    found = sorted(name for name in names if _bytes(one / name) != _bytes(two / name))
     last = sorted(path.name for path in (one / "checkpoints").iterdir())[-1]
     states = [(run / "checkpoints" / last / "state.safetensors").read_bytes() for run in (one, two)]
     found += ["checkpoint"] * (states[0] != states[1])
     found += ["metrics"] * (metrics(one) != metrics(two))
     found += [str(path.relative_to(two)) for path in two.rglob("*") if ".tmp" in path.name]
     return found
+
+
+def _bytes(path: Path) -> bytes | None:
+    return path.read_bytes() if path.is_file() else None
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -81,7 +92,8 @@ def compare(folder: Path, kills: int, epochs: int, *, seed: int = 0, longest: fl
     subprocess.run(command(whole, epochs), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     rng, done = random.Random(seed), []
     while len(done) < kills:
-        said = killed(parts, epochs, rng.uniform(0, longest), len(done) % 3 == 2)
+        moment = rng.uniform(0, longest)
+        said = killed(parts, epochs, BEFORE if not done else SAVING if len(done) % 3 == 2 else moment)
         print(f"{len(done) + 1}: {said}", flush=True)
         if said.startswith("ended"):
             break
@@ -90,7 +102,8 @@ def compare(folder: Path, kills: int, epochs: int, *, seed: int = 0, longest: fl
         subprocess.run(command(parts, epochs), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return {
         "kills": len(done),
-        "in a checkpoint": done.count("in a checkpoint"),
+        BEFORE: done.count(BEFORE),
+        SAVING: done.count(SAVING),
         "epochs": epochs,
         "differences": differences(whole, parts),
         "minutes": round((time.monotonic() - began) / 60, 1),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,15 +13,19 @@ import torch
 from texforce_cli.algorithms.ddpo import DDPO, DDPOSettings
 from texforce_cli.algorithms.optimisation import MOST_LOST, Optimisation, OptimiserSettings, learning_rate_factor
 from texforce_cli.algorithms.reference import PlainDDPO
+from texforce_cli.config import TrainConfig
 from texforce_cli.core.statistics import paired_interval
 from texforce_cli.core.train_steps import TrainSteps
 from texforce_cli.diffusion.adapters import Adapter
+from texforce_cli.diffusion.models import Precision, load_pipeline, resolve_model
 from texforce_cli.diffusion.policy import Denoising, Policy
 from texforce_cli.diffusion.sampler import Trajectory, draw, rollout
 from texforce_cli.errors import TexforceError
 from texforce_cli.prompts import Prompt
 from texforce_cli.rewards.registry import load_registry
 from texforce_cli.rewards.terms import RewardSet, finished, parse_terms
+from texforce_cli.team import Team
+from texforce_cli.workflows.assembly import make_policy
 
 PROMPTS = [Prompt("a cat"), Prompt("a red dog"), Prompt("two foxes")]
 
@@ -153,6 +158,32 @@ def test_a_compiler_that_changes_the_gradient_is_caught_by_the_preflight(
     assert result.gradient_error is not None and result.ratio_ok
     assert result.ok is result.gradient_ok is ok
     assert result.gradient_error < 1e-4 if ok else result.gradient_error > 0.3
+
+
+def policy_of(precision: Precision, **options: Any) -> DDPO:
+    """An algorithm whose policy is made as a run makes it."""
+    pipeline = load_pipeline(resolve_model("tiny"), device=torch.device("cpu"), precision=precision)
+    algorithm = make(pipeline, guidance=3.0, clip_range=0.5)
+    assert algorithm.policy.adapter is not None
+    config = TrainConfig(steps=6, guidance=3.0, precision=precision, **options)
+    algorithm.policy = make_policy(pipeline, config, algorithm.policy.adapter)
+    return algorithm
+
+
+@pytest.mark.parametrize(
+    ("precision", "checkpointing", "most"), [("fp32", True, 1e-5), ("bf16", False, 0.1), ("bf16", True, 0.1)]
+)
+def test_what_saves_memory_leaves_the_gradient_as_it_is(precision: Precision, checkpointing: bool, most: float) -> None:
+    found = []
+    for algorithm in (policy_of("fp32"), policy_of(precision, gradient_checkpointing=checkpointing)):
+        passes: list[int] = []
+        algorithm.policy.unet.mid_block.resnets[-1].register_forward_pre_hook(lambda *about: passes.append(1))  # noqa: B023
+        drawn = algorithm._draw(0, range(4), [p.text for p in PROMPTS] + ["a cat"])
+        passes.clear()
+        found.append(algorithm._gradient(drawn, torch.arange(4)))
+    assert len(passes) == (2 if checkpointing else 1)  # what is not kept is computed again
+    assert found[0].norm() > 0
+    assert ((found[1] - found[0]).norm() / found[0].norm()).item() <= most
 
 
 def test_every_step_that_may_be_trained_is_judged(pipeline: Any) -> None:
@@ -505,11 +536,48 @@ def test_auto_finds_the_largest_micro_batch_that_a_pass_fits_in(pipeline: Any, r
     algorithm.run_epoch(0)
     assert max(passes[begun:]) == found
 
+    others = make(pipeline, Small, micro_batch=1, fit_micro_batch=True)
+    others.load_state_dict(make(pipeline, Small, micro_batch=1, fit_micro_batch=True).state_dict())
+    assert others.preflight().micro_batch == found  # a new run that takes up another's beginning fits as well
+
     resumed = make(pipeline, Small, micro_batch=1, fit_micro_batch=True)
     resumed.load_state_dict(algorithm.state_dict())
     begun = len(passes)
     assert resumed.preflight().micro_batch == found
     assert len(passes) == begun  # what was found holds for the whole run
+
+
+def test_the_ratio_is_measured_at_the_micro_batch_that_trains(pipeline: Any) -> None:
+    algorithm = make(pipeline, micro_batch=1, update_batch=4, fit_micro_batch=True)
+    sizes: list[int] = []
+    log_prob = algorithm._log_prob
+
+    def measured(drawn: Any, images: torch.Tensor, *rest: Any) -> Any:
+        sizes.append(len(images))
+        return log_prob(drawn, images, *rest)
+
+    algorithm._log_prob = measured  # type: ignore[method-assign]
+    assert algorithm.preflight().micro_batch == 4
+    steps = len(algorithm.policy.schedule.stochastic)
+    assert sizes == [2, 4, *[4] * 2 * steps]  # two passes to fit, then both micro-batches at every step
+
+
+def test_of_several_processes_the_worst_preflight_counts(pipeline: Any) -> None:
+    class Pair(Team):
+        """This process and another one, which has less room and whose third step and gradient are wrong."""
+
+        def each(self, value: Any) -> list[Any]:
+            if isinstance(value, int):
+                return [value, 2]
+            steps = tuple({**step, "ratio_error": 0.5 * (i == 2)} for i, step in enumerate(value.steps))
+            return [value, replace(value, ratio_error=0.5, steps=steps, micro_batch=2, gradient_error=0.7)]
+
+    algorithm = make(pipeline, micro_batch=1, update_batch=4, fit_micro_batch=True)
+    algorithm.team = Pair()
+    found = algorithm.preflight()
+    assert (found.ratio_error, found.gradient_error) == (0.5, 0.7) and not found.ratio_ok and not found.gradient_ok
+    assert [step["ratio_error"] > 0.1 for step in found.steps] == [i == 2 for i in range(6)]
+    assert found.micro_batch == algorithm.micro_batch == 2
 
 
 def test_a_memory_too_small_for_one_image_is_an_error(pipeline: Any) -> None:

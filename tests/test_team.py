@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +204,94 @@ def test_a_signal_is_heard_while_waiting(tmp_path: Path) -> None:
             assert time.monotonic() - begun < 3
 
 
+class Missing:
+    """A store that is there, where the others never say anything, and that can be broken."""
+
+    def __init__(self, failures: int = 0) -> None:
+        self.kept: dict[str, bytes] = {}
+        self.failures = failures
+
+    def set(self, key: str, value: bytes) -> None:
+        if self.failures:
+            self.failures -= 1
+            raise RuntimeError("Broken pipe")
+        self.kept[key] = value
+
+    def get(self, key: str) -> bytes:
+        return self.kept[key]
+
+    def check(self, keys: list[str]) -> bool:
+        return all(key in self.kept for key in keys)
+
+    def wait(self, keys: list[str], timeout: timedelta) -> None:
+        if not self.check(keys):
+            time.sleep(0.05)
+            raise RuntimeError("not yet")
+
+    def delete_key(self, key: str) -> bool:
+        raise RuntimeError("Broken pipe")
+
+
+def alone_with(store: Missing, rank: int = 0) -> Processes:
+    return Processes(store, lambda: None, rank, 2)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_request_to_stop_is_heard_while_another_process_hangs(number: signal.Signals) -> None:
+    asked, begun = StopRequest(), time.monotonic()
+    with contextlib.closing(alone_with(Missing())) as ours:
+        ours.heed, ours._patience = asked.heed, 20.0
+        with pytest.raises(Interrupted), asked.listening():
+            os.kill(os.getpid(), number)
+            ours.each(None)
+        assert time.monotonic() - begun < 5
+        asked.heed()  # what comes after is not to be stopped
+        with asked.listening(), pytest.raises(Interrupted):
+            os.kill(os.getpid(), number)
+            with asked.shielded():
+                asked.heed()  # others count on this process
+            asked.heed()
+
+
+def test_a_process_shows_its_life_again_after_a_write_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("texforce_cli.team._PULSE", 0.01)
+    store, deadline = Missing(failures=1), time.monotonic() + 10
+    with contextlib.closing(alone_with(store)):
+        while not store.check(["pulse/0"]):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def test_a_store_that_is_gone_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    with contextlib.closing(alone_with(Missing(failures=10**9), rank=1)) as ours:
+        with pytest.raises(TexforceError, match=r"process 0 of 2 ended or hangs \(Broken pipe\); see its messages"):
+            ours.each(None)
+        ours.part()
+    store = Missing()
+    with contextlib.closing(alone_with(store)) as ours:
+        store.kept |= {f"{turn}/1": pickle.dumps("word") for turn in (1, 2)}
+        assert [ours.each("mine"), ours.each("mine")] == [["mine", "word"]] * 2  # what cannot be forgotten stays
+
+
+def test_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with contextlib.closing(alone_with(Missing(), rank=1)) as ours:
+        assert [ours.device(name) for name in ("cuda", "cuda:0", "cpu")] == ["cuda:1", "cuda:1", "cpu"]
+    assert Team().device("cuda:0") == "cuda:0"
+
+
+def test_the_patience_begins_when_all_have_loaded_the_model() -> None:
+    store = Missing()
+    with contextlib.closing(alone_with(store)) as ours:
+        ours._patience = 3.0
+        late = threading.Timer(0.5, lambda: store.set("1/1", pickle.dumps(None)))
+        late.start()
+        ours.be_patient(0.1)  # the other one is later than that
+        with pytest.raises(TexforceError, match=r"did not answer within 0.1 s"):
+            ours.each(None)
+        late.join()
+
+
 def test_nothing_is_broken_off_within_a_shield() -> None:
     asked, after = StopRequest(grace=0.3), []
     with pytest.raises(Interrupted), asked.listening(), asked.shielded():
@@ -270,9 +362,19 @@ def by_one(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("count", ["2", pytest.param("3", marks=pytest.mark.slow)])
-def test_a_run_of_several_processes_is_the_run_of_one(count: str, by_one: Path, tmp_path: Path) -> None:
+def test_a_run_of_several_processes_is_the_run_of_one(
+    count: str, by_one: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patient, waited = Processes.be_patient, []
+
+    def noted(place: Processes, seconds: float) -> None:
+        waited.append((place._patience, seconds))
+        patient(place, seconds)
+
+    monkeypatch.setattr(Processes, "be_patient", noted)
     assert run([*SMALL, "--out", str(tmp_path / "run"), "--num-processes", count]) == 0
     same(tmp_path / "run", by_one)
+    assert waited == [(1800.0, 600.0)]  # while the model is loaded, and from then on
     assert json.loads((tmp_path / "run" / "run.json").read_text())["processes"] == int(count)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     assert not multiprocessing.active_children()

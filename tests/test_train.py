@@ -179,6 +179,52 @@ def test_a_run_is_not_resumed_with_other_options(capsys: pytest.CaptureFixture[s
     assert "is damaged" in capsys.readouterr().err
 
 
+def test_what_does_not_change_the_result_may_change_when_a_run_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+    train("--out", "a", "--device", "cpu", epochs=1)
+    Path("b.toml").write_text("reward_host = []\n")
+    free = "--keep 3 --save-every 4 --reward-workers 2 --reward-timeout 9 --reward-memory 8 --micro-batch auto --device auto"
+    assert run(["train", "--resume", "a", *free.split(), "--config", "b.toml"]) == 0
+    record = json.loads(Path("a/run.json").read_text())
+    assert (record["config"]["keep"], record["config"]["reward_timeout"], record["origins"]["keep"]) == (
+        3,
+        9.0,
+        "resume",
+    )
+    capsys.readouterr()
+    assert run(["train", "--resume", "a", "--dry-run", "--json", "--save-within", "5"]) == 0
+    assert json.loads(capsys.readouterr().out)["plan"]["config"]["save_within"] == 5
+    assert run(["train", "--resume", "a", "--dry-run", "--lr", "1"]) == 2
+    record["config"]["device"] = "cuda"
+    Path("a/run.json").write_text(json.dumps(record))
+    assert run(["train", "--resume", "a", "--device", "cpu"]) == 2
+    assert "device (cuda -> cpu)" in capsys.readouterr().err
+
+
+def test_a_gpu_may_be_another_one_of_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    from texforce_cli.config import TrainConfig
+    from texforce_cli.workflows import train as workflow
+    from texforce_cli.workflows.run_folder import RunFolder
+
+    monkeypatch.setattr(workflow, "resolve_device", torch.device)
+    config = TrainConfig(device="cuda:0")
+    assert workflow._unchanging(RunFolder(Path("a")), config, {"device": "cuda:1"}) == {"device": "cuda:1"}
+
+
+def test_a_full_memory_proposes_nothing_that_a_resumed_run_refuses(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from texforce_cli.workflows.learner import Learner
+
+    def full(learner: Learner) -> None:
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(Learner, "preflight", full)
+    train("--out", "a", code=1)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "begin a new run with --config a/config.toml and --gradient-checkpointing or" in said
+    assert "--micro-batch" not in said.partition("the memory of")[2]
+
+
 def test_rewards_that_never_vary_stop_the_run(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -299,6 +345,27 @@ def test_a_log_for_tensorboard(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(Path("a/tensorboard").glob("events.*"))
 
 
+def test_a_log_that_fails_is_told_once_and_ends_nothing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from texforce_cli.workflows import loggers
+
+    class Broken:
+        def __init__(self, folder: Path) -> None:
+            pass
+
+        def log(self, row: dict[str, Any]) -> None:
+            raise OSError(28, "No space left on device")
+
+        close = log
+
+    monkeypatch.setattr(loggers, "_TensorBoard", Broken)
+    train("--out", "a", "--log", "tensorboard", epochs=2)
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("--log tensorboard failed (OSError: [Errno 28] No space left on device)") == 1
+    assert json.loads(Path("a/run.json").read_text())["status"] == "finished"
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_stops_at_a_safe_point_and_says_how_to_go_on(number: signal.Signals, code: int) -> None:
     command = [sys.executable, "-m", "texforce_cli", "train", "--reward", "brightness", "--model", "tiny", *SMALL]
@@ -405,7 +472,7 @@ FILES = ["epoch_0002", "metrics", "samples/", *(pytest.param(name, marks=pytest.
 
 @pytest.mark.parametrize("where", FILES)
 def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(
-    where: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, whole: tuple[bytes, bytes]
+    where: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, whole: dict[str, bytes]
 ) -> None:
     """Every file is flushed before it is renamed into place: there a full disk shows at the latest."""
     from texforce_cli import files
@@ -429,15 +496,76 @@ def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(
     assert json.loads(Path("parts/run.json").read_text())["status"] == ("failed" if where != "run" else "running")
     assert not list(Path("parts").rglob("*.tmp*"))
     assert run(["train", "--resume", "parts"]) == 0
-    assert (adapter("parts"), Path("parts/evaluations.jsonl").read_bytes()) == whole
+    assert made(Path("parts")) == whole
+
+
+def made(folder: Path) -> dict[str, bytes]:
+    """Adapter, pictures and measurements of a run."""
+    kinds = ("adapter/*", "samples/*", "*.png", "evaluations.jsonl")
+    return {str(path.relative_to(folder)): path.read_bytes() for kind in kinds for path in folder.glob(kind)}
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, bytes]:
-    """Adapter and measurements of a run of three epochs that nothing happened to."""
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What a run of three epochs makes that nothing happens to."""
     out = tmp_path_factory.mktemp("whole") / "run"
     train("--out", str(out), epochs=3)
-    return adapter(out), (out / "evaluations.jsonl").read_bytes()
+    found = made(out)
+    assert len(found) == 7  # two measurements with their pictures
+    return found
+
+
+def test_pictures_that_are_missing_are_drawn_again_and_measurements_stay() -> None:
+    train("--out", "a", epochs=2)
+    before = {path: path.read_bytes() for path in Path("a").rglob("*.png")}
+    before |= {path: path.read_bytes() for path in (Path("a/evaluations.jsonl"), Path("a/metrics.jsonl"))}
+    for missing in ("samples/epoch_0002.png", "before_after.png"):
+        Path("a", missing).unlink()
+        assert run(["train", "--resume", "a"]) == 0
+        assert {path: path.read_bytes() for path in before} == before
+
+
+def test_damaged_lines_are_left_out_and_named(capsys: pytest.CaptureFixture[str]) -> None:
+    train("--out", "a", "--eval-every", "1", epochs=2)
+    before = adapter("a")
+    metrics, evaluations = Path("a/metrics.jsonl"), Path("a/evaluations.jsonl")
+    metrics.write_bytes(metrics.read_bytes()[:-40])
+    evaluations.write_bytes(b"\xff{\n[1]\n" + evaluations.read_bytes())
+    capsys.readouterr()
+    assert run(["train", "--resume", "a"]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "line 2 of 'a/metrics.jsonl' is damaged and left out" in said
+    assert "line 1, 2 of 'a/evaluations.jsonl' is damaged and left out" in said
+    assert adapter("a") == before
+    assert json.loads(Path("a/run.json").read_text())["epochs_done"] == 2
+
+
+def test_a_run_of_another_number_of_threads_is_told_so(capsys: pytest.CaptureFixture[str]) -> None:
+    train("--out", "a", epochs=1)
+    record = json.loads(Path("a/run.json").read_text())
+    assert record["versions"]["threads"] == str(torch.get_num_threads())
+    record["versions"]["threads"] = "99"
+    Path("a/run.json").write_text(json.dumps(record))
+    assert run(["train", "--resume", "a"]) == 0
+    assert "threads 99 then," in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_memory_that_is_full_while_measuring_is_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from texforce_cli.workflows import heldout
+
+    real = heldout.draw
+
+    def small(policy: Any, texts: Any, seeds: Any, *, batch: int) -> Any:
+        if min(batch, len(texts)) > 2:
+            raise torch.OutOfMemoryError("full")
+        return real(policy, texts, seeds, batch=batch)
+
+    monkeypatch.setattr(heldout, "draw", small)
+    train("--out", "a", epochs=1)
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("the memory of cpu was too full for 4 images at once: it goes on with 2") == 1
 
 
 def test_a_run_is_not_resumed_on_another_model(capsys: pytest.CaptureFixture[str]) -> None:
@@ -529,16 +657,94 @@ def test_two_runs_do_not_share_a_folder(capsys: pytest.CaptureFixture[str]) -> N
     assert Path("a/run.json").read_bytes() == before
 
 
-def test_a_watched_reward_is_measured_shown_and_chooses_the_best_epoch(capsys: pytest.CaptureFixture[str]) -> None:
-    train("--out", "a", "--eval-every", "1", "--watch", "brightness", "--keep", "1", "--save-every", "0", epochs=3)
-    assert "watched brightness" in capsys.readouterr().err
+def test_a_folder_is_held_before_the_model_is_loaded(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from texforce_cli.files import held
+    from texforce_cli.workflows import train as workflow
+
+    loaded: list[int] = []
+    monkeypatch.setattr(workflow, "TrainingRun", lambda *about, **more: loaded.append(1))
+    with held(Path("a")):
+        program = ["train", "--reward", "brightness", "--model", "tiny", "--out", "a"]
+        assert run(program) == 1
+    assert "another process works in 'a'" in capsys.readouterr().err
+    assert not loaded
+
+
+def test_a_run_that_ended_meanwhile_is_not_overwritten(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from texforce_cli.workflows import train as workflow
+
+    real = workflow.RunFolder.create
+
+    def create(out: str, stem: str) -> Any:
+        made = real(out, stem)
+        (made.path / "run.json").write_text("another's")
+        return made
+
+    monkeypatch.setattr(workflow.RunFolder, "create", create)
+    train("--out", "a", code=2)
+    assert "'a' exists already" in capsys.readouterr().err
+    assert Path("a/run.json").read_text() == "another's"
+
+
+def test_what_a_run_left_that_had_not_begun_is_no_hindrance(capsys: pytest.CaptureFixture[str]) -> None:
+    from texforce_cli.errors import UsageError
+    from texforce_cli.workflows.run_folder import RunFolder
+
+    folder = Path("a")
+    folder.mkdir()
+    for name in ("prompts.jsonl", ".lock", ".run.0123abcd.tmp.json"):
+        (folder / name).write_text("")
+    assert run(["train", "--resume", "a"]) == 2
+    assert "no run has begun in 'a'; begin it with --out a" in capsys.readouterr().err
+    assert RunFolder.create("a", "").path == folder
+    (folder / ".lock").unlink()  # then the prompts are somebody's
+    with pytest.raises(UsageError, match="exists already"):
+        RunFolder.create("a", "")
+
+
+def test_a_disk_that_is_full_at_the_very_beginning_leaves_the_name_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    from texforce_cli import files
+
+    real = os.fsync
+
+    def full(handle: int) -> None:
+        if "/.run." in str(Path(f"/proc/self/fd/{handle}").readlink()):
+            raise OSError(28, "No space left on device")
+        real(handle)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "fsync", full)
+        train("--out", "a", code=1)
+    assert not Path("a").exists()
+
+
+def test_a_watched_reward_is_measured_shown_and_chooses_the_best_epoch(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from texforce_cli.rewards.builtin.pictures import JpegCompressibility
+
+    levels = iter([0.0, 1.0, 5.0, 2.0, 0.0])  # of the base, of each epoch, and of the base again
+
+    def score(self: JpegCompressibility, images: Any, *about: Any) -> list[float]:
+        level = next(levels)
+        return [level + index / 10 for index in range(len(images))]
+
+    monkeypatch.setattr(JpegCompressibility, "score", score)
+    watched = "--watch jpeg-compressibility --eval-every 1 --keep 1 --save-every 0"
+    train("--out", "a", *watched.split(), epochs=3)
+    assert "watched jpeg-compressibility" in capsys.readouterr().err
     measured = [json.loads(line) for line in Path("a/evaluations.jsonl").read_text().splitlines()]
-    values = {row["epoch"]: row["watched"]["brightness"]["mean"] for row in measured}
+    values = {row["epoch"]: row["watched"]["jpeg-compressibility"]["mean"] for row in measured}
     assert len(values) == 3
-    first = measured[0]["watched"]["brightness"]
+    first = measured[0]["watched"]["jpeg-compressibility"]
     assert first["difference"]["mean"] == pytest.approx(first["mean"] - first["base_mean"], abs=1e-9)
     record = json.loads(Path("a/run.json").read_text())
-    assert record["best_epoch"] == max(values, key=lambda epoch: values[epoch])
+    assert record["best_epoch"] == 2
+    assert {path.name for path in Path("a/checkpoints").iterdir()} == {"epoch_0002", "epoch_0003"}
     assert Path("a/curve.png").is_file()
     assert run(["train", "--resume", "a"]) == 0  # the measurements are read again
 

@@ -35,6 +35,8 @@ class Team:
     rank, size = 0, 1
     shield: Shield = contextlib.nullcontext
     """What keeps signals from breaking off an exchange in its middle."""
+    heed: Callable[[], None] = staticmethod(lambda: None)
+    """Called again and again while the others are waited for; it may raise to go."""
 
     def total(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its sum over the processes."""
@@ -46,6 +48,13 @@ class Team:
     def of_leader(self, value: Any = None) -> Any:
         """What the leader gave."""
         return value
+
+    def device(self, name: str) -> str:
+        """The device of this process where the job's is `name`."""
+        return name
+
+    def be_patient(self, seconds: float) -> None:
+        """All have loaded what they need; from now on wait for the others at most `seconds`."""
 
     def leave(self, error: BaseException) -> None:
         """Tell the others why this process goes."""
@@ -106,7 +115,7 @@ class Folder:
             new.write_bytes(value)
             new.replace(place)
         except OSError as error:
-            raise RuntimeError(f"'{self.path}' is gone") from error
+            raise RuntimeError(f"'{place}' cannot be written: {error.strerror}") from error
 
     def get(self, key: str) -> bytes:
         """What stands there."""
@@ -158,13 +167,13 @@ class Processes(Team):
         self._pulse.start()
 
     def compute(self, device: str, seconds: float) -> None:
-        """Be ready to sum on `device`; from now on wait for the others at most `seconds`."""
+        """Be ready to sum on `device`; a sum takes at most `seconds`."""
         import torch
         import torch.distributed as dist
 
         cuda = device.startswith("cuda")
         if cuda:
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(self.device(device))
         self.each(None)  # all are here: what follows does not wait for anyone
         try:
             dist.init_process_group(
@@ -180,6 +189,12 @@ class Processes(Team):
                 f"process {self.rank} cannot exchange gradients with the others ({_first_line(error)})",
                 "see the network: GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME names the interface to use",
             ) from error
+
+    def device(self, name: str) -> str:
+        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name.startswith("cuda") else name
+
+    def be_patient(self, seconds: float) -> None:
+        self.each(None)
         self._patience = seconds
 
     def total(self, tensors: Sequence[Tensor]) -> None:
@@ -199,10 +214,14 @@ class Processes(Team):
 
     def each(self, value: Any) -> list[Any]:
         self._turn += 1
-        self._set(f"{self._turn}/{self.rank}", value)
+        try:
+            self._set(f"{self._turn}/{self.rank}", value)
+        except RuntimeError as error:
+            raise self._gone(error) from error
         values = [value if rank == self.rank else self._heard(rank) for rank in range(self.size)]
         if self._turn > 1:  # all have come here, so all have heard what was said before
-            self._store.delete_key(f"{self._turn - 1}/{self.rank}")
+            with contextlib.suppress(RuntimeError):
+                self._store.delete_key(f"{self._turn - 1}/{self.rank}")
         return values
 
     def of_leader(self, value: Any = None) -> Any:
@@ -215,10 +234,10 @@ class Processes(Team):
 
     def part(self) -> None:
         """The job is done. The leader goes last, for it may hold the store."""
-        if self.rank:
-            self._set(f"done/{self.rank}", None)
-            return
         with contextlib.suppress(RuntimeError):
+            if self.rank:
+                self._set(f"done/{self.rank}", None)
+                return
             self._store.wait([f"done/{rank}" for rank in range(1, self.size)], timedelta(seconds=_LAST_WORDS))
 
     def close(self) -> None:
@@ -249,12 +268,13 @@ class Processes(Team):
                 self._store.wait([key], _SLICE)
                 return self._get(key)
             except RuntimeError as error:  # torch's DistStoreError: not yet; or the store is gone
+                self.heed()
                 now = time.monotonic()
                 try:
                     self._see_who_left()
                     shown = self._get(f"pulse/{rank}") if self._store.check([f"pulse/{rank}"]) else ""
                 except RuntimeError:
-                    raise self._lost([0], _first_line(error)) from error  # the leader holds the store
+                    raise self._gone(error) from error
                 pulse, alive = (shown, now) if shown != pulse else (pulse, alive)
                 if ended := self._ended():
                     raise self._lost(ended) from None
@@ -279,14 +299,16 @@ class Processes(Team):
             "see its messages; the epochs before this one are saved, go on with --resume",
         )
 
+    def _gone(self, error: RuntimeError) -> TexforceError:
+        """The store does not answer: the leader holds it."""
+        return self._lost([0] if self.rank else [], _first_line(error))
+
     def _show_life(self) -> None:
         count = 0
         while True:
             count += 1
-            try:
+            with contextlib.suppress(RuntimeError):  # the disk may be full for a moment only
                 self._set(f"pulse/{self.rank}", str(count))
-            except RuntimeError:
-                return
             if self._stopped.wait(_PULSE):
                 return
 

@@ -8,8 +8,8 @@ gradients, and will report nothing where `EpochReport` speaks of ratios.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 Phase = Literal["sampling", "rewards", "training"]
@@ -67,6 +67,19 @@ class Preflight:
     """Images in one pass: as asked for, or as there is room for."""
     gradient_error: float | None = None
     """|g - g'| / |g| of the trained weights' gradients, uncompiled g and compiled g'; None where nothing is compiled."""
+
+    @classmethod
+    def worst(cls, found: Sequence[Preflight]) -> Preflight:
+        """What several processes have measured, as one: of each number the worst."""
+        steps = zip(*(one.steps for one in found))
+        gradients = [one.gradient_error for one in found if one.gradient_error is not None]
+        return replace(
+            found[0],
+            ratio_error=max(one.ratio_error for one in found),
+            steps=tuple({**same[0], "ratio_error": max(one["ratio_error"] for one in same)} for same in steps),
+            micro_batch=min(one.micro_batch for one in found),
+            gradient_error=max(gradients, default=None),
+        )
 
     @property
     def ratio_ok(self) -> bool:

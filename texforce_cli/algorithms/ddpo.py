@@ -12,7 +12,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ from texforce_cli.core.ppo import Diagnostics, clipped_surrogate, reference_kl, 
 from texforce_cli.core.seeds import derive
 from texforce_cli.core.train_steps import TrainSteps
 from texforce_cli.diffusion.policy import Embeddings, Policy
-from texforce_cli.diffusion.sampler import Trajectory, rollout
+from texforce_cli.diffusion.sampler import Trajectory, rollout, too_full
 from texforce_cli.prompts import Prompt
 from texforce_cli.rewards.terms import RewardSet, Scores
 from texforce_cli.team import Team
@@ -102,15 +102,21 @@ class DDPO:
         self._seconds: dict[Phase, float] = {}
 
     def preflight(self) -> Preflight:
-        """Draw two micro-batches and take their log-probabilities again as training will: mixed, with gradients."""
-        while True:
-            with self._room_for(self.micro_batch):
-                result = self._preflight()
-                return replace(result, micro_batch=self._fit_micro_batch()) if self._fit else result
+        """Draw two micro-batches and take their log-probabilities again as training will: mixed, with gradients.
 
-    def _fit_micro_batch(self) -> int:
+        Of several processes the worst result counts, and the micro-batch that all have room for.
+        """
+        if self._fit:
+            self._fit_micro_batch()
+            self.micro_batch, self._fit = min(self.team.each(self.micro_batch)), False
+        found = None
+        while found is None:  # after fitting: what is measured has the shape that trains
+            with self._room_for(self.micro_batch):
+                found = self._preflight()
+        return Preflight.worst(self.team.each(found))
+
+    def _fit_micro_batch(self) -> None:
         """Double the micro-batch while the gradients of one pass at one step fit, up to this process's share of an update."""
-        self._fit = False
         prompts = self._prompts_of(epoch=-1)
         drawn = self._draw(-1, range(1), [prompts[0].text])
         step = self.policy.schedule.stochastic[0]
@@ -120,7 +126,6 @@ class DDPO:
             images = torch.zeros(2 * self.micro_batch, dtype=torch.int64, device=self.policy.device)
             fits = self._fits(drawn, images, torch.full_like(images[None], step))
             self.micro_batch *= 2 if fits else 1
-        return self.micro_batch
 
     def _fits(self, drawn: Trajectory, images: Tensor, steps: Tensor) -> bool:
         fits = True
@@ -245,13 +250,13 @@ class DDPO:
         return report
 
     def state_dict(self) -> dict[str, Any]:
-        """The tracker of the prompts, and the micro-batch that there is room for."""
-        return {"tracker": self.tracker.state_dict(), "micro_batch": self.micro_batch}
+        """The tracker of the prompts, and the micro-batch that there is room for, or that it is still to be fitted."""
+        return {"tracker": self.tracker.state_dict(), "micro_batch": self.micro_batch, "fit": self._fit}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a `state_dict`."""
         self.tracker.load_state_dict(state["tracker"])
-        self.micro_batch, self._fit = state.get("micro_batch", self.micro_batch), False
+        self.micro_batch, self._fit = state.get("micro_batch", self.micro_batch), state.get("fit", False)
 
     # sampling
 
@@ -500,10 +505,7 @@ class DDPO:
         self.micro_batch = max(1, images // 2)  # outside the handler, which holds what the failed pass has filled
         if self.policy.device.type == "cuda":
             torch.cuda.empty_cache()
-        self._halved.append(
-            f"the memory of {self.policy.device} was too full for {images} images at once: it goes on with "
-            f"{self.micro_batch}, and the result differs by rounding only"
-        )
+        self._halved.append(too_full(self.policy.device, images, self.micro_batch))
 
     def _rng(self, *purpose: str | int) -> np.random.Generator:
         return np.random.default_rng(derive(self.seed, *purpose))

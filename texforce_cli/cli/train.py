@@ -36,6 +36,7 @@ def _train(
     """Fine-tune a Stable Diffusion model on any reward, with reinforcement learning on its text encoder."""
     from texforce_cli.cli.console import write_json
     from texforce_cli.cli.live import TrainView, describe_plan, result_document, summarise
+    from texforce_cli.config import given
     from texforce_cli.team import launched
     from texforce_cli.workflows import train as workflow
     from texforce_cli.workflows.events import silent
@@ -43,7 +44,7 @@ def _train(
     from texforce_cli.workflows.run_folder import RunFolder
 
     if dry_run:
-        made = workflow.recorded_plan(RunFolder.open(resume)) if resume else plan(flags, config)
+        made = workflow.recorded_plan(RunFolder.open(resume), given(flags, config)) if resume else plan(flags, config)
         describe_plan(made, as_json=json)
         return
     follower = launched()[0] > 0  # of a launcher's processes the first one speaks

@@ -6,6 +6,7 @@ Source of the step: DDIM (Song et al. 2021, Eq. 12); of the policy: DDPO (Black 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -100,8 +101,13 @@ class Schedule:
         return self._at(self.sigma, index, like)
 
     def _at(self, values: tuple[float, ...], index: int | Tensor, like: Tensor) -> Tensor:
-        table = torch.tensor(values, dtype=at_least_fp32(like).dtype, device=like.device)
-        return table[index].reshape(-1, *[1] * (like.dim() - 1))
+        return _table(values, at_least_fp32(like).dtype, like.device)[index].reshape(-1, *[1] * (like.dim() - 1))
+
+
+@functools.lru_cache(maxsize=256)
+def _table(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The numbers of all steps, made once: to bring them to a GPU is to wait for it."""
+    return torch.tensor(values, dtype=dtype, device=device)
 
 
 def _coefficients(a_t: float, a_p: float, eta: float, prediction: Prediction) -> tuple[float, float, float]:

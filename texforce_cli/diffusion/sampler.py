@@ -99,6 +99,14 @@ def draw(
     return np.concatenate(images)
 
 
+def too_full(device: torch.device, images: int, left: int) -> str:
+    """What is said where the memory had no room for `images` at once, and `left` are tried."""
+    return (
+        f"the memory of {device} was too full for {images} images at once: it goes on with {left}, and the result "
+        "differs by rounding only"
+    )
+
+
 def _noise(seeds: Sequence[int], shape: tuple[int, ...], device: torch.device) -> Iterator[Tensor]:
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     while True:

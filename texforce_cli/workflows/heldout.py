@@ -14,7 +14,7 @@ from PIL import Image
 from texforce_cli.core.seeds import derive
 from texforce_cli.core.statistics import Interval, paired_interval
 from texforce_cli.diffusion.policy import Policy
-from texforce_cli.diffusion.sampler import draw
+from texforce_cli.diffusion.sampler import draw, too_full
 from texforce_cli.prompts import Prompt, PromptSet
 from texforce_cli.report.pictures import before_after, save_png
 from texforce_cli.rewards.terms import RewardSet
@@ -52,11 +52,13 @@ class HeldOut:
         batch: int,
         watch: Sequence[RewardSet] = (),
         team: Team | None = None,
+        warn: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.prompts, self.seeds = heldout_pairs(prompts, count)
         self.unseen = count // 2 if prompts.unseen else 0
         self.policy, self.rewards, self.batch, self.team = policy, rewards, batch, team or Team()
-        self._room = batch
+        self._room, self.warn = batch, warn
+        self._halved: list[str] = []
         self.watch = {str(one): one for one in watch}
         self.history: list[Evaluation] = []
         self._base_images: NDArray[np.uint8] | None = None
@@ -75,8 +77,14 @@ class HeldOut:
             self._base_images, self._base_rewards, self._base_watched = self._draw(progress)
 
     def measure(self, epoch: int, images: int, progress: Callable[[int, int], None]) -> Evaluation:
-        """Draw and score the pairs with the weights as they are, compared with the base."""
+        """Draw and score the pairs with the weights as they are, compared with the base.
+
+        An epoch that is measured already is drawn for its pictures alone: what was measured stays.
+        """
         self._images, rewards, watched = self._draw(progress)
+        for known in self.history:
+            if known.epoch == epoch:
+                return known
         base = self._base_rewards
         split = len(rewards) - self.unseen
         evaluation = Evaluation(
@@ -151,7 +159,11 @@ class HeldOut:
             scored = {name: one.weighted(one.score(images, texts[part], metadata)) for name, one in sets.items()}
             parts[start] = images, scored
             progress(min(total, start + (self.team.size - self.team.rank) * self.batch), total)
-        found = {start: batch for shared in self.team.each(parts) for start, batch in shared.items()}
+        every = self.team.each((parts, self._halved))
+        for text in dict.fromkeys(text for _, halved in every for text in halved):
+            self.warn(text)
+        self._halved = []
+        found = {start: batch for shared, _ in every for start, batch in shared.items()}
         drawn, scores = zip(*(found[start] for start in sorted(found)))
         values = {name: np.concatenate([score[name] for score in scores]) for name in sets}
         return np.concatenate(drawn), values.pop(""), values
@@ -163,9 +175,11 @@ class HeldOut:
                 drawn: NDArray[np.uint8] = draw(self.policy, texts, seeds, batch=self._room)
                 return drawn
             except torch.OutOfMemoryError:
-                if self._room == 1:
+                if min(self._room, len(texts)) == 1:
                     raise
-            self._room = max(1, self._room // 2)
+            images = min(self._room, len(texts))
+            self._room = max(1, images // 2)
+            self._halved.append(too_full(self.policy.device, images, self._room))
 
 
 def _paired(after: Floats, before: Floats) -> Interval:

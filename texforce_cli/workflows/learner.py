@@ -58,13 +58,15 @@ class Learner:
         team: Team,
         progress: Progress,
         begin: bool,
+        warn: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """`begin`: a new run, whose adapter takes over `--init-lora`."""
+        """`begin`: a new run, whose adapter takes over `--init-lora`. `warn` hears what a measurement has to say."""
         self.team = team
-        device = torch.device(config.device)
+        device = torch.device(team.device(config.device))
         if device.type == "cuda":  # the same command, the same bits, as far as CUDA has deterministic kernels
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.utils.deterministic.fill_uninitialized_memory = False  # what is never read need not be filled
         pipeline = load_pipeline(resolve_model(config.model), device=device, precision=config.precision)
         self.adapter = make_adapter(pipeline, config, begin=begin)
         self.policy = make_policy(pipeline, config, self.adapter)
@@ -80,8 +82,10 @@ class Learner:
             batch=config.micro_batch,
             watch=scoring.watches,
             team=team,
+            warn=warn,
         )
         self.progress = progress
+        team.be_patient(config.process_timeout)
 
     @_together
     def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
@@ -158,7 +162,7 @@ def follow(team: Processes) -> Any:
         config = TrainConfig(**values)
         stop = StopRequest(config.save_within)
         with stop.listening(), contextlib.closing(_scoring_beside(team, config)) as scoring:
-            team.shield = stop.shielded
+            team.shield, team.heed = stop.shielded, stop.heed
             if fingerprint(resolve_model(config.model)) != made_of:
                 raise TexforceError(f"the model '{config.model}' is another one here", "give the processes the same")
             team.compute(config.device, config.process_timeout)

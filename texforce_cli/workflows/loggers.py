@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -71,12 +72,44 @@ def numbers(row: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     return flat
 
 
-def open_logger(kind: str, folder: Path, config: Mapping[str, Any]) -> Logger:
-    """The logger of `--log`.
+class _Forgiving:
+    """Another logger, whose failures (a full disk, no network) are told once and end nothing."""
+
+    def __init__(self, kind: str, make: Callable[[], Logger], warn: Callable[[str], None]) -> None:
+        self._kind, self._warn, self._failed = kind, warn, False
+        self._inner: Logger = _Nothing()
+        with self._forgiven():
+            self._inner = make()
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        with self._forgiven():
+            self._inner.log(row)
+
+    def close(self) -> None:
+        with self._forgiven():
+            self._inner.close()
+
+    @contextlib.contextmanager
+    def _forgiven(self) -> Iterator[None]:
+        try:
+            yield
+        except TexforceError:  # its package is missing, or a signal came
+            raise
+        except Exception as error:  # it is another's code
+            if not self._failed:
+                reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+                self._warn(
+                    f"--log {self._kind} failed ({reason}): the run goes on without it; metrics.jsonl has it all"
+                )
+            self._failed = True
+
+
+def open_logger(kind: str, folder: Path, config: Mapping[str, Any], warn: Callable[[str], None]) -> Logger:
+    """The logger of `--log`. `warn` hears of its first failure.
 
     Raises:
         TexforceError: its package is not installed.
     """
     if kind == "tensorboard":
-        return _TensorBoard(folder)
-    return _WandB(folder, config) if kind == "wandb" else _Nothing()
+        return _Forgiving(kind, lambda: _TensorBoard(folder), warn)
+    return _Forgiving(kind, lambda: _WandB(folder, config), warn) if kind == "wandb" else _Nothing()

@@ -8,7 +8,7 @@ import json
 import platform
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from texforce_cli.errors import TexforceError, UsageError
 from texforce_cli.files import write_error, write_json, write_text
 
 _LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.tmp(\.\w+)?")
+_LOCK = ".lock"
 PACKAGES = ("texforce", "torch", "diffusers", "transformers", "peft", "safetensors", "numpy", "pillow", "tokenizers")
 
 
@@ -32,6 +33,11 @@ class RunFolder:
     def record(self) -> Path:
         """run.json: configuration, origins, versions, hashes, seeds, state."""
         return self.path / "run.json"
+
+    @property
+    def config(self) -> Path:
+        """config.toml: the resolved configuration, for `--config`."""
+        return self.path / "config.toml"
 
     @property
     def prompts(self) -> Path:
@@ -78,16 +84,15 @@ class RunFolder:
         """A new folder: `out`, or the first free `runs/<stem>-<n>`.
 
         Raises:
-            UsageError: `out` exists and is not empty.
+            UsageError: there is something in `out`.
             TexforceError: it cannot be written.
         """
         try:
             if out is not None:
-                path = Path(out).expanduser()
-                if path.exists() and (not path.is_dir() or any(path.iterdir())):
-                    raise UsageError(f"'{out}' exists already", f"choose another --out, or go on with --resume {out}")
-                path.mkdir(parents=True, exist_ok=True)
-                return cls(path)
+                folder = cls(Path(out).expanduser())
+                folder.refuse_taken()
+                folder.path.mkdir(parents=True, exist_ok=True)
+                return folder
             stem = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-.")[:80]
             number = 1
             while True:
@@ -108,11 +113,28 @@ class RunFolder:
             UsageError: there is no run in that folder.
         """
         folder = cls(Path(path).expanduser())
+        if folder.path.is_dir() and not folder._taken():
+            raise UsageError(f"no run has begun in '{path}'", f"begin it with --out {path}")
         if not folder.record.is_file():
             raise UsageError(
                 f"'{path}' is no run folder (there is no run.json)", "give the folder of a run, such as runs/a"
             )
         return folder
+
+    def refuse_taken(self) -> None:
+        """Raise UsageError where something is there that a new run would overwrite."""
+        if self.path.exists() and self._taken():
+            raise UsageError(
+                f"'{self.path}' exists already", f"choose another --out, or go on with --resume {self.path}"
+            )
+
+    def _taken(self) -> bool:
+        """Whether it holds more than what is left of a process that was killed before its run had begun."""
+        if not self.path.is_dir():
+            return True
+        left = {path.name for path in self.path.iterdir() if not _LEFTOVER.fullmatch(path.name)}
+        # without the lock it may be somebody's prompts
+        return bool(left - {_LOCK} - ({self.prompts.name} if _LOCK in left else set()))
 
     def remove_leftovers(self) -> None:
         """Remove what a killed process was writing; nobody else may work in the folder meanwhile."""
@@ -124,9 +146,13 @@ class RunFolder:
                     with contextlib.suppress(OSError):
                         path.unlink()
 
-    def remove_if_empty(self) -> None:
-        """Remove the folder, and `runs/` with it, where nothing has been written into them."""
+    def remove_unbegun(self) -> None:
+        """Remove the folder, which this process holds, and an empty `runs/` with it, where no run has begun."""
         with contextlib.suppress(OSError):
+            if self._taken():
+                return
+            for path in (self.prompts, self.path / _LOCK):
+                path.unlink(missing_ok=True)
             self.path.rmdir()
             if self.path.parent == Path("runs"):
                 self.path.parent.rmdir()
@@ -138,7 +164,7 @@ class RunFolder:
         for name, value in record["config"].items():
             if value is not None and name != "out":  # a new run has a folder of its own
                 lines.append(f"{tomli_w.dumps({name: value}).strip()}  # {record['origins'][name]}")
-        write_text(self.path / "config.toml", "\n".join(lines) + "\n")
+        write_text(self.config, "\n".join(lines) + "\n")
 
     def read_record(self) -> dict[str, Any]:
         """Read run.json.
@@ -156,9 +182,7 @@ class RunFolder:
     def damaged(self, error: Exception) -> TexforceError:
         """The sentence for a run.json that cannot be used."""
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
-        return TexforceError(
-            f"'{self.record}' is damaged ({reason})", f"begin a new run with --config {self.path / 'config.toml'}"
-        )
+        return TexforceError(f"'{self.record}' is damaged ({reason})", f"begin a new run with --config {self.config}")
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -166,11 +190,26 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a .jsonl file, [] where there is none."""
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+def read_rows(path: Path, warn: Callable[[str], None]) -> list[dict[str, Any]]:
+    """The rows of a .jsonl file, each of an epoch; [] where there is none. Damaged lines are left out and named."""
+    rows, damaged = [], []
+    for number, line in enumerate(path.read_bytes().splitlines() if path.is_file() else [], 1):
+        try:
+            row = json.loads(line)
+            int(row["epoch"])
+            rows.append(row)
+        except (ValueError, KeyError, TypeError):
+            damaged.append(str(number))
+    if damaged:
+        warn(f"line {', '.join(damaged)} of '{path}' is damaged and left out")
+    return rows
+
+
+def made_with() -> dict[str, str]:
+    """The versions, and the number of threads, on which the last bits of sums on a CPU depend."""
+    import torch
+
+    return {**versions(), "threads": str(torch.get_num_threads())}
 
 
 def versions() -> dict[str, str]:

@@ -43,6 +43,7 @@ class StopRequest:
                 signal.setitimer(signal.ITIMER_REAL, 0)
             for number, handler in previous.items():
                 signal.signal(number, handler)
+            self._exit_code = None  # what comes after this block is not to be stopped
 
     @contextlib.contextmanager
     def shielded(self) -> Iterator[None]:
@@ -64,6 +65,11 @@ class StopRequest:
         """Raise Interrupted when a stop was asked for, unless what is under way will be saved in time (in seconds)."""
         if self._exit_code is not None and time.monotonic() + saved_in > self._deadline:
             raise Interrupted("stopped", exit_code=self._exit_code)
+
+    def heed(self) -> None:
+        """As `check`, while nothing can be done but wait for others who do not count on this process."""
+        if not self._shielded:
+            self.check(saved_in=0.0)
 
     def _asked(self, number: int, frame: FrameType | None) -> None:
         if number not in (signal.SIGINT, signal.SIGTERM):  # the time is over

@@ -30,7 +30,7 @@ from texforce_cli.workflows.events import (
 )
 from texforce_cli.workflows.learner import follow, lead
 from texforce_cli.workflows.plan import Plan, plan
-from texforce_cli.workflows.run_folder import RunFolder, versions
+from texforce_cli.workflows.run_folder import RunFolder, made_with
 from texforce_cli.workflows.training_run import TrainingRun, TrainResult
 
 
@@ -54,15 +54,17 @@ def train(
     with contextlib.closing(make_scoring(made.config, made.registry)) as scoring:
         folder = RunFolder.create(made.config.out, stem or f"{reward}-{made.source.short_name}")
         made = replace(made, config=replace(made.config, out=str(folder.path)))
-        try:
-            with _leading(made, scoring) as team:
-                run = TrainingRun(folder, made, scoring, listener, team=team)
-                with held(folder.path):
+        with held(folder.path):  # before the model is loaded, which takes long enough for another run to begin here
+            folder.refuse_taken()
+            folder.remove_leftovers()
+            try:
+                with _leading(made, scoring) as team:
+                    run = TrainingRun(folder, made, scoring, listener, team=team)
                     write_text(folder.prompts, made.prompts.to_jsonl())
                     run.write_record(status="running")
                     return run.run()
-        finally:
-            folder.remove_if_empty()  # where nothing has begun a second try finds the same name free
+            finally:
+                folder.remove_unbegun()  # a second try finds the same name free
 
 
 def resume(
@@ -83,26 +85,27 @@ def resume(
 
 
 def _resumed(folder: RunFolder, wanted: dict[str, Any], listener: Listener) -> TrainResult:
-    made = recorded_plan(folder)
+    made = recorded_plan(folder, wanted)
     _warn_of_broken_plugins(made, listener)
-    _refuse_other_options(folder, made.config, wanted)
     record = folder.read_record()
-    _refuse_other_model(folder, made, record, listener)
+    _refuse_other_model(folder, made, record)
     found, damaged = checkpoints.load_latest(folder.checkpoints)
     for sentence in damaged:
         listener(Warned(sentence))
     if found is None:
         listener(Warned("there is no whole checkpoint: beginning again"))
         checkpoints.remove_after(folder.checkpoints, 0)
-    free = {name: wanted[name] for name in _FREE if name in wanted}
-    if launched()[1] > 1:  # the launcher's number counts, not the one that the run began with
-        free.setdefault("num_processes", 1)
-    made = replace(made, config=replace(made.config, **free))
+    if launched()[1] > 1 and "num_processes" not in wanted:  # the launcher's number counts, not the recorded one
+        made = replace(made, config=replace(made.config, num_processes=1))
     with contextlib.closing(make_scoring(made.config, made.registry)) as scoring, _leading(made, scoring) as team:
+        _warn_of_other_versions(made.config, record, listener)  # the processes of a team share the threads
         return TrainingRun(folder, made, scoring, listener, team=team, checkpoint=found).run()
 
 
-_FREE = ("num_processes", "process_timeout", "save_within")
+_FREE = (
+    *("num_processes", "process_timeout", "save_within", "save_every", "keep", "log", "device"),
+    *("reward_host", "reward_workers", "reward_timeout", "reward_memory"),
+)
 """Options that may change when a run goes on: they do not change its result."""
 
 
@@ -143,11 +146,11 @@ _AFTER_THE_LEADER = 2.0
 """Seconds: a launcher kills the others when the first one ends, and the leader shall have spoken by then."""
 
 
-def recorded_plan(folder: RunFolder) -> Plan:
-    """The plan of a run as its folder holds it.
+def recorded_plan(folder: RunFolder, wanted: Mapping[str, Any]) -> Plan:
+    """The plan of a run as its folder holds it, going on with the options `wanted`.
 
     Raises:
-        UsageError: the device of the run is not available here.
+        UsageError: the device of the run is not available here; options that would change the result.
         TexforceError: the record is damaged.
     """
     record = folder.read_record()
@@ -157,7 +160,8 @@ def recorded_plan(folder: RunFolder) -> Plan:
         prompts = replace(read_prompts(folder.prompts), name=about["name"], source=about["source"])
     except (KeyError, TypeError) as error:
         raise folder.damaged(error) from error
-    resolve_device(config.device)
+    wanted = _unchanging(folder, config, wanted)
+    config, origins = replace(config, **wanted), {**origins, **dict.fromkeys(wanted, "resume")}
     registry = load_registry()
     infos = tuple(find(spec, registry) for spec in parse_terms(config.reward, config.reward_option))
     return Plan(config, origins, replace(resolve_model(config.model), reason=reason), prompts, registry, infos)
@@ -170,28 +174,41 @@ def _warn_of_broken_plugins(made: Plan, listener: Listener) -> None:
         listener(Warned(f"plugin '{origin}' takes {seconds:.1f} s to register its rewards"))
 
 
-def _refuse_other_options(folder: RunFolder, config: TrainConfig, wanted: dict[str, Any]) -> None:
-    if "model" in wanted:
-        wanted["model"] = resolve_model(wanted["model"]).reference
-    if "device" in wanted:
-        wanted["device"] = str(resolve_device(wanted["device"]))
+def _unchanging(folder: RunFolder, config: TrainConfig, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the options `wanted` that may change; the others must be as they were."""
+    asked, free = dict(wanted), set(_FREE)
+    if "model" in asked:
+        asked["model"] = resolve_model(asked["model"]).reference
+    device = resolve_device(asked.get("device", config.device))
+    if "device" in asked:
+        asked["device"] = str(device)
+    if device.type != config.device.partition(":")[0]:
+        free.remove("device")  # another GPU of the kind gives the same result, another kind does not
+    if device.type == "cpu":
+        asked.pop("fit_micro_batch", None)  # there --micro-batch auto is the preset's
     recorded = dataclasses.asdict(config)
-    changed = differences(recorded, {**recorded, **wanted}, ignore=("out", "init_lora", *_FREE))
+    changed = differences(recorded, {**recorded, **asked}, ignore=("out", "init_lora", *free))
     if changed:
         raise UsageError(
             f"'{folder.path}' was begun with other options: {', '.join(changed)}",
-            f"resume without them, or begin a new run with --config {folder.path / 'config.toml'}",
+            f"resume without them, or begin a new run with --config {folder.config}",
         )
+    return {name: value for name, value in asked.items() if name in free}
 
 
-def _refuse_other_model(folder: RunFolder, made: Plan, record: Mapping[str, Any], listener: Listener) -> None:
+def _refuse_other_model(folder: RunFolder, made: Plan, record: Mapping[str, Any]) -> None:
     for key, value in fingerprint(made.source).items():
         if record["model"].get(key) != value:
             raise TexforceError(
                 f"the model '{made.source.name}' has changed since '{folder.path}' was begun ({key} is now {value})",
                 "restore it, or begin a new run",
             )
-    here, there = versions(), record.get("versions", {})
+
+
+def _warn_of_other_versions(config: TrainConfig, record: Mapping[str, Any], listener: Listener) -> None:
+    here, there = made_with(), dict(record.get("versions", {}))
+    if config.device != "cpu":
+        there.pop("threads", None)
     other = [f"{name} {there[name]} then, {here[name]} now" for name in there if here.get(name, "") != there[name]]
     if other:
         listener(Warned(f"other versions than the run began with: {'; '.join(other)}; it may end with other bits"))

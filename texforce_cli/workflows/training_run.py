@@ -36,7 +36,7 @@ from texforce_cli.workflows.events import (
 from texforce_cli.workflows.learner import Learner
 from texforce_cli.workflows.loggers import open_logger
 from texforce_cli.workflows.plan import Plan
-from texforce_cli.workflows.run_folder import RunFolder, read_rows, versions, write_rows
+from texforce_cli.workflows.run_folder import RunFolder, made_with, read_rows, write_rows
 from texforce_cli.workflows.stopping import StopRequest
 
 FLAT_EPOCHS = 3
@@ -73,7 +73,7 @@ class TrainingRun:
         self.folder, self.plan, self.config = folder, made, made.config
         self.rewards, self.listener, self.team = scoring.rewards, listener, team
         self.stop = StopRequest(self.config.save_within)
-        team.shield = self.stop.shielded
+        team.shield, team.heed = self.stop.shielded, self.stop.heed
         self._begun = 0.0
         self.learner = Learner(
             self.config,
@@ -82,6 +82,7 @@ class TrainingRun:
             team=team,
             progress=self._progress,
             begin=checkpoint is None,
+            warn=self._warn,
         )
         self.heldout = self.learner.heldout
         if made.source.family == "sd":
@@ -129,8 +130,8 @@ class TrainingRun:
         except torch.OutOfMemoryError as error:
             self.write_record(status="failed", reason="out of memory")
             raise TexforceError(
-                f"the memory of {self.config.device} is full (--micro-batch {self.config.micro_batch})",
-                "use a smaller --micro-batch with a larger --grad-accum, or --gradient-checkpointing",
+                f"the memory of {self.config.device} is full, even for few images at once",
+                f"begin a new run with --config {shlex.quote(str(self.folder.config))} and {self._less_memory()}",
             ) from error
         except BaseException as error:
             self.write_record(status="failed", reason=type(error).__name__)
@@ -147,8 +148,14 @@ class TrainingRun:
         self.learner.end(result)
         return result
 
+    def _less_memory(self) -> str:
+        """Options that take less memory; they change the result, so a run is not resumed with them."""
+        ways = [] if self.config.gradient_checkpointing else ["--gradient-checkpointing"]
+        ways += ["--precision bf16"] if self.config.precision == "fp32" else []
+        return " or ".join([*ways, "a smaller --size"])
+
     def _train(self) -> None:
-        logger = open_logger(self.config.log, self.folder.path, dataclasses.asdict(self.config))
+        logger = open_logger(self.config.log, self.folder.path, dataclasses.asdict(self.config), self._warn)
         try:
             self._check_preflight()
             self.learner.measure_base()
@@ -167,8 +174,9 @@ class TrainingRun:
         self.learner.restore(found.tensors, found.numbers)
         self.epoch, self.flat_epochs = found.epoch, found.numbers["flat_epochs"]
         checkpoints.remove_after(self.folder.checkpoints, self.epoch)
-        self.rows = [row for row in read_rows(self.folder.metrics) if row["epoch"] <= self.epoch]
-        self.heldout.restore(row for row in read_rows(self.folder.evaluations) if row["epoch"] <= self.epoch)
+        rows, measured = (read_rows(path, self._warn) for path in (self.folder.metrics, self.folder.evaluations))
+        self.rows = [row for row in rows if row["epoch"] <= self.epoch]
+        self.heldout.restore(row for row in measured if row["epoch"] <= self.epoch)
 
     @property
     def best_epoch(self) -> int | None:
@@ -205,7 +213,7 @@ class TrainingRun:
                 },
                 "preflight": dataclasses.asdict(self.preflight) if self.preflight else None,
                 "processes": self.team.size,
-                "versions": versions(),
+                "versions": made_with(),
             }
         )
 
@@ -293,15 +301,13 @@ class TrainingRun:
 
     def _conclude(self) -> None:
         """Measure the epoch where that is due, and write what people look at."""
-        if not self.rows:
+        if not self.epoch:
             return
+        images = self.epoch * self.config.samples_per_epoch
         if self._evaluation_is_due():
-            images = self.rows[-1]["images"]
             evaluation = self.learner.measure(self.epoch, images)
             write_rows(self.folder.evaluations, [dataclasses.asdict(e) for e in self.heldout.history])
-            self.heldout.save_pictures(
-                self.folder.samples / f"epoch_{self.epoch:04d}.png", PICTURES, f"{self.rewards} after {images} images"
-            )
+            self.heldout.save_pictures(self._pictures, PICTURES, f"{self.rewards} after {images} images")
             self.listener(Evaluated(evaluation))
         evaluations = self.heldout.history
         reward_curve(
@@ -312,8 +318,8 @@ class TrainingRun:
             evaluations=[_curve_point(evaluation) for evaluation in evaluations],
             watched={name: [_watched_point(e, name) for e in evaluations] for name in self.heldout.watch},
         )
-        lora = model_card.adapter_bytes(self.learner.adapter.export(), self.plan, self.rows[-1]["images"])
-        model_card.write_adapter(self.folder.adapter, lora, self.plan, self.rows[-1], evaluations)
+        lora = model_card.adapter_bytes(self.learner.adapter.export(), self.plan, images)
+        model_card.write_adapter(self.folder.adapter, lora, self.plan, {"images": images}, evaluations)
         checkpoints.prune(
             self.folder.checkpoints, keep=self.config.keep, every=self.config.save_every, best=self.best_epoch
         )
@@ -330,8 +336,14 @@ class TrainingRun:
     def _evaluation_is_due(self) -> bool:
         every = self.config.eval_every
         due = self.epoch == self.config.total_epochs or bool(every and self.epoch % every == 0)
-        done = bool(self.heldout.history) and self.heldout.history[-1].epoch == self.epoch
-        return bool(self.heldout) and due and not done
+        measured = bool(self.heldout.history) and self.heldout.history[-1].epoch == self.epoch
+        ends = self.epoch == self.config.total_epochs or self._ended_early() is not None
+        drawn = self._pictures.is_file() and (not ends or self.folder.before_after.is_file())
+        return bool(self.heldout) and due and not (measured and drawn)
+
+    @property
+    def _pictures(self) -> Path:
+        return self.folder.samples / f"epoch_{self.epoch:04d}.png"
 
     def _save_before_after(self) -> None:
         if self.heldout.history:
@@ -344,6 +356,9 @@ class TrainingRun:
                 before_label=f"base: {last.base_mean:.2f}{unit} a picture",
                 after_label=f"after {last.images} images: {last.mean:.2f}{unit} a picture",
             )
+
+    def _warn(self, text: str) -> None:
+        self.listener(Warned(text))
 
     def _progress(self, phase: Phase | str, done: int, total: int, *, reward: float | None = None) -> None:
         self.listener(Progressed(phase, done, total, reward))

@@ -241,7 +241,7 @@ def _scored(
             result |= _values(rewards, metric, group, failed)
         except TexforceError as error:
             if len(group) == 1:
-                failed(*group, error.message)
+                failed(next(iter(group)), error.message)
                 continue
             for key, one in group.items():
                 try:
