@@ -144,7 +144,7 @@ def half_the_gradient(graph: Any, inputs: Any) -> Any:
     ("backend", "ok"),
     [("eager", True), (half_the_gradient, False), pytest.param("inductor", True, marks=pytest.mark.slow)],
 )
-@pytest.mark.parametrize("train", ["text-encoder", "unet"])
+@pytest.mark.parametrize("train", ["text-encoder", pytest.param("unet", marks=pytest.mark.slow)])
 def test_a_compiler_that_changes_the_gradient_is_caught_by_the_preflight(
     pipeline: Any, train: str, backend: Any, ok: bool
 ) -> None:
