@@ -4,7 +4,8 @@
     python docs/experiments/alignment.py report SCORES.jsonl RUNS FIGURE.png
 
 A line holds the change of each judge's score from base to tuned on seen and unseen prompts, with the paired 95 % interval
-over prompts (the seeds of a prompt are averaged first: they are not independent), and the change of every prompt.
+over prompts (the seeds of a prompt are averaged first: they are not independent), and the change of every prompt. The report's
+mean of a set is the same interval of the changes averaged over its runs.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from texforce_cli.core.statistics import paired_interval
+from texforce_cli.core.statistics import mean_interval, paired_interval
 from texforce_cli.prompts import load_prompts
 from texforce_cli.rewards.builtin.emoji import TinyClip, TinyJudge
 
@@ -74,10 +75,17 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
             rows.append(f"| {name} | {line['folder'].split('-')[1]} | {' | '.join(shown)} |")
         if of_set:
             above = [sum(line[j][s]["difference"] > line[j][s]["half_width"] for line in of_set) for j, s in columns]
-            means = [float(np.mean([line[j][s]["difference"] for line in of_set])) for j, s in columns]
-            summary = [f"{mean:+.3f}; {n} of {len(of_set)} above 0" for mean, n in zip(means, above)]
+            both = [mean_interval(_of_all([line[j][s]["by_prompt"] for line in of_set])) for j, s in columns]
+            summary = [
+                f"{one.mean:+.4f} ± {one.half_width:.4f}; {n} of {len(of_set)} above 0" for one, n in zip(both, above)
+            ]
             rows.append(f"| **{name}** | **mean** | {' | '.join(f'**{text}**' for text in summary)} |")
     return "\n".join(rows)
+
+
+def _of_all(runs: Sequence[dict[str, float]]) -> list[float]:
+    """The change of each prompt, the mean over runs."""
+    return [float(np.mean([run[prompt] for run in runs])) for prompt in runs[0]]
 
 
 def figure(lines: Sequence[dict[str, Any]], runs: Path, path: Path) -> None:
@@ -106,7 +114,8 @@ def figure(lines: Sequence[dict[str, Any]], runs: Path, path: Path) -> None:
     left.set_title("tiny-clip above the base, held-out pairs", fontsize=10)
     left.legend(frameon=False)
     right.set_xticks([i + 0.25 for i in range(len(SETS))], SETS)
-    right.set_title("after the run, seen prompts: tiny-clip (o), tiny-judge (□), three seeds each", fontsize=10)
+    seeds = len({line["folder"] for line in lines}) // len(SETS)
+    right.set_title(f"seen prompts: tiny-clip (o), tiny-judge (□); {seeds} seeds", fontsize=10)
     for axes in (left, right):
         axes.axhline(0, color="#57534e", linewidth=0.8)
         axes.grid(alpha=0.25, linewidth=0.6)
