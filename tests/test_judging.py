@@ -32,7 +32,7 @@ from texforce_cli.judging.gate import Gate
 from texforce_cli.judging.journal import Journal, entry_of
 from texforce_cli.judging.judge import Busy, Failed, Hopeless, Repair, Reply
 from texforce_cli.judging.openai_judge import OpenAIJudge
-from texforce_cli.judging.openai_problems import of_connection, of_status, retry_after
+from texforce_cli.judging.openai_problems import is_refusal, of_connection, of_status, retry_after
 from texforce_cli.judging.openai_wire import read_chat
 from texforce_cli.judging.pixels import data_url
 from texforce_cli.judging.prices import Price, Size, parse_price, price_of
@@ -453,6 +453,33 @@ def test_what_a_judge_will_not_take_keeps_it_from_nothing_else(tmp_path: Path) -
     assert outcome == Outcome(0, 6)
 
 
+def test_a_judge_that_takes_nothing_any_more_is_given_up(tmp_path: Path) -> None:
+    def answer(question: Question, repairs: Any) -> Reply:
+        if question.prompt_id != "p000":
+            raise Failed("pictures are not supported", retry=False)
+        return says("A")
+
+    questions = asked(tmp_path / "p", prompts=28)
+    judge = Scripted(answer)
+    outcome, _, _ = put(judge, questions, tmp_path / "j", workers=1)
+    assert judge.calls == 6 + 6 * 24 + 1 and outcome.failures == ("pictures are not supported",)
+    assert outcome.stopped == "25 questions in a row got no answer; the last: pictures are not supported"
+
+
+def test_a_picture_that_cannot_be_read_costs_nothing_and_is_named(tmp_path: Path) -> None:
+    questions = asked(tmp_path / "p", prompts=2)
+    broken = questions[0].files[0]
+    broken.write_bytes(b"no picture")
+    with JudgeServer("401") as server:  # the first request goes alone, whatever failed before it
+        put(judge_of(server), questions, tmp_path / "j", workers=8)
+    assert len(server.seen) == 1
+    readable = [question for question in questions if broken not in question.files]
+    with JudgeServer() as server:
+        outcome, _, _ = put(judge_of(server), questions, tmp_path / "j", budget=Budget(max_requests=len(readable)))
+    assert len(server.seen) == len(readable) == outcome.asked and outcome.stopped is None
+    assert any(str(broken) in sentence for sentence in outcome.failures)
+
+
 def test_pictures_that_cannot_be_read_say_nothing_of_the_judge(tmp_path: Path) -> None:
     questions = asked(tmp_path / "p", prompts=8)
     for question in questions:
@@ -836,6 +863,38 @@ def test_a_missing_bundle_of_certificates_is_told_in_a_sentence() -> None:
     error.__cause__ = OSError("[SSL: CERTIFICATE_VERIFY_FAILED] unable to get local issuer certificate")
     problem = of_connection(error, False)
     assert isinstance(problem, Hopeless) and "ca-certificates" in str(problem) and math.isfinite(len(str(problem)))
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "said", "refused"),
+    [
+        (400, "content_filter", "no", True),
+        (400, None, "Your request was flagged as potentially violating our usage policy", True),
+        (403, None, "Your input was flagged by moderation", True),
+        (403, None, "Your account is limited, since it was flagged for violating our usage policy", False),
+        (400, "invalid_prompt", "Invalid Responses API request", False),
+        (400, None, "could not parse 'a moderately large ship'", False),
+        (500, None, "the moderation is down", False),
+    ],
+)
+def test_what_is_a_refusal_to_look_at_this(status: int, code: str | None, said: str, refused: bool) -> None:
+    assert is_refusal(status, {"error": {"code": code}}, said) is refused
+
+
+def test_a_wait_that_is_too_long_ends_the_run(tmp_path: Path) -> None:
+    def answer(question: Question, repairs: Any) -> Reply:
+        raise Failed("broken", seconds=3600.0)
+
+    outcome, _, _ = put(Scripted(answer), asked(tmp_path / "p"), tmp_path / "j")
+    assert outcome.stopped == "broken, and wants to be left alone for more than 10 minutes"
+
+
+def test_the_key_is_looked_for_in_linear_time() -> None:
+    judge = OpenAIJudge("m", base_url="http://127.0.0.1:9/v1")
+    judge.connect()
+    # more than half an hour, where every backslash begins a try of its own
+    assert judge._without_key("\\" * 300_000) == "\\" * 300_000
+    assert judge._without_key("\\" * 300_000 + KEY).endswith("(key)")
 
 
 def test_tokens_that_nobody_can_have_used_are_not_counted() -> None:

@@ -321,6 +321,8 @@ def test_rankings_by_other_options_lie_side_by_side(pictures: list[str], capsys:
     assert [json.loads((path / "summary.json").read_text())["models"] for path in (first, second)] == [
         [s] for s in said
     ]
+    page = Path("out/report/index.html").read_text()
+    assert all(f"clip ({name}), pairwise" in page for name in said)
     assert run([*command, "reward=jpeg-compressibility", "--report-only"]) == 0
     assert len(list(Path("out/ranks").iterdir())) == 2
 

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from texforce_cli.errors import Interrupted, TexforceError, UsageError
@@ -25,18 +25,21 @@ PATIENCE = 600.0
 MOST_FAILURES = 5
 """So many questions in a row without an answer: something is broken, and asking on would only cost.
 
-Questions that are turned down (not worth asking again) count only until the judge has answered one, and those on one prompt
-once: a few pictures that a judge will not take must not keep it from the others.
+Questions that are turned down (not worth asking again) count once a prompt, and five times as many may be, once the judge has
+answered one: a few pictures that it will not take must not keep it from the others.
 """
+MOST_TOLD = 5
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What asking came to, in questions; the same question twice counts once. `stopped` says why it ended early."""
+    """What asking came to, in questions; the same question twice counts once. `stopped` says why it ended early, `failures`
+    the first few different reasons why questions got no answer."""
 
     asked: int
     answered_before: int
     stopped: str | None = None
+    failures: tuple[str, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ def ask_all(
             run.stop.set()  # also where progress or Ctrl-C raised: no worker begins another request
     if run.error is not None:
         raise run.error
-    return Outcome(len(run.replied), before, run.stopped)
+    return Outcome(len(run.replied), before, run.stopped, tuple(run.failures)[:MOST_TOLD])
 
 
 def _drive(
@@ -117,10 +120,13 @@ def _drive(
             running[pool.submit(run.settle, key, question)] = question
         finished, _ = futures.wait(running, timeout=0.2, return_when=futures.FIRST_COMPLETED)
         for future in finished:
-            width = workers
             failure, question = future.result(), running.pop(future)
+            if failure is None or failure.asked:
+                width = workers
+            if failure is not None:
+                run.failures[str(failure)] = None
             if breaker.opens(failure, question.prompt_id) and not run.stop.is_set():
-                run.end(f"{MOST_FAILURES} questions in a row got no answer; the last: {failure}")
+                run.end(f"{breaker.count} questions in a row got no answer; the last: {failure}")
             done += 1
         if finished:
             progress(done)
@@ -135,15 +141,21 @@ class _Breaker:
         self._failed = 0
         self._turned_down: set[str] = set()
 
+    @property
+    def count(self) -> int:
+        """The questions that failed since the last answer, those that were turned down once a prompt."""
+        return max(self._failed, len(self._turned_down))
+
     def opens(self, failure: Failed | None, prompt: str) -> bool:
         """Take note of what became of a question (None: it is settled); whether the run is to end."""
         if failure is None:
             self._works, self._failed, self._turned_down = True, 0, set()
         elif failure.retry:
             self._failed += 1
-        elif failure.asked and not self._works:
+        elif failure.asked:
             self._turned_down.add(prompt)
-        return max(self._failed, len(self._turned_down)) >= MOST_FAILURES
+        most = 5 * MOST_FAILURES if self._works else MOST_FAILURES
+        return self._failed >= MOST_FAILURES or len(self._turned_down) >= most
 
 
 class _Stopped(Exception):
@@ -169,6 +181,7 @@ class _Run:
         self.stopped: str | None = None
         self.error: BaseException | None = None
         self.replied: set[str] = set()
+        self.failures: dict[str, None] = {}
         self.last_reply = time.monotonic()
         self._asked_to_stop = check
         self._lock = threading.Lock()
@@ -237,7 +250,10 @@ class _Run:
                 failures += 1
                 if not error.retry or failures > self.retries:
                     return error
-                wait = max(self.gate.backoff(failures - 1), min(error.seconds or 0.0, PATIENCE))
+                if (error.seconds or 0) > PATIENCE:
+                    self.end(f"{error.message}, and wants to be left alone for more than {PATIENCE / 60:.0f} minutes")
+                    raise _Stopped from error
+                wait = max(self.gate.backoff(failures - 1), error.seconds or 0.0)
             self.gate.pause(wait, self.check)
 
     def _bear(self, error: Busy) -> None:
@@ -259,11 +275,14 @@ class _Run:
             except Failed as error:
                 if error.charged:
                     reservation.settle()
+                if not error.asked:
+                    reservation.sent(False)
                 raise
+            used = (value if type(value) is int else 0 for value in (reply.input_tokens, reply.output_tokens))
+            reservation.settle(*used)
             check_reply(reply)
             self.last_reply = time.monotonic()
             self.gate.fine()
-            reservation.settle(reply.input_tokens, reply.output_tokens)
             return reply
 
 

@@ -153,9 +153,9 @@ class Reservation:
         self._sent = False
         self._used: tuple[int, int] | None = None
 
-    def sent(self) -> None:
-        """The request leaves now, and counts as one."""
-        self._sent = True
+    def sent(self, leaves: bool = True) -> None:
+        """The request leaves now, and counts as one; or it did not leave after all."""
+        self._sent = leaves
 
     def settle(self, input_tokens: int = 0, output_tokens: int = 0) -> None:
         """It was charged; without numbers, the worst case is taken for spent."""

@@ -47,7 +47,8 @@ def check_reply(reply: Reply) -> None:
         value = getattr(reply, name, None) if name in Reply.__dataclass_fields__ else kind()
         if type(value) is not kind:
             raise TexforceError(
-                f"the judge's reply has {value!r} for '{name}', which must be {kind.__name__}", "repair the judge"
+                f"the judge's reply has {repr(value)[:80]} for '{name}', which must be {kind.__name__}",
+                "repair the judge",
             )
 
 

@@ -110,7 +110,8 @@ class OpenAIJudge:
                     "this judge needs the package 'openai'", "pip install 'texforce[openai]'"
                 ) from error
             self._key = _read_key(self._loopback)
-            self._key_in_json = re.compile("".join(map(_letter_in_json, self._key)), re.IGNORECASE)
+            # not from within a row of backslashes: each of a thousand would be tried to the end
+            self._key_in_json = re.compile(r"(?<!\\)" + "".join(map(_letter_in_json, self._key)), re.IGNORECASE)
             # a proxy must not come between us and this machine
             client = openai.DefaultHttpxClient(trust_env=False) if self._loopback else None
             self._client = openai.OpenAI(
@@ -145,15 +146,19 @@ class OpenAIJudge:
             return self._read(self._send(body))
         except openai.APIStatusError as error:
             said = self._scrubbed(error.message)
-            if is_refusal(error.status_code, error.body, said):
+            adapted = self._adapted(form, error.status_code, said, error.body)
+            if adapted is None and is_refusal(error.status_code, error.body, said):
                 return Reply("", refused=True, raw=said)
-            problem = self._adapted(form, error.status_code, said, error.body) or of_status(
-                error.status_code, error.response.headers, error.body, said
-            )
+            problem = adapted or of_status(error.status_code, error.response.headers, error.body, said)
         except openai.APIConnectionError as error:
             problem = of_connection(error, isinstance(error, openai.APITimeoutError))
         except httpx2.HTTPError as error:
-            problem = of_connection(error, isinstance(error, httpx2.TimeoutException))
+            refused = error.__context__  # an error whose body was cut still has its status
+            problem = (
+                of_status(refused.response.status_code, refused.response.headers, None, "its answer was cut")
+                if isinstance(refused, httpx2.HTTPStatusError)
+                else of_connection(error, isinstance(error, httpx2.TimeoutException))
+            )
         except openai.OpenAIError as error:
             problem = Failed(f"the judge could not be asked ({self._scrubbed(str(error))})")
         except (Busy, Failed, Hopeless) as error:
@@ -175,11 +180,12 @@ class OpenAIJudge:
         return make(form, answer, question, repairs, url)
 
     def _send(self, body: dict[str, Any]) -> bytes:
-        """The whole answer. All of it must come in the time that is allowed, not only each piece of it."""
+        """The whole answer. Once it begins to come, all of it must come in the time that is allowed, not only each piece."""
         client = self._client.with_streaming_response
         create = client.chat.completions.create if self.api == "chat" else client.responses.create
-        end, answer = time.monotonic() + self._timeout, bytearray()
+        answer = bytearray()
         with create(**body) as response:
+            end = time.monotonic() + self._timeout
             for part in response.iter_bytes():
                 answer += part
                 if time.monotonic() > end:

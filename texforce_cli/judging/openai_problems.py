@@ -11,8 +11,11 @@ from typing import Any
 
 from texforce_cli.judging.judge import Busy, Failed, Hopeless
 
-_REFUSALS = {"content_filter", "content_policy_violation", "moderation_blocked", "invalid_prompt"}
-_MODERATION = re.compile(r"moderat|flagged|content.?polic|usage.?polic|safety.?system", re.IGNORECASE)
+_REFUSALS = {"content_filter", "content_policy_violation", "moderation_blocked"}
+_MODERATION = re.compile(
+    r"\bmoderation\b|\bflagged\b|\bcontent.policy\b|\busage.policy\b|\bsafety.system\b", re.IGNORECASE
+)
+_ACCOUNT = re.compile(r"\b(account|access|organi[sz]ation|project|key|user)\b", re.IGNORECASE)
 _LOST = (408, 502, 504)
 """A gateway that gave up waiting: the answer may have been made and charged."""
 _FORMAT = re.compile(r"response_format|json_schema|text\.format|structured.?output", re.IGNORECASE)
@@ -38,7 +41,10 @@ def of_status(status: int, headers: Mapping[str, str], body: Any, said: str) -> 
 
 def is_refusal(status: int, body: Any, said: str) -> bool:
     """Whether an error is the judge's refusal to look at this, by its code or, where that says nothing, by its sentence."""
-    return bool(_codes(body) & _REFUSALS) or (status in (400, 403, 422) and bool(_MODERATION.search(said)))
+    about_us = _ACCOUNT.search(said)  # an account that broke a policy gets no answer to anything
+    return bool(_codes(body) & _REFUSALS) or bool(
+        status in (400, 403, 422) and _MODERATION.search(said) and not about_us
+    )
 
 
 def is_about_format(said: str, body: Any) -> bool:

@@ -55,7 +55,7 @@ def _redrawn(path: Path, data: bytes) -> bytes:
         with Image.open(io.BytesIO(data)) as opened:
             upright = ImageOps.exif_transpose(opened)
             image = upright.convert("RGBA" if upright.has_transparency_data else "RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, TypeError, KeyError, struct.error, Image.DecompressionBombError) as error:
         raise Failed(f"'{path}' is no picture that can be read", retry=False, asked=False) from error
     image.info.clear()
     buffer = io.BytesIO()

@@ -31,12 +31,13 @@ def ranking_tabs(folder: Path, data: str = "") -> tuple[Tab, ...]:
             lines = (path.parent / "verdicts.jsonl").read_text(encoding="utf-8").split("\n")
             verdicts = [json.loads(line) for line in lines if line]
             tab_id = "rank-" + re.sub("[^a-z0-9]+", "-", path.parent.name.lower()).strip("-")
+            ", ".join(summary["models"])
             _html(summary, verdicts, data, {})  # a summary of another version does not break the page
         except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, TemplateError):
             continue
-        tabs.append(
-            Tab(tab_id, f"{summary['judge']}, {summary['mode']}", functools.partial(_html, summary, verdicts, data))
-        )
+        models = ", ".join(name for name in summary["models"] if name not in summary["judge"])
+        title = f"{summary['judge']}{f' ({models})' if models else ''}, {summary['mode']}"
+        tabs.append(Tab(tab_id, title, functools.partial(_html, summary, verdicts, data)))
     return tuple(tabs)
 
 

@@ -123,6 +123,8 @@ def rank_pictures(request: RankRequest, listener: Listener = silent) -> RankResu
                     check=stop.check,
                     progress=lambda done, total: listener(Progressed("judging", done, total)),
                 )
+            for sentence in outcome.failures:
+                listener(Warned(sentence))
             found = _found(work, journal)
             summary = _summary(work, journal, found)
             _write(work.folder, summary, _verdict_rows(found))
@@ -156,7 +158,7 @@ def plan_ranking(request: RankRequest) -> dict[str, Any]:
         "variants": list(work.variants),
         "prompts": len({question.prompt_id for question in work.questions}),
         "questions": len(work.questions),
-        "answered": len(work.questions) - len(todo),
+        "answered": len({question.key(work.judge.identity) for question in work.questions}) - len(todo),
         "requests": len(todo),
         "requests_with_repairs": len(todo) * (1 + _REPAIRS),
     }
