@@ -87,11 +87,12 @@ class RunFolder:
             UsageError: there is something in `out`.
             TexforceError: it cannot be written.
         """
+        path = Path("runs") if out is None else Path(out).expanduser()
         try:
             if out is not None:
-                folder = cls(Path(out).expanduser())
+                folder = cls(path)
                 folder.refuse_taken()
-                folder.path.mkdir(parents=True, exist_ok=True)
+                path.mkdir(parents=True, exist_ok=True)
                 return folder
             stem = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-.")[:80]
             number = 1
