@@ -57,6 +57,8 @@ def sdxl() -> Shapes:
     return shapes
 
 
+BUILD = Path(__file__).resolve().parent.parent / "build"
+"""On the disk, not in memory as /tmp may be, and ignored by git: a run that is killed leaves its files."""
 SIZES: dict[str, tuple[Shapes, int, str]] = {
     "texforce": (text_encoder(), 16, "float32"),
     "sdxl": (sdxl(), 32, "float16"),
@@ -176,7 +178,8 @@ def main() -> None:
     options = parser.parse_args()
     report: dict[str, Any] = {"threads": options.threads, "rounds": options.rounds}
     for size in options.sizes:
-        with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:
+        BUILD.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=BUILD) as name:
             folder = Path(name)
             files = make(folder, size)
             arms = commands(folder, size, files, size == "texforce" or options.sdxl_svd)

@@ -106,6 +106,17 @@ class Scripted:
         return self.answer(question, repairs)
 
 
+def takes_only(prompt: str) -> Any:
+    """An answer for `Scripted`: A for the questions on one prompt, and the others are turned down."""
+
+    def answer(question: Question, repairs: Any) -> Reply:
+        if question.prompt_id != prompt:
+            raise Failed("not this one", retry=False)
+        return says("A")
+
+    return answer
+
+
 def says(winner: str) -> Reply:
     return Reply(json.dumps({c: {"reason": "so", "winner": winner} for c in BOTH}), "m", 10, 5)
 
@@ -438,32 +449,21 @@ def test_what_cannot_be_mended_is_not_tried_again(tmp_path: Path) -> None:
 
 
 def test_what_a_judge_will_not_take_keeps_it_from_nothing_else(tmp_path: Path) -> None:
-    def answer(question: Question, repairs: Any) -> Reply:
-        if question.prompt_id != "p001":
-            raise Failed("not this one", retry=False)
-        return says("A")
-
+    judge = Scripted(takes_only("p001"))
     questions = asked(tmp_path / "p", prompts=9)
     order = sorted(questions, key=lambda question: question.prompt_id != "p000")  # six in a row at the beginning
-    outcome, found, _ = put(Scripted(answer), order, tmp_path / "j", workers=1)
+    outcome, found, _ = put(judge, order, tmp_path / "j", workers=1)
     assert outcome == Outcome(6, 0) and found.count(Missing("unanswered")) == 48
-    outcome, _, _ = put(
-        Scripted(answer), order, tmp_path / "j", workers=1
-    )  # and again, with nothing left to be answered
+    outcome, _, _ = put(judge, order, tmp_path / "j", workers=1)  # and again, with nothing left to be answered
     assert outcome == Outcome(0, 6)
 
 
 def test_a_judge_that_takes_nothing_any_more_is_given_up(tmp_path: Path) -> None:
-    def answer(question: Question, repairs: Any) -> Reply:
-        if question.prompt_id != "p000":
-            raise Failed("pictures are not supported", retry=False)
-        return says("A")
-
     questions = asked(tmp_path / "p", prompts=28)
-    judge = Scripted(answer)
+    judge = Scripted(takes_only("p000"))
     outcome, _, _ = put(judge, questions, tmp_path / "j", workers=1)
-    assert judge.calls == 6 + 6 * 24 + 1 and outcome.failures == ("pictures are not supported",)
-    assert outcome.stopped == "25 questions in a row got no answer; the last: pictures are not supported"
+    assert judge.calls == 6 + 6 * 24 + 1 and outcome.failures == ("not this one",)
+    assert outcome.stopped == "25 questions in a row got no answer; the last: not this one"
 
 
 def test_a_picture_that_cannot_be_read_costs_nothing_and_is_named(tmp_path: Path) -> None:

@@ -345,7 +345,9 @@ def test_a_judge_of_a_plugin_is_asked_and_a_broken_plugin_is_named(
         importlib.metadata, "entry_points", lambda **kw: entries if kw.get("group") == "texforce" else real(**kw)
     )
     command = ["gpt4v-rank", "out", *pictures, "--judge", "fair", "--judge-option"]
-    assert run([*command, "winner=B", "--placebos", "0"]) == 0
+    assert run([*command, "winner=B", "--placebos", "0", "--json"]) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["judge"] == "fair" and "hello" in shown.err  # what plugins print is not data
     assert ranking(judge="fair")["results"]["manners"]["position"]["first_shown_won"] == 0
     assert run([*command, "colour=red"]) == 2
     assert "colour" in capsys.readouterr().err
@@ -359,6 +361,7 @@ import json
 import pluggy
 from texforce_cli.judging.judge import Reply
 
+print("hello")
 hookimpl = pluggy.HookimplMarker("texforce")
 
 

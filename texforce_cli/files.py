@@ -123,6 +123,30 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+_SMALL_FOLDER = 64_000_000
+"""Bytes of a folder up to which its contents are hashed; beyond, names, sizes and times stand for them."""
+
+
+def contents_hash(place: str) -> str:
+    """A hash of the file or folder that a text names; "" where it names none, or none that can be read."""
+    try:
+        path = Path(place).expanduser()
+        if not place or not path.exists():
+            return ""
+        if path.is_file():
+            return sha256(path)
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        sizes = [file.stat().st_size for file in files]
+        small = sum(sizes) <= _SMALL_FOLDER
+        listed = [
+            [file.relative_to(path).as_posix(), size, sha256(file) if small else file.stat().st_mtime_ns]
+            for file, size in zip(files, sizes)
+        ]
+    except (OSError, RuntimeError, ValueError):
+        return ""
+    return hashlib.sha256(json.dumps(listed).encode("utf-8")).hexdigest()[:16]
+
+
 def write_error(path: Path, error: OSError) -> TexforceError:
     """The sentence for a failed write: which file, why, and what to do."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -100,12 +100,16 @@ class Schedule:
         """s of one step or of one step an image, shaped to go with `like` [N, ...]."""
         return self._at(self.sigma, index, like)
 
+    def timestep_at(self, index: int | Tensor, device: torch.device) -> Tensor:
+        """The timestep of each step in `index`, on `device`."""
+        return _table(self.timesteps, torch.int64, device)[index]
+
     def _at(self, values: tuple[float, ...], index: int | Tensor, like: Tensor) -> Tensor:
         return _table(values, at_least_fp32(like).dtype, like.device)[index].reshape(-1, *[1] * (like.dim() - 1))
 
 
 @functools.lru_cache(maxsize=256)
-def _table(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _table(values: tuple[int, ...] | tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """The numbers of all steps, made once: to bring them to a GPU is to wait for it."""
     return torch.tensor(values, dtype=dtype, device=device)
 

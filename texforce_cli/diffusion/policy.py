@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -154,7 +153,7 @@ class Policy:
         Classifier-free guidance (Ho and Salimans 2022): u + w (c - u). A given `unconditional_output` is not computed
         again.
         """
-        timestep = _on(sample.device, tuple(self.schedule.timesteps))[index].expand(len(sample))
+        timestep = self.schedule.timestep_at(index, sample.device).expand(len(sample))
         sample = sample.to(self.dtype)
         conditional = embeddings.conditional().to(self.dtype)
         if not self.guided:
@@ -228,12 +227,6 @@ class Policy:
     def _unet(self, sample: Tensor, timestep: Tensor, embeddings: Tensor) -> Tensor:
         result: Tensor = self.unet(sample, timestep, encoder_hidden_states=embeddings, return_dict=False)[0]
         return at_least_fp32(result)
-
-
-@functools.lru_cache(maxsize=8)
-def _on(device: torch.device, timesteps: tuple[int, ...]) -> Tensor:
-    """The timesteps on a device: copied there once, for each copy waits for all that the device has to do."""
-    return torch.tensor(timesteps, device=device)
 
 
 def _schedule(scheduler: Any, denoising: Denoising) -> Schedule:

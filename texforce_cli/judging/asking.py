@@ -25,10 +25,12 @@ PATIENCE = 600.0
 MOST_FAILURES = 5
 """So many questions in a row without an answer: something is broken, and asking on would only cost.
 
-Questions that are turned down (not worth asking again) count once a prompt, and five times as many may be, once the judge has
-answered one: a few pictures that it will not take must not keep it from the others.
+Questions that are turned down (not worth asking again) count once a prompt.
 """
-MOST_TOLD = 5
+MOST_TURNED_DOWN = 25
+"""So many prompts in a row may be turned down by a judge that is known to answer: a few pictures that it will not take must
+not keep it from the others."""
+_MOST_TOLD = 5
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def ask_all(
             run.stop.set()  # also where progress or Ctrl-C raised: no worker begins another request
     if run.error is not None:
         raise run.error
-    return Outcome(len(run.replied), before, run.stopped, tuple(run.failures)[:MOST_TOLD])
+    return Outcome(len(run.replied), before, run.stopped, tuple(run.failures)[:_MOST_TOLD])
 
 
 def _drive(
@@ -154,7 +156,7 @@ class _Breaker:
             self._failed += 1
         elif failure.asked:
             self._turned_down.add(prompt)
-        most = 5 * MOST_FAILURES if self._works else MOST_FAILURES
+        most = MOST_TURNED_DOWN if self._works else MOST_FAILURES
         return self._failed >= MOST_FAILURES or len(self._turned_down) >= most
 
 

@@ -43,8 +43,8 @@ def check_reply(reply: Reply) -> None:
     Raises:
         TexforceError: the judge filled in something of another type.
     """
-    for name, kind in _TYPES.items():
-        value = getattr(reply, name, None) if name in Reply.__dataclass_fields__ else kind()
+    for name in (field.name for field in dataclasses.fields(Reply)):
+        value, kind = getattr(reply, name, None), _TYPES[name]
         if type(value) is not kind:
             raise TexforceError(
                 f"the judge's reply has {repr(value)[:80]} for '{name}', which must be {kind.__name__}",

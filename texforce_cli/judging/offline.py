@@ -15,7 +15,7 @@ from PIL import Image
 from scipy import stats
 
 from texforce_cli.errors import TexforceError, UsageError
-from texforce_cli.files import sha256
+from texforce_cli.files import contents_hash
 from texforce_cli.judging.answers import HIGHEST, LOWEST, TIE
 from texforce_cli.judging.judge import ALIGNMENT, Failed, Repair, Reply
 from texforce_cli.judging.questions import MODES, Case, Mode, Question
@@ -56,7 +56,7 @@ class ClipJudge:
         self._sign = 1.0 if info.higher_is_better else -1.0
         if not info.range:
             self.modes = ("pairwise", "listwise")  # a score from 1 to 10 needs to know the reward's ends
-        made_with = [info.origin, info.version, *map(_contents, self._options.values())]
+        made_with = [info.origin, info.version, *map(contents_hash, self._options.values())]
         self.identity = json.dumps(["clip", 1, self._name, *made_with])
         self.setting = json.dumps(["clip", self._name, *self._options.values()])
         self._make = lambda: RewardSet([spec], registry)  # when it is asked first: a dry run loads nothing
@@ -141,17 +141,6 @@ class VotesJudge:
         winner = TIE if mean == 0.5 else question.labels[0 if mean > 0.5 else 1]
         reason = "1 vote" if len(points) == 1 else f"{len(points)} votes"
         return Reply(json.dumps({PREFERENCE: {"reason": reason, "winner": winner}}), model="people")
-
-
-def _contents(place: str) -> str:
-    """What changes when a file or a folder of weights does."""
-    path = Path(place).expanduser()
-    if path.is_file():
-        return sha256(path)
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else []
-    return json.dumps(
-        [place, *([str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns] for file in files)]
-    )
 
 
 def _pixels(path: Path) -> NDArray[np.uint8]:

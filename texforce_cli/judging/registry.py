@@ -12,7 +12,7 @@ from texforce_cli.errors import TexforceError, UsageError
 from texforce_cli.judging.judge import Judge
 from texforce_cli.rewards import worker
 from texforce_cli.rewards.hookspecs import hookimpl
-from texforce_cli.rewards.registry import JUDGES, plugin_calls, plugin_manager, plugins, registered
+from texforce_cli.rewards.registry import JUDGES, plugin_calls, plugin_manager, plugins, registered, to_stderr
 
 _HERE = "texforce_cli.judging"
 
@@ -35,9 +35,10 @@ class JudgeInfo:
             TexforceError: it cannot be imported or refuses to be made.
         """
         try:
-            factory = worker.load(self.factory)
-            arguments = worker.typed_options(factory, options)
-            judge: Judge = factory(**arguments)
+            with to_stderr():
+                factory = worker.load(self.factory)
+                arguments = worker.typed_options(factory, options)
+                judge: Judge = factory(**arguments)
         except TexforceError:
             raise
         except ValueError as error:
@@ -64,9 +65,9 @@ def load_judges() -> tuple[dict[str, JudgeInfo], dict[str, str]]:
     _add(judges, plugin_calls(manager, _BuiltIn(), "texforce", JUDGES), "texforce", __version__)
     for plugin in plugins():
         try:
-            _add(
-                judges, plugin_calls(manager, plugin.entry.load(), plugin.origin, JUDGES), plugin.origin, plugin.version
-            )
+            with to_stderr():
+                calls = plugin_calls(manager, plugin.entry.load(), plugin.origin, JUDGES)
+            _add(judges, calls, plugin.origin, plugin.version)
         except (Exception, SystemExit) as error:  # one broken plugin must not take the others with it
             broken[plugin.origin] = worker.describe(error)
     return judges, broken

@@ -83,6 +83,11 @@ class _Term:
     info: RewardInfo
     reward: Reward
 
+    @property
+    def elsewhere(self) -> bool:
+        """Whether another process scores."""
+        return isinstance(self.reward, IsolatedReward | Lent)
+
 
 class RewardSet:
     """The rewards of a run, imported and made; callable on a batch of pictures."""
@@ -124,7 +129,7 @@ class RewardSet:
             raise
         # other processes score while this one goes on drawing; one thread a term keeps its batches in order
         for term in self._terms:
-            if isinstance(term.reward, IsolatedReward | Lent):
+            if term.elsewhere:
                 self._ahead[term.spec.name] = ThreadPoolExecutor(1, thread_name_prefix="texforce-rewards")
         if self._ahead:
             self._joining = ThreadPoolExecutor(1, thread_name_prefix="texforce-rewards")
@@ -157,9 +162,9 @@ class RewardSet:
         begun = {
             term.spec.name: self._ahead[term.spec.name].submit(self._scored, term, *batch)
             for term in self._terms
-            if term.spec.name in self._ahead
+            if term.elsewhere
         }
-        here = {term.spec.name: self._scored(term, *batch) for term in self._terms if term.spec.name not in begun}
+        here = {term.spec.name: self._scored(term, *batch) for term in self._terms if not term.elsewhere}
         if self._joining is None:
             return finished(here)
 
@@ -234,7 +239,7 @@ class RewardSet:
         if wanted not in ("pil", "uint8"):
             raise TexforceError(f"reward '{name}' wants the input '{wanted}'", "it must be 'pil' or 'uint8'")
         try:
-            if isinstance(term.reward, IsolatedReward | Lent):
+            if term.elsewhere:
                 values = np.asarray(term.reward.score(images, prompts, metadata))
             else:
                 with to_stderr():

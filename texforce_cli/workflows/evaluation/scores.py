@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from texforce_cli.core.comparison import diversity
 from texforce_cli.errors import TexforceError
-from texforce_cli.files import sha256, write_error
+from texforce_cli.files import contents_hash, write_error
 from texforce_cli.report.pictures import read_picture
 from texforce_cli.rewards.isolation import WorkerSettings
 from texforce_cli.rewards.registry import Registry, RewardInfo
@@ -25,8 +25,6 @@ from texforce_cli.workflows.evaluation.pictures import Found, Item
 
 DIVERSITY = "diversity"
 _DIVERSITY_VERSION = "1"
-_SMALL_FOLDER = 64_000_000
-"""Bytes of a folder up to which its contents are hashed; beyond, names, sizes and times stand for them."""
 
 Key = tuple[str, str, str, str]
 """Hash of the pixels, prompt, metric, version."""
@@ -51,30 +49,11 @@ class Metric:
         """
         options = ",".join(f"{key}={value}" for key, value in sorted(self.spec.options.items()))
         plain = f"{self.info.origin} {self.info.version}" + (f" {options}" if options else "")
-        contents = [_contents(value) for _, value in sorted(self.spec.options.items())]
+        contents = [contents_hash(value) for _, value in sorted(self.spec.options.items())]
         if any(contents):
             return f"{plain} [{_hash(contents)}]"
         known = [version for version in scores.versions(self.name) if version.startswith(f"{plain} [")]
         return known[-1] if known else plain
-
-
-def _contents(value: str) -> str:
-    """A hash of the file or folder that an option names; "" where it names none."""
-    path = Path(value).expanduser()
-    try:
-        if not value or not path.exists():
-            return ""
-        if path.is_file():
-            return sha256(path)
-        files = sorted(file for file in path.rglob("*") if file.is_file())
-        sizes = [file.stat().st_size for file in files]
-        small = sum(sizes) <= _SMALL_FOLDER
-        return _hash(
-            [file.relative_to(path).as_posix(), size, sha256(file) if small else file.stat().st_mtime_ns]
-            for file, size in zip(files, sizes)
-        )
-    except (OSError, RuntimeError, ValueError):
-        return ""
 
 
 def _hash(value: Iterable[Any]) -> str:
