@@ -159,6 +159,7 @@ print(json.dumps([time.perf_counter() - begun, usage.ru_maxrss, status]))
 def timed(command: list[str], threads: int) -> tuple[float, float]:
     """Seconds and peak megabytes of a whole process."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads)}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # what pip installs is compiled already
     launched = [sys.executable, "-I", "-S", "-c", LAUNCH, *command]
     done = subprocess.run(launched, capture_output=True, text=True, env=environment)
     seconds, peak, status = json.loads(done.stdout)

@@ -159,6 +159,28 @@ def encoder_layers(encoder: Any) -> Any:
     return getattr(encoder, "text_model", encoder).encoder.layers
 
 
+@pytest.mark.parametrize("layers", [("fc1", "fc2"), ("fc2", "out_proj")])
+def test_a_text_encoder_lora_of_any_of_its_layers_has_its_exact_effect(layers: tuple[str, str]) -> None:
+    pipeline, generator = fresh(), torch.Generator().manual_seed(0)
+    expected, arrays = {}, {}
+    for name, module in pipeline.text_encoder.named_modules():
+        if name.endswith(layers):
+            a, b = (torch.randn(s, generator=generator) for s in ((2, module.in_features), (module.out_features, 2)))
+            arrays |= {f"text_encoder.{name}.lora_A.weight": a, f"text_encoder.{name}.lora_B.weight": b}
+            expected[name] = (module, b @ a)
+    tokens = torch.arange(12)[None]
+    stack(pipeline, [("x", arrays)])
+    with torch.no_grad():
+        found = pipeline.text_encoder(tokens)[0]
+        plain = fresh().text_encoder
+        untouched = plain(tokens)[0]
+        for name, (_, delta) in expected.items():
+            plain.get_submodule(name).weight += delta
+        wanted = plain(tokens)[0]
+    assert len(expected) == 6 and (wanted - untouched).abs().max() > 0.1
+    assert torch.allclose(found, wanted, atol=1e-4)
+
+
 def test_a_layer_that_loads_but_at_another_scale_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     good = tuned(fresh()).export()
     pipeline = fresh()

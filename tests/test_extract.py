@@ -13,6 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 from lora_files import deltas
+from PIL import Image
 
 from texforce_cli.cli import app
 from texforce_cli.errors import TexforceError, UsageError
@@ -63,16 +64,36 @@ def test_the_difference_becomes_the_closest_lora(tmp_path: Path) -> None:
     assert kernels == {f"unet.{QUERY.removesuffix('.weight')}": (), f"unet.{CONV.removesuffix('.weight')}": (3, 3)}
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_the_error_that_is_told_is_that_of_the_file(tmp_path: Path, precision: Any) -> None:
+    """A change of low rank loses nothing in the truncation: all the error comes from storing."""
+    tuned = changed(tmp_path / "tuned", {})
+    weights = safetensors.torch.load_file(tuned / UNET.name)
+    rows, columns = weights[QUERY].shape
+    weights[QUERY] += torch.outer(torch.linspace(-1, 1, rows), torch.linspace(0.3, 1, columns))
+    safetensors.torch.save_file(weights, tuned / UNET.name)
+    out = tmp_path / "out.safetensors"
+    result = extract(ExtractRequest(str(UNET), str(tuned), out, rank=1, precision=precision))
+    exact = difference(tuned, QUERY)
+    off = np.linalg.norm(deltas(out)[f"unet.{QUERY.removesuffix('.weight')}"] - exact) / np.linalg.norm(exact)
+    assert result.error == result.worst[1] == pytest.approx(off, rel=1e-6)
+    low, high = {"fp32": (0, 1e-6), "fp16": (1e-5, 1e-3), "bf16": (1e-4, 5e-3)}[precision]
+    assert low < off < high
+    told = json.loads(read_lora(str(out)).metadata["texforce.extract"])
+    assert told["relative_error"] < 1e-6  # of the truncation
+
+
 def test_what_is_read_back_is_compared_with_the_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tuned = changed(tmp_path / "tuned", {QUERY: 0.1})
+    """A layer that was written a little wrong is found, however small it is beside the others."""
+    tuned = changed(tmp_path / "tuned", {QUERY: 1e-3, CONV: 0.1})
     real = extracting.truncated_svd
 
     def slightly_wrong(delta: Any, rank: int) -> Any:
         (a, b), spectrum = real(delta, rank)
-        return (a, b * 1.2), spectrum
+        return (a, b if delta.shape[1] > delta.shape[0] else b * 1.2), spectrum
 
     monkeypatch.setattr(extracting, "truncated_svd", slightly_wrong)
-    with pytest.raises(TexforceError, match="would be further from the difference than it should"):
+    with pytest.raises(TexforceError, match=r"attn1.to_q' in .* would be further from the difference than it should"):
         extract(ExtractRequest(str(UNET), str(tuned), tmp_path / "out.safetensors", rank=8))
     assert [path.name for path in tmp_path.iterdir()] == ["tuned"]
 
@@ -93,13 +114,44 @@ def test_a_change_of_low_rank_is_found_whole_and_draws_the_same(tmp_path: Path, 
     for name, option in (("a", ["--unet", str(tuned)]), ("b", ["--lora", str(lora)]), ("base", [])):
         draw = ["sample", "a red cat", "--model", "tiny", "--seeds", "3", "--out", str(tmp_path / name), *option]
         assert app.run(draw) == 0
-    from PIL import Image
-
     a, b, base = (np.asarray(Image.open(next((tmp_path / n).glob("*.png")))).astype(int) for n in ("a", "b", "base"))
     assert np.abs(a - b).max() <= 2
     assert np.abs(a - base).max() > 20
     with Image.open(next((tmp_path / "a").glob("*.png"))) as image:
         assert image.info["unet"] == "tuned"
+
+
+@pytest.mark.slow
+def test_an_evaluation_draws_with_whole_weights_of_both_parts_what_it_draws_with_their_loras(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for part, ending in (("unet", "attn2.to_out.0.weight"), ("text_encoder", "self_attn.q_proj.weight")):
+        tuned = changed(Path("tuned") / part, {}, part)
+        file = next(tuned.glob("*.safetensors"))
+        weights = safetensors.torch.load_file(file)
+        name = [name for name in sorted(weights) if name.endswith(ending)][-1]
+        rows, columns = weights[name].shape
+        weights[name] += 5 * torch.outer(torch.linspace(-1, 1, rows), torch.linspace(-1, 1, columns))
+        safetensors.torch.save_file(weights, file)
+        assert app.run(["fuse", "--extract", str(WEIGHTS), "tuned", "--rank", "1", "--out", f"{part}.safetensors"]) == 0
+        shutil.move(tuned, f"{part}-tuned")
+        shutil.rmtree("tuned")
+    Path("v.toml").write_text(
+        '[[variants]]\nname = "whole"\nmodel = "tiny"\nunet = "unet-tuned"\ntext_encoder = "text_encoder-tuned"\n'
+        '[[variants]]\nname = "loras"\nmodel = "tiny"\nloras = ["unet.safetensors", "text_encoder.safetensors"]\n'
+        '[[variants]]\nname = "unet"\nmodel = "tiny"\nunet = "unet-tuned"\n'
+        '[[variants]]\nname = "text"\nmodel = "tiny"\ntext_encoder = "text_encoder-tuned"\n'
+    )
+    Path("p.txt").write_text("a red cat\n")
+    command = "eval --variants v.toml --prompts p.txt --seeds 3 --steps 2 --guidance 3 --metric brightness --out out"
+    assert app.run(command.split()) == 0
+    drawn = {}
+    for name in ("whole", "loras", "unet", "text"):
+        with Image.open(next(Path("out/pictures", name).glob("*.png"))) as image:
+            drawn[name] = np.asarray(image).astype(int)
+    assert np.abs(drawn["whole"] - drawn["loras"]).max() <= 2
+    assert all(np.abs(drawn["whole"] - drawn[name]).max() > 10 for name in ("unet", "text"))
 
 
 def test_what_a_lora_cannot_hold_is_listed_with_its_share_and_refused_above_a_limit(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,18 +16,27 @@ import safetensors
 import safetensors.numpy
 import safetensors.torch
 import torch
-from diffusers import StableDiffusionPipeline
-from hypothesis import given
+from diffusers import (
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from lora_files import FORMATS, TEXT, UNET, Made, close, deltas, diffusers_old, kohya, kohya_sdxl, peft_folder
+from peft import PeftModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from texforce_cli.cli import app
-from texforce_cli.errors import TexforceError, UsageError
+from texforce_cli.cli import app, console
+from texforce_cli.errors import Interrupted, TexforceError, UsageError
 from texforce_cli.lora.read import read_lora
 from texforce_cli.tensorfile import TensorFile
 from texforce_cli.tiny import WEIGHTS
 from texforce_cli.workflows import fuse as fusing
 from texforce_cli.workflows.fuse import FuseRequest, fuse, plan_fuse
+
+LAYER = f"unet.{UNET}.to_v"
 
 
 def fused(out: Path, *sources: Any, **options: Any) -> dict[str, Any]:
@@ -123,6 +133,32 @@ def test_kohya_out_has_one_alpha_and_the_names_that_comfyui_looks_up(tmp_path: P
     assert found["lora_unet_up_blocks_2_upsamplers_0_conv.lora_up.weight"].shape[2:] == (1, 1)
 
 
+def test_diffusers_out_has_text_model_and_nothing_that_scales_again(tmp_path: Path) -> None:
+    """Whatever the source left out: ComfyUI passes over text encoders without that level."""
+    for name in ("PEFT, patterns", "diffusers", "kohya, ComfyUI"):
+        out = tmp_path / f"{name}.safetensors"
+        fused(out, FORMATS[name](tmp_path / name)[0])
+        file = TensorFile.open(out)
+        assert "lora_adapter_metadata" not in file.metadata
+        for key in file.entries:
+            assert key.endswith((".lora_A.weight", ".lora_B.weight"))
+            assert key.startswith(("text_encoder.text_model.", "text_encoder_2.text_model.", "unet."))
+
+
+@pytest.mark.parametrize("form", ["diffusers", "peft"])
+@pytest.mark.parametrize("phase", ["fusing", "checking"])
+def test_a_stop_leaves_nothing(tmp_path: Path, phase: str, form: Any) -> None:
+    source = simple(tmp_path / "a.safetensors")
+
+    def stop(event: Any) -> None:
+        if getattr(event, "phase", "") == phase and event.done == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        fuse(plan_fuse(FuseRequest([str(source)], out=tmp_path / "new" / "out.safetensors", format=form)), stop)
+    assert list(tmp_path.iterdir()) == [source]
+
+
 def test_weights_signs_components_and_disjoint_files(tmp_path: Path) -> None:
     one, two = simple(tmp_path / "a.safetensors"), kohya(tmp_path / "x")[0]
     three = diffusers_old(tmp_path / "y")[0]
@@ -173,28 +209,65 @@ def test_svd_gives_the_rank_or_the_error_that_was_asked_for(tmp_path: Path) -> N
     assert not close(loose, whole, 0.1)
 
 
-@given(
-    st.lists(st.tuples(st.integers(1, 4), st.floats(-2, 2).filter(lambda w: abs(w) > 1e-3)), min_size=1, max_size=3),
-    st.sampled_from(["float32", "float16", "float64"]),
-    st.sampled_from(["diffusers", "kohya"]),
+def test_each_part_of_a_peft_adapter_tells_the_error_of_the_whole(tmp_path: Path) -> None:
+    sources = [str(simple(tmp_path / f"{seed}.safetensors", seed, rank=2)) for seed in range(2)]
+    result = fuse(plan_fuse(FuseRequest(sources, out=tmp_path / "out", rank=2, format="peft")))
+    assert result.truncation_error > 0.01
+    for part in ("text_encoder", "unet"):
+        about = json.loads(
+            TensorFile.open(tmp_path / "out" / part / "adapter_model.safetensors").metadata["texforce.fuse"]
+        )
+        assert about["relative_error"] == result.truncation_error
+
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+TERMS = st.lists(
+    st.tuples(st.integers(1, 4), st.floats(-2, 2).filter(lambda w: abs(w) > 1e-3), st.sampled_from(DTYPES)),
+    min_size=1,
+    max_size=3,
 )
-def test_any_ranks_weights_and_dtypes_add_up(
-    tmp_path_factory: pytest.TempPathFactory, terms: list[tuple[int, float]], dtype: str, form: Any
+"""Rank, weight and dtype of each source."""
+
+
+def written_by_torch(folder: Path, terms: list[tuple[int, float, torch.dtype]]) -> tuple[list[str], Any, float]:
+    """Sources of one layer, the dense sum as torch computes it from what it stored, and the size of what adds up."""
+    sources, whole, size = [], np.zeros((6, 5)), 0.0
+    for index, (rank, weight, dtype) in enumerate(terms):
+        generator = torch.Generator().manual_seed(index)
+        a, b = (torch.randn(shape, generator=generator).to(dtype) for shape in ((rank, 5), (6, rank)))
+        path = folder / f"{index}.safetensors"
+        safetensors.torch.save_file({f"{LAYER}.lora_A.weight": a, f"{LAYER}.lora_B.weight": b}, path)
+        sources.append(f"{path}:{weight!r}")
+        whole = whole + weight * (b.double() @ a.double()).numpy()
+        size += abs(weight) * float(a.double().norm() * b.double().norm())
+    return sources, whole, size
+
+
+@settings(max_examples=50)
+@given(TERMS, st.sampled_from(["diffusers", "kohya"]), st.randoms())
+def test_any_ranks_weights_and_dtypes_add_up_in_any_order(
+    tmp_path_factory: pytest.TempPathFactory, terms: list[Any], form: Any, random: Any
 ) -> None:
     folder = tmp_path_factory.mktemp("any")
-    sources, parts = [], []
-    for index, (rank, weight) in enumerate(terms):
-        made = Made()
-        key = f"unet.{UNET}.to_v"
-        made.add(key, f"{key}.lora_A.weight", f"{key}.lora_B.weight", rank=rank)
-        made.tensors = {name: (value * (1 + index)).astype(dtype) for name, value in made.tensors.items()}
-        path = made.save(folder / f"{index}.safetensors")
-        sources.append(f"{path}:{weight!r}")
-        parts.append((deltas(path), weight))
-    scale = sum(abs(weight) * np.linalg.norm(delta[f"unet.{UNET}.to_v"]) for delta, weight in parts)
-    for order in (sources, sources[::-1]):
-        found = fused(folder / "out.safetensors", *order, format=form, force=True)
-        assert np.linalg.norm(found[f"unet.{UNET}.to_v"] - total(*parts)[f"unet.{UNET}.to_v"]) <= 1e-6 * scale
+    sources, whole, size = written_by_torch(folder, terms)
+    for _ in range(2):
+        found = fused(folder / "out.safetensors", *sources, format=form, force=True)[LAYER]
+        assert np.linalg.norm(found - whole) <= 1e-6 * size
+        random.shuffle(sources)
+
+
+@settings(max_examples=50)
+@given(TERMS, st.integers(1, 6))
+def test_the_error_of_any_truncation_is_the_optimum_of_the_dense_sum(
+    tmp_path_factory: pytest.TempPathFactory, terms: list[Any], rank: int
+) -> None:
+    folder = tmp_path_factory.mktemp("svd")
+    sources, whole, size = written_by_torch(folder, terms)
+    result = fuse(plan_fuse(FuseRequest(sources, out=folder / "out.safetensors", rank=rank)))
+    optimum = np.linalg.norm(np.linalg.svd(whole, compute_uv=False)[rank:])
+    written = np.linalg.norm(deltas(folder / "out.safetensors")[LAYER] - whole)
+    assert written == pytest.approx(optimum, rel=1e-6, abs=1e-6 * size)
+    assert result.truncation_error * np.linalg.norm(whole) == pytest.approx(optimum, rel=1e-6, abs=1e-6 * size)
 
 
 def test_bf16_and_fp8_sources_are_read_as_torch_reads_them(tmp_path: Path) -> None:
@@ -515,6 +588,9 @@ def test_half_a_surrogate_in_a_header_is_no_traceback(tmp_path: Path) -> None:
         (["a.safetensors:x=1,y"], 2, "there is no LoRA"),
         (["folder.safetensors"], 2, "holds no LoRA"),
         (["deep.bin"], 2, "is a pickle"),
+        (["deep.bin", "--allow-pickle"], 1, "'deep.bin' (cannot be read as tensors alone|holds no table of tensors)"),
+        (["hostile.bin", "--allow-pickle"], 1, "'hostile.bin' cannot be read as tensors alone"),
+        (["loop.safetensors"], 2, "there is no LoRA 'loop.safetensors'"),
         (["--inspect"], 2, "there is nothing to inspect"),
         (["--extract", "a", "b"], 2, "needs --rank and --out"),
         (["a.safetensors", "--out", "/proc/none/x.safetensors"], 1, "cannot be written|could not be written"),
@@ -531,19 +607,21 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(
     Path("folder.safetensors").mkdir()
     Path("folder.safetensors/precious").write_text("x")
     Path("deep.bin").write_bytes(b"\x80\x02.")
+    Path("hostile.bin").write_bytes(b"cos\nmkdir\n(S'owned'\ntR.")
+    Path("loop.safetensors").symlink_to("loop.safetensors")
     Path("cut.safetensors").write_bytes(Path("a.safetensors").read_bytes()[:-5])
     for name in ("full", "tuned"):
         safetensors.numpy.save_file({"conv_in.weight": np.ones((2, 2, 3, 3), np.float32)}, f"{name}.safetensors")
     broken = Made().add(f"unet.{UNET}.to_q", *(f"unet.{UNET}.to_q.lora_{x}.weight" for x in "AB"))
     broken.tensors[f"unet.{UNET}.to_q.lora_B.weight"][1, 1] = np.inf
     broken.save(Path("nan.safetensors"))
-    before = sorted((str(path), path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))
+    before = sorted((str(path), path.lstat().st_mtime_ns) for path in tmp_path.rglob("*"))
     assert app.run(["fuse", *arguments]) == code
     captured = capsys.readouterr()
     assert captured.out == ""
     assert __import__("re").search(sentence, captured.err), captured.err
     assert len(captured.err.strip().splitlines()) == 1
-    assert sorted((str(path), path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
+    assert sorted((str(path), path.lstat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
 
 
 def test_a_name_that_is_no_utf8_and_one_with_control_characters(
@@ -579,6 +657,15 @@ def test_dry_run_inspect_and_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "has no component for te2" in document["warnings"][0]
     assert app.run(["fuse", str(one), str(two), "--dry-run"]) == 0
     assert "7 modules, rank at most 8, cat" in capsys.readouterr().out
+    made = ["fuse", f"{one}:0.5", "--rank", "1", "--json", "--out"]
+    assert app.run([*made, "o.safetensors"]) == 0
+    result = json.loads(capsys.readouterr().out)["result"]
+    assert (result["out"], result["modules"], result["ranks"]) == ("o.safetensors", 2, [1, 1])
+    assert result["bytes"] == Path("o.safetensors").stat().st_size
+    assert 0 < result["truncation_error"] <= result["worst"]["error"] < 1
+    assert app.run([*made, "o.safetensors"]) == 2
+    assert json.loads(capsys.readouterr().out)["error"]["exit_code"] == 2
+    Path("o.safetensors").unlink()
     assert app.run(["fuse", "--inspect", str(two)]) == 0
     shown = capsys.readouterr().out
     assert "kohya, a model of text width 5" in shown
@@ -588,22 +675,30 @@ def test_dry_run_inspect_and_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "x"]
 
 
-def test_fuse_imports_no_torch(tmp_path: Path) -> None:
+def test_fuse_imports_neither_torch_nor_what_draws_bars_where_there_is_no_terminal(tmp_path: Path) -> None:
     path = simple(tmp_path / "a.safetensors")
     code = (
         "import sys; from texforce_cli.cli.app import run; "
         f"assert run(['fuse', {str(path)!r}, '--rank', '2', '--dtype', 'bf16', '--out', {str(tmp_path / 'o.safetensors')!r}]) == 0; "
         f"assert run(['fuse', '--inspect', {str(path)!r}]) == 0; "
-        "print([m for m in ('torch', 'diffusers', 'transformers', 'peft', 'scipy') if m in sys.modules])"
+        "print([m for m in ('torch', 'diffusers', 'transformers', 'peft', 'scipy', 'rich.progress') if m in sys.modules])"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.splitlines()[-1] == "[]"
 
 
+def test_bars_are_drawn_on_a_terminal_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    source, out = simple(tmp_path / "a.safetensors"), tmp_path / "o.safetensors"
+    for terminal in (True, False):
+        monkeypatch.setattr(console.stderr, "_force_terminal", terminal)
+        assert app.run(["fuse", str(source), "--out", str(out), "--force"]) == 0
+        said = capsys.readouterr()
+        assert ("\x1b[?25l" in said.err) is terminal  # the cursor is hidden while bars are drawn
+        assert said.out == f"{out}\n"
+
+
 def test_the_peft_folders_that_are_written_load_in_peft(tmp_path: Path, pipeline: Any) -> None:
     """Their effect on the text encoder and the U-Net of the embedded model is the one that they encode."""
-    from peft import PeftModel
-
     made = Made()
     layer = "text_model.encoder.layers.0.self_attn"
     width = pipeline.text_encoder.config.hidden_size
@@ -668,6 +763,80 @@ def test_what_is_written_loads_in_diffusers_with_the_exact_effect(tmp_path: Path
                 delta = 0.5 * made.wanted[key].reshape(parameter.shape) if key in made.wanted else 0.0
                 expected = before[f"{component}.{name}"].double().numpy() + delta
                 assert np.allclose(parameter.detach().double().numpy(), expected, rtol=0, atol=3e-5), (form, key)
+
+
+def tiny_sdxl() -> StableDiffusionXLPipeline:
+    """An SDXL of its real text widths, one layer in each encoder, two narrow blocks in the U-Net; random, in float64."""
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 4, "num_hidden_layers": 1, "intermediate_size": 48, "vocab_size": 50}
+    first = CLIPTextModel(CLIPTextConfig(hidden_size=768, **heads))
+    second = CLIPTextModelWithProjection(CLIPTextConfig(hidden_size=1280, projection_dim=32, **heads))
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+        transformer_layers_per_block=(1, 2),
+        cross_attention_dim=2048,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 32,
+    )
+    parts = {"text_encoder": first.eval(), "text_encoder_2": second.eval(), "unet": unet.eval()}
+    scheduler = EulerDiscreteScheduler()
+    pipeline = StableDiffusionXLPipeline(vae=None, tokenizer=None, tokenizer_2=None, scheduler=scheduler, **parts)
+    return pipeline.to(torch.float64)
+
+
+def outputs(parts: dict[str, torch.nn.Module]) -> dict[str, torch.Tensor]:
+    """What each part of that SDXL makes of the same input."""
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randn(1, 4, 8, 8, generator=generator).double()
+    text = torch.randn(1, 5, 2048, generator=generator).double()
+    added = {"text_embeds": torch.ones(1, 32).double(), "time_ids": torch.ones(1, 6).double()}
+    with torch.no_grad():
+        found = {name: parts[name](torch.arange(9)[None])[0] for name in ("text_encoder", "text_encoder_2")}
+        return {**found, "unet": parts["unet"](noise, 3, text, added_cond_kwargs=added).sample}
+
+
+@pytest.mark.parametrize("form", ["diffusers", "kohya", "peft"])
+def test_both_encoders_and_the_unet_of_sdxl_load_with_the_exact_effect(tmp_path: Path, form: Any) -> None:
+    pipeline, made, base = tiny_sdxl(), Made(), tiny_sdxl()
+    parts = {name: getattr(pipeline, name) for name in ("text_encoder", "text_encoder_2", "unet")}
+    for component, part in parts.items():
+        for name, layer in part.named_modules():
+            if not isinstance(layer, torch.nn.Linear | torch.nn.Conv2d) or name == "text_projection":
+                continue
+            if form == "kohya" and name.startswith("add_embedding"):  # diffusers does not know it in this form
+                continue
+            path = f"text_model.{name.removeprefix('text_model.')}" if component != "unet" else name
+            shape, kernel = layer.weight.shape[:2], tuple(layer.weight.shape[2:])
+            keys = [f"{component}.{path}.lora_{x}.weight" for x in "AB"]
+            made.add(f"{component}.{path}", *keys, rank=2, shape=tuple(shape), kernel=kernel)
+    made.tensors = {key: 0.03 * value for key, value in made.tensors.items()}
+    source = made.save(tmp_path / "a.safetensors")
+    out = tmp_path / ("out" if form == "peft" else "out.safetensors")
+    fused(out, f"{source}:te=0.5,te2=-2", format=form)  # and the U-Net at 1
+    before = outputs(parts)
+    weights = {"text_encoder": 0.5, "text_encoder_2": -2.0, "unet": 1.0}
+    for component in parts:
+        for name, layer in getattr(base, component).named_modules():
+            path = f"text_model.{name.removeprefix('text_model.')}" if component != "unet" else name
+            if f"{component}.{path}" in made.wanted:
+                delta = weights[component] * 0.03**2 * made.wanted[f"{component}.{path}"]
+                layer.weight.data += torch.from_numpy(delta).reshape(layer.weight.shape)
+    wanted = outputs({component: getattr(base, component) for component in parts})
+    if form == "peft":
+        parts = {name: PeftModel.from_pretrained(part, out / name).eval() for name, part in parts.items()}
+    else:
+        pipeline.load_lora_weights(tmp_path, weight_name=out.name)
+    found = outputs(parts)
+    for component in parts:
+        assert (wanted[component] - before[component]).abs().max() > 1e-2, component
+        assert (found[component] - wanted[component]).abs().max() <= 1e-6, component
 
 
 def test_files_that_peft_and_diffusers_make_give_the_change_that_they_encode(tmp_path: Path, pipeline: Any) -> None:

@@ -73,6 +73,26 @@ def test_any_path_with_any_weight_is_read_back(path: str, weight: float) -> None
     assert parse_lora(f"{path}:{weight!r}") == LoraSpec(path, weight)
 
 
+@given(
+    st.one_of(
+        st.text(),
+        st.from_regex(
+            r"[a:C\\./]{0,4}:?([-+]?[0-9.,e]{0,6}|(te2?|unet)=[-0-9.e]{0,5}(,te=1)?|nan|inf)", fullmatch=True
+        ),
+    )
+)
+def test_any_text_is_a_source_with_a_weight_that_is_written_the_same_or_one_sentence(text: str) -> None:
+    try:
+        spec = parse_lora(text)
+    except UsageError as error:
+        assert "is no LoRA with a weight" in str(error)
+        return
+    assert text.startswith(spec.source)
+    assert spec.source
+    assert all(math.isfinite(weight) for weight in (spec.weight, *spec.parts.values()))
+    assert parse_lora(str(spec)) == spec
+
+
 @given(st.dictionaries(st.sampled_from(["te", "te2", "unet"]), st.floats(-10, 10), min_size=1))
 def test_weights_of_components_are_read_back(parts: dict[str, float]) -> None:
     text = ",".join(f"{name}={value!r}" for name, value in parts.items())

@@ -106,15 +106,16 @@ class TensorFile:
             TexforceError: the file has changed or cannot be read any more.
         """
         entry = self.entries[key]
+        data = np.empty(entry.shape, DTYPES[entry.dtype])
         try:
             with self.path.open("rb") as handle:
                 handle.seek(entry.start)
-                data = np.fromfile(handle, DTYPES[entry.dtype], math.prod(entry.shape))
+                count = handle.readinto(_bytes(data))
         except OSError as error:
             raise TexforceError(f"'{self.path}' could not be read ({error.strerror or error})", _AGAIN) from error
-        if data.size != math.prod(entry.shape):
+        if count != data.nbytes:
             raise TexforceError(f"'{self.path}' has changed while '{shown(key)}' was read", "run the command again")
-        return data.reshape(entry.shape)
+        return data
 
     def finite(self, key: str) -> Array:
         """A tensor of numbers in float32, or float64 where it is stored so.
@@ -178,7 +179,7 @@ class TensorWriter:
         data = np.ascontiguousarray(value)
         self._header[key] = _described(value.dtype, value.shape, self._offset, self._offset + data.nbytes)
         self._offset += data.nbytes
-        self._handle.write(data.reshape(-1).view(np.uint8).data)
+        self._handle.write(_bytes(data))
 
     def finish(self, metadata: Mapping[str, str]) -> None:
         """Write the header; the file is whole after this."""
@@ -195,6 +196,10 @@ def write_tensors(handle: BinaryIO, tensors: Mapping[str, Array], metadata: Mapp
     for key, value in tensors.items():
         writer.write(key, value)
     writer.finish(metadata)
+
+
+def _bytes(data: Array) -> memoryview:
+    return data.reshape(-1).view(np.uint8).data
 
 
 def _described(dtype: np.dtype[Any], shape: tuple[int, ...], start: int, stop: int) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
@@ -10,6 +12,7 @@ import typer
 from texforce_cli.cli.sampling import Json
 
 if TYPE_CHECKING:
+    from texforce_cli.workflows.events import Event, Listener
     from texforce_cli.workflows.extract import ExtractResult
     from texforce_cli.workflows.fuse import FusePlan, FuseResult
 
@@ -79,7 +82,6 @@ def fuse(
 ) -> None:
     """Combine LoRAs of any format into one, exactly, without training; convert, rescale and inspect them."""
     from texforce_cli.cli.console import write_json
-    from texforce_cli.cli.live import TrainView
     from texforce_cli.errors import UsageError
     from texforce_cli.workflows.fuse import FuseRequest, plan_fuse
     from texforce_cli.workflows.fuse import fuse as run
@@ -98,7 +100,7 @@ def fuse(
         from texforce_cli.workflows.extract import extract as run_extract
 
         wanted = ExtractRequest(*extract, out, rank, max_rest, format, dtype, allow_pickle, force)
-        with TrainView() as view:
+        with _view() as view:
             _show_extracted(run_extract(wanted, view), json)
         return
     request = FuseRequest(
@@ -117,12 +119,32 @@ def fuse(
         about = plan.about()
         write_json({"plan": about, "warnings": plan.warnings}) if json else _show_plan(plan, about)
         return
-    with TrainView() as view:
+    with _view() as view:
         result = run(plan, view)
     if json:
         write_json({"plan": plan.about(), "result": _result(result), "warnings": plan.warnings})
     else:
         _show_result(plan, result)
+
+
+@contextmanager
+def _view() -> Iterator[Listener]:
+    """A bar for each phase on a terminal; elsewhere warnings alone, without the import of what draws bars."""
+    from texforce_cli.cli.console import stderr, warn
+
+    if stderr.is_terminal:
+        from texforce_cli.cli.live import TrainView
+
+        with TrainView() as view:
+            yield view
+    else:
+        from texforce_cli.workflows.events import Warned
+
+        def listener(event: Event) -> None:
+            if isinstance(event, Warned):
+                warn(event.text)
+
+        yield listener
 
 
 def _inspect(sources: list[str], allow_pickle: bool, json: bool) -> None:

@@ -6,6 +6,7 @@ factors themselves would depend on how each product happens to be split. Shapes:
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,11 @@ class Spectrum:
     dropped: float
 
 
+def double(pair: Pair) -> Pair:
+    """The factors in float64; those that are so already are not copied."""
+    return pair[0].astype(np.float64, copy=False), pair[1].astype(np.float64, copy=False)
+
+
 def concatenate(terms: Sequence[tuple[Pair, float]]) -> Pair:
     """The sum of c_i B_i A_i as one pair, exact: A = [A_1; A_2; ...], B = [c_1 B_1, c_2 B_2, ...]."""
     a = np.concatenate([a for (a, _), _ in terms], axis=0)
@@ -41,7 +47,7 @@ def truncate(pair: Pair, *, rank: int | None = None, max_error: float = 0.0) -> 
     With B = Q_B R_B and A^T = Q_A R_A, the singular values of B A are those of the small R_B R_A^T. Keeps `rank`
     directions, or as few as leave a relative error of at most `max_error` (Frobenius); at least one.
     """
-    a, b = (factor.astype(np.float64) for factor in pair)
+    a, b = double(pair)
     q_b, r_b = np.linalg.qr(b)
     q_a, r_a = np.linalg.qr(a.T)
     u, s, vt = np.linalg.svd(r_b @ r_a.T)
@@ -87,38 +93,39 @@ def balance(pair: Pair) -> Pair:
 
 def squared_norm(pair: Pair) -> float:
     """Squared Frobenius norm of B A, as trace((B^T B)(A A^T)), in float64."""
-    a, b = (factor.astype(np.float64) for factor in pair)
+    a, b = double(pair)
     return max(0.0, float(np.sum((b.T @ b) * (a @ a.T))))
 
 
 def term_scale(pair: Pair) -> float:
     """Sum over the rank of |b_k|^2 |a_k|^2: the squared size of what rounding the factors can change in B A."""
-    a, b = (factor.astype(np.float64) for factor in pair)
+    a, b = double(pair)
     return float(np.sum(np.sum(a**2, axis=1) * np.sum(b**2, axis=0)))
 
 
 def distance(pair: Pair, terms: Sequence[tuple[Pair, float]]) -> float:
     """Squared Frobenius norm of B A - sum of c_i B_i A_i, through QR of the stacked factors, in float64: exact."""
-    a, b = concatenate([(_double(pair), 1.0), *((_double(term), -weight) for term, weight in terms)])
+    a, b = concatenate([(double(pair), 1.0), *((double(term), -weight) for term, weight in terms)])
     r_b, r_a = np.linalg.qr(b)[1], np.linalg.qr(a.T)[1]
     return float(np.sum((r_b @ r_a.T) ** 2))
 
 
-def _double(pair: Pair) -> Pair:
-    return pair[0].astype(np.float64), pair[1].astype(np.float64)
-
-
 def probe(pair: Pair, terms: Sequence[tuple[Pair, float]], seed: int) -> float:
-    """`distance` estimated with 8 random vectors (Hutchinson 1989), in float64.
+    """`distance` estimated with 8 random vectors of signs (Hutchinson 1989), in float64.
 
     Unbiased, relative spread at most sqrt(2 / 8). A wrong number anywhere shows, at the cost of a few products.
     """
-    probes = np.random.default_rng(seed).standard_normal((pair[0].shape[1], PROBES))
+    inputs = pair[0].shape[1]
+    # not by numpy.random, whose import alone would take as long as all the probes
+    bits = np.frombuffer(random.Random(seed).randbytes(inputs * PROBES // 8), np.uint8)
+    signs = 2.0 * np.unpackbits(bits).reshape(inputs, PROBES) - 1
 
-    def image(a: Array, b: Array) -> Array:
-        return b.astype(np.float64) @ (a.astype(np.float64) @ probes)
+    def image(factors: Pair) -> Array:
+        a, b = double(factors)
+        found: Array = b @ (a @ signs)
+        return found
 
-    difference = image(*pair)
-    for (a, b), weight in terms:
-        difference -= weight * image(a, b)
+    difference = image(pair)
+    for term, weight in terms:
+        difference -= weight * image(term)
     return float(np.sum(difference**2)) / PROBES

@@ -205,8 +205,15 @@ def _fitted(pipeline: Any, source: str, arrays: Mapping[str, Array]) -> dict[str
             raise TexforceError(
                 f"the layer '{name}' of '{source}' is {list(array.shape)}, this model's is {list(wanted)}", _OTHER_BASE
             )
-        fitted[key] = array.reshape(wanted)
+        fitted[_loadable(key)] = array.reshape(wanted)
     return fitted
+
+
+def _loadable(key: str) -> str:
+    """diffusers knows a text encoder's LoRA without attention layers by its older names alone."""
+    if not key.startswith("text_encoder"):
+        return key
+    return key.replace(".lora_A.", ".lora_linear_layer.down.").replace(".lora_B.", ".lora_linear_layer.up.")
 
 
 def _layer(pipeline: Any, name: str) -> nn.Module | None:

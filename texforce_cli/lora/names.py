@@ -74,9 +74,7 @@ _WORDS = (  # the parts of module names that hold an underscore; kohya's keys wr
     "conv_in conv_out conv_norm_out conv_shortcut time_emb_proj time_embedding add_embedding linear_1 linear_2 "
     "input_blocks middle_block output_blocks in_layers emb_layers out_layers skip_connection time_embed label_emb"
 ).split()
-_PROTECTED = re.compile(
-    "|".join(sorted((f"(?<![a-z0-9]){word}(?![a-z0-9])" for word in _WORDS), key=len, reverse=True))
-)
+_PROTECTED = re.compile(rf"(?<![a-z0-9])({'|'.join(sorted(_WORDS, key=len, reverse=True))})(?![a-z0-9])")
 _RESNET = {
     "in_layers.0": "norm1",
     "in_layers.2": "conv1",

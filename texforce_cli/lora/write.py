@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import io
 import json
 import math
@@ -10,7 +9,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
@@ -77,7 +76,7 @@ class Layout:
         rank = Counter(slot.rank for slot in slots).most_common(1)[0][0]
         stored = float(DTYPES[precision].type(rank))  # bfloat16 cannot hold every integer
         second = any(slot.component == "text_encoder_2" for slot in slots)
-        return cls(format, precision, stored, sdxl or second, _has_level())
+        return cls(format, precision, stored, sdxl or second, format == "peft" and _has_level())
 
     def tensors(self, slot: Slot, pair: Pair) -> Iterator[tuple[str, Array]]:
         """The tensors of one module by their keys, in this format and precision.
@@ -205,11 +204,25 @@ def write_lora(
 
     The metadata may grow by 4 KB from what it is at the beginning. `place` is a file, or an empty folder for PEFT's form.
     """
-    if layout.format != "peft":
-        with place.open("wb") as handle:
-            _write_file(handle, layout, slots, pair_of, metadata)
-        return
+    with ExitStack() as files:
+        if layout.format == "peft":
+            writers = _peft_folders(files, place, layout, slots, pair_of, metadata)
+        else:
+            writers = [_tensors(files.enter_context(place.open("wb")), layout, slots, pair_of, metadata)]
+        for writer in writers:  # when every module is made, so that each file tells of the whole
+            writer.finish({"format": "pt", **metadata()})
+
+
+def _peft_folders(
+    files: ExitStack,
+    place: Path,
+    layout: Layout,
+    slots: Sequence[Slot],
+    pair_of: Callable[[Slot], Pair],
+    metadata: Callable[[], Mapping[str, str]],
+) -> list[TensorWriter]:
     components = [name for name in COMPONENTS if any(slot.component == name for slot in slots)]
+    writers = []
     for component in components:
         alone = len(components) == 1 and component != "text_encoder_2"  # whose keys do not tell it from the first
         folder = place if alone else place / component
@@ -222,18 +235,19 @@ def write_lora(
             ranks[layout.peft_name(slot).removeprefix("base_model.model.")] = len(pair[0])
             return pair
 
-        with (folder / PEFT_NAME).open("wb") as handle:
-            _write_file(handle, layout, own, counted, metadata)
+        handle = files.enter_context((folder / PEFT_NAME).open("wb"))
+        writers.append(_tensors(handle, layout, own, counted, metadata))
         write_text(folder / PEFT_CONFIG, json.dumps(_peft_config(ranks), indent=2) + "\n")
+    return writers
 
 
-def _write_file(
+def _tensors(
     handle: BinaryIO,
     layout: Layout,
     slots: Sequence[Slot],
     pair_of: Callable[[Slot], Pair],
     metadata: Callable[[], Mapping[str, str]],
-) -> None:
+) -> TensorWriter:
     writer = TensorWriter(handle, layout.planned(slots), {"format": "pt", **metadata(), "room": " " * 4096})
     for slot in slots:
         try:
@@ -242,11 +256,13 @@ def _write_file(
                     writer.write(key, value)
         except np.linalg.LinAlgError as error:  # a decomposition that met infinity
             raise TexforceError(f"'{slot.name}' holds numbers that are too large", "use smaller weights") from error
-    writer.finish({"format": "pt", **metadata()})
+    return writer
 
 
 def _has_level() -> bool:
     """Whether the transformers that is installed has the level `text_model` in CLIPTextModel."""
+    import importlib.metadata  # slow, and of use to PEFT's form alone
+
     try:
         major, minor = importlib.metadata.version("transformers").split(".")[:2]
         return (int(major), int(minor)) < (5, 6)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,8 +44,8 @@ class ExtractRequest:
 
 @dataclass(frozen=True)
 class ExtractResult:
-    """What was written. `error` is relative to the change of the modules (Frobenius), `rest` the share of the squared
-    change that is in `left_out`, by name, largest first."""
+    """What was written. `error` is that of the file as it was read back, relative to the change of the modules (Frobenius),
+    `rest` the share of the squared change that is in `left_out`, by name, largest first."""
 
     out: Path
     modules: int
@@ -112,24 +112,29 @@ def extract(request: ExtractRequest, listener: Listener = silent) -> ExtractResu
                 rank=request.rank,
                 alpha=layout.alpha,
             )
-            return {"texforce.extract": json.dumps({**about, "texforce": __version__}), **keys}
+            error = _relative(dropped, change)
+            return {"texforce.extract": json.dumps({**about, "relative_error": error, "texforce": __version__}), **keys}
 
         with new_lora(request.out, request.format, force=request.force) as temporary:
             write_lora(temporary, layout, slots, pair_of, header)
-            _verify(request, temporary, base, tuned, slots, sum(dropped.values()), stop, listener)
+            measured = _verify(request, temporary, base, tuned, slots, dropped, stop, listener)
             size = size_of(temporary)
-    errors = {name: math.sqrt(lost / change.modules[f"{name}.weight"]) for name, lost in dropped.items()}
+    errors = {name: math.sqrt(off / change.modules[f"{name}.weight"]) for name, off in measured.items()}
     whole = sum(change.modules.values()) + sum(change.rest.values())
     rest = sorted(((name, square / whole) for name, square in change.rest.items()), key=lambda item: -item[1])
     return ExtractResult(
         out=request.out,
         modules=len(slots),
-        error=math.sqrt(sum(dropped.values()) / sum(change.modules.values())),
+        error=_relative(measured, change),
         worst=max(errors.items(), key=lambda item: item[1]),
         rest=change.share,
         left_out=tuple(rest),
         bytes=size,
     )
+
+
+def _relative(squares: Mapping[str, float], change: _Change) -> float:
+    return math.sqrt(sum(squares.values()) / sum(change.modules.values()))
 
 
 def _common(base: FullWeights, tuned: FullWeights, listener: Listener) -> list[str]:
@@ -200,19 +205,27 @@ def _verify(
     base: FullWeights,
     tuned: FullWeights,
     slots: Sequence[Slot],
-    dropped: float,
+    dropped: Mapping[str, float],
     stop: StopRequest,
     listener: Listener,
-) -> None:
-    """What is on the disk, through our own reader, is as near as the truncation says."""
+) -> dict[str, float]:
+    """The squared distance of each module on the disk, through our own reader, from the difference that it stands for; one
+    that is off by more than the truncation left out, and storing it brings, is an error."""
     again = read_lora(str(written)).modules
-    off = whole = 0.0
+    if again.keys() != {slot.name for slot in slots}:
+        raise TexforceError(f"'{request.out}' was not written whole", "report this as a bug")
+    bound = STORAGE_ERROR[request.precision]
+    measured: dict[str, float] = {}
     for index, slot in enumerate(slots):
         stop.check()
         module, difference = again[slot.name], _difference(base, tuned, slot)
-        whole += float(np.sum(difference**2))
-        off += float(np.sum((difference - module.scale * module.b().astype(np.float64) @ module.a()) ** 2))
+        whole = float(np.sum(difference**2))
+        off = float(np.sum((difference - module.scale * module.b().astype(np.float64) @ module.a()) ** 2))
+        if not math.sqrt(off) <= math.sqrt(dropped[slot.name]) + bound * math.sqrt(whole):
+            raise TexforceError(
+                f"'{slot.name}' in '{request.out}' would be further from the difference than it should",
+                "try --dtype fp32",
+            )
+        measured[slot.name] = off
         listener(Progressed("checking", index + 1, len(slots)))
-    bound = STORAGE_ERROR[request.precision]
-    if not math.sqrt(off) <= math.sqrt(dropped) + bound * math.sqrt(whole):
-        raise TexforceError(f"'{request.out}' would be further from the difference than it should", "try --dtype fp32")
+    return measured

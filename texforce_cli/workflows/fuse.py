@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from texforce_cli import __version__
-from texforce_cli.core.lora_algebra import Pair, concatenate, distance, probe, term_scale, truncate
+from texforce_cli.core.lora_algebra import Pair, concatenate, distance, double, probe, term_scale, truncate
 from texforce_cli.errors import TexforceError, UsageError
 from texforce_cli.lora.header import model_keys, shared_training
 from texforce_cli.lora.lora import Lora, LoraModule, common_bases
@@ -224,9 +224,9 @@ def _verify(plan: FusePlan, written: Path, spectra: _Spectra, stop: StopRequest,
     difference = scale = 0.0
     for index, slot in enumerate(plan.slots):
         stop.check()
-        module = again[slot.name]
-        terms = [((term.a(), term.b()), weight) for term, weight in plan.terms[slot.name]]
-        own = (module.a(), module.b() * module.scale)
+        a, b = _doubles(again[slot.name])
+        own = (a, b * again[slot.name].scale)
+        terms = [(_doubles(term), weight) for term, weight in plan.terms[slot.name]]
         size = sum(weight**2 * term_scale(pair) for pair, weight in terms)
         off = probe(own, terms, seed=index) if plan.method == "cat" else distance(own, terms)
         allowed = math.sqrt(spectra.by_module.get(slot.name, 0.0)) + bound * math.sqrt(size)
@@ -239,6 +239,10 @@ def _verify(plan: FusePlan, written: Path, spectra: _Spectra, stop: StopRequest,
         difference, scale = difference + off, scale + size
         listener(Progressed("checking", index + 1, len(plan.slots)))
     return math.sqrt(difference / scale) if scale else 0.0
+
+
+def _doubles(module: LoraModule) -> Pair:
+    return double((module.a(), module.b()))
 
 
 def _slot(terms: Sequence[tuple[LoraModule, float]], rank: int | None, method: Method, bases: frozenset[str]) -> Slot:
