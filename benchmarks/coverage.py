@@ -1,6 +1,8 @@
 """How often the 95 % interval of `texforce eval` holds the true difference, beside two that are common.
 
-    python -m benchmarks.coverage --out FILE.json
+    python -m benchmarks.coverage --out benchmarks/results/coverage.json
+
+takes a few minutes; with its 2,000 trials a coverage of 95 % is known to within 1 %, as `+-` says.
 
 Simulated evaluations: prompts differ much (deviation 2), pictures of one prompt less (1), the effect of a variant differs
 from prompt to prompt (deviation 0.5, symmetric or skewed) around a true mean of 0.2; 4 seeds. `prompts` is the interval of
@@ -55,10 +57,13 @@ def coverage(prompts: int, skewed: bool, trials: int) -> dict[str, dict[str, flo
         for name, (low, high) in bounds.items():
             hits.setdefault(name, []).append(bool(low <= TRUE <= high))
             widths.setdefault(name, []).append(float(high - low))
-    return {
-        name: {"coverage": round(float(np.mean(hits[name])), 4), "mean width": round(float(np.mean(widths[name])), 3)}
-        for name in hits
-    }
+    return {name: _row(float(np.mean(hits[name])), trials, float(np.mean(widths[name]))) for name in hits}
+
+
+def _row(share: float, trials: int, width: float) -> dict[str, float]:
+    likely = (share * trials + 2) / (trials + 4)  # Agresti and Coull 1998: above zero even where every trial hits
+    half = 1.96 * (likely * (1 - likely) / (trials + 4)) ** 0.5
+    return {"coverage": round(share, 4), "+-": round(half, 4), "mean width": round(width, 3)}
 
 
 def main() -> None:

@@ -7,28 +7,31 @@ import hashlib
 import json
 import math
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderTiny
 from PIL import Image, PngImagePlugin
 
 from texforce_cli.cli.app import run
 from texforce_cli.diffusion.adapters import Adapter
 from texforce_cli.diffusion.models import load_pipeline, resolve_model
 from texforce_cli.errors import Interrupted, TexforceError, UsageError
-from texforce_cli.files import held
+from texforce_cli.files import held, user_folder
 from texforce_cli.lora.write import lora_bytes
 from texforce_cli.prompts import Prompt
+from texforce_cli.prompts.fetched import FETCHED
 from texforce_cli.report.page import pictures_hash
 from texforce_cli.report.pictures import read_picture, save_png
 from texforce_cli.rewards.builtin.pictures import Brightness
@@ -38,6 +41,7 @@ from texforce_cli.rewards.places import Place
 from texforce_cli.rewards.registry import Registry, RewardInfo
 from texforce_cli.rewards.terms import TermSpec
 from texforce_cli.team import launched
+from texforce_cli.workflows import drawing
 from texforce_cli.workflows.evaluation import draw, sharing
 from texforce_cli.workflows.evaluation import run as running
 from texforce_cli.workflows.evaluation.layout import Layout
@@ -284,6 +288,76 @@ def test_several_processes_draw_the_same(prompts: str, monkeypatch: pytest.Monke
     assert not list(Path("launched").glob(".drawn*"))
 
 
+def refusing(monkeypatch: pytest.MonkeyPatch, error: BaseException, when: Callable[[list[str]], bool]) -> list[int]:
+    """Drawing raises the error `when` a batch's prompts say so; the sizes of all batches that were tried."""
+    real, sizes = drawing.draw_pictures, []
+
+    def attempt(policy: Any, scheduler: str, pairs: Any) -> Any:
+        sizes.append(len(pairs))
+        if when([text for text, _ in pairs]):
+            raise error
+        return real(policy, scheduler, pairs)
+
+    monkeypatch.setattr(drawing, "draw_pictures", attempt)
+    return sizes
+
+
+def test_a_picture_that_cannot_be_drawn_is_missing_and_the_others_are_drawn(
+    prompts: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    with monkeypatch.context() as patch:
+        refusing(patch, TexforceError("not finite", "use --precision fp32"), lambda texts: "a red car" in texts)
+        assert evaluate(prompts, "--variant", "base=tiny", "--images-only", "--json") == 3
+        shown = capsys.readouterr()
+        assert [entry["prompt"] for entry in json.loads(shown.out)["missing"]] == ["a red car"] * 3
+        assert evaluate(prompts, "--variant", "base=tiny", "--json") == 3
+    document = json.loads(capsys.readouterr().out)
+    reason = "it could not be drawn (not finite; use --precision fp32)"
+    lacking = [("a red car", seed, reason) for seed in range(3)]
+    assert [(entry["prompt"], entry["seed"], entry["what"]) for entry in document["missing"]] == lacking
+    assert row(document, "base", "brightness")["pictures"] == 9
+    assert evaluate(prompts, "--variant", "base=tiny") == 0  # what failed is tried again
+    assert row(summary(), "base", "brightness")["pictures"] == 12
+
+
+def test_where_the_memory_is_full_fewer_pictures_are_drawn_at_once(
+    prompts: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    sizes = refusing(monkeypatch, torch.OutOfMemoryError("full"), lambda texts: len(texts) > 3)
+    assert evaluate(prompts, "--variant", "base=tiny", "--images-only") == 0
+    assert sizes == [8, 4, 2, 2, 2, 2, 2, 2]
+    assert "too full for 8 images at once: it goes on with 4" in capsys.readouterr().err
+
+
+def test_where_nothing_can_be_drawn_batches_are_no_longer_taken_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    written("x\n")
+    sizes = refusing(monkeypatch, RuntimeError(), lambda texts: True)
+    assert run(["eval", "--variant", "a=tiny", "--prompts", "p.txt", "--seeds", "0:64", "--out", "out", *FAST]) == 3
+    assert sizes == [8, 4, 2, 1, 1, 2, 1, 1, 4, 2, 1, 1, 2, 1, 1] * 2 + [8] * 6
+    assert {entry["what"] for entry in summary()["missing"]} == {"it could not be drawn (RuntimeError)"}
+    assert len(summary()["missing"]) == 64
+
+
+@pytest.mark.parametrize(("error", "code"), [(UsageError("no"), 2), (Interrupted("stopped"), 130)])
+def test_a_users_mistake_and_a_request_to_stop_end_the_drawing(
+    prompts: str, monkeypatch: pytest.MonkeyPatch, error: TexforceError, code: int
+) -> None:
+    sizes = refusing(monkeypatch, error, lambda texts: True)
+    assert evaluate(prompts, "--variant", "base=tiny") == code
+    assert len(sizes) == 1
+
+
+def test_a_picture_of_nan_is_missing_and_not_black(monkeypatch: pytest.MonkeyPatch, prompts: str) -> None:
+    def broken(self: Any, latents: Any, **_: Any) -> tuple[torch.Tensor]:
+        return (torch.full((len(latents), 3, 64, 64), torch.nan),)
+
+    monkeypatch.setattr(AutoencoderTiny, "decode", broken)
+    assert evaluate(prompts, "--variant", "base=tiny", "--scheduler", "euler") == 3
+    assert {entry["what"] for entry in summary()["missing"]} == {
+        "it could not be drawn (its values are not finite; use --precision fp32 or bf16)"
+    }
+
+
 def test_which_process_this_is() -> None:
     assert launched({"RANK": "1", "WORLD_SIZE": "4"}) == (1, 4)
     for odd in ({}, {"RANK": "x"}, {"RANK": "4", "WORLD_SIZE": "4"}, {"WORLD_SIZE": "0"}):
@@ -371,22 +445,64 @@ def test_votes_are_one_more_judge(prompts: str, lora: str, capsys: Any) -> None:
         assert sentence in capsys.readouterr().err
 
 
-RECIPES = sorted((Path(__file__).parent.parent / "docs" / "recipes").glob("*.toml"))
+RECIPES = Path(__file__).parent.parent / "docs" / "recipes"
+ROWS = {
+    "table1": ["original", "refl", "texforce", "refl-texforce"],
+    "table1-hpsv2": ["original", "alignprop", "texforce", "alignprop-texforce"],
+    "table2-sd15": ["original", "refl", "texforce", "refl-texforce"],
+    "table2-sd21": ["original", "refl", "texforce", "refl-texforce"],
+    "table3": ["original", "refl", "texforce", "refl-texforce", "joint"],
+    **{
+        f"fig5-{c}": ["original", "texforce", "ddpo", "ddpo-texforce"]
+        for c in ("color", "composition", "count", "location")
+    },
+}
+"""The rows of the paper's tables and of its figure 5."""
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_of_the_papers_tables_is_sound(recipe: Path, capsys: Any) -> None:
-    """Its command, on other prompts, with --dry-run: nothing is fetched."""
-    command = next(line for line in recipe.read_text().splitlines() if "texforce eval" in line)
-    arguments = command.split("texforce ")[1].split()
-    arguments[arguments.index("--variants") + 1] = str(recipe)
-    assert arguments[arguments.index("--prompts") + 1] == "imagereward-100"
-    arguments[arguments.index("--prompts") + 1] = "color"
-    assert run([*arguments, "--dry-run", "--json"]) == 0
+@pytest.fixture
+def fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sets of the paper as if they had been fetched, with other prompts."""
+    monkeypatch.setenv("TEXFORCE_HOME", str(tmp_path / "home"))
+    contents = {
+        "imagereward-train": [json.dumps([{"text": f"{n}"} for n in range(9_000)])],
+        "imagereward-100": [json.dumps([{"id": n, "prompt": f"{n}"} for n in range(100)])],
+        "hpsv2-train-750": ["".join(f"{n}\n" for n in range(750)), "".join(f"new {n}\n" for n in range(50))],
+    }
+    for name, texts in contents.items():
+        source = FETCHED[name]
+        for file, text in zip((*source.seen, *source.unseen), texts):
+            path = user_folder("cache") / "prompts" / source.commit / Path(file.path).name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+
+
+def test_every_table_of_the_paper_and_figure_5_have_a_recipe() -> None:
+    assert {path.stem for path in RECIPES.glob("*.toml")} == set(ROWS)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_commands_of_a_recipe_are_sound(name: str, fetched: None, capsys: Any) -> None:
+    """Each with --dry-run: nothing is fetched, and what the rows need is what the commands make or a comment explains."""
+    text = (RECIPES / f"{name}.toml").read_text()
+    commands = [
+        shlex.split(line.lstrip("# "))[1:] for line in text.splitlines() if line.lstrip("# ").startswith("texforce ")
+    ]
+    made = []
+    for command in commands[1:]:
+        assert command[0] == "train"
+        assert run([*command, "--dry-run", "--json"]) == 0
+        made.append(command[command.index("--out") + 1])
+    capsys.readouterr()
+    assert commands[0][:3] == ["eval", "--variants", f"docs/recipes/{name}.toml"]
+    assert run(["eval", "--variants", str(RECIPES / f"{name}.toml"), *commands[0][3:], "--dry-run", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)["plan"]
-    assert [v["name"] for v in plan["variants"]][:4] == ["original", "refl", "texforce", "refl-texforce"]
-    assert plan["metrics"] == ["image-reward"]
-    assert len(plan["not_there_yet"]) in (2, 3)
+    assert [variant["name"] for variant in plan["variants"]] == ROWS[name]
+    assert (plan["prompts"]["count"], len(plan["seeds"])) in ((100, 4), (50, 4), (2, 50))
+    assert plan["metrics"] == ["hpsv2" if "hpsv2" in name else "image-reward"]
+    others = [path for path in plan["not_there_yet"] if path.startswith("weights/")]
+    assert sorted([*made, *others]) == plan["not_there_yet"]
+    assert all(path in text.split("[[variants]]")[1] for path in others)  # in the comment above the row
 
 
 def test_separators_survive_paths(tmp_path: Path) -> None:

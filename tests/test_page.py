@@ -916,9 +916,15 @@ def test_everything_that_can_be_pressed_has_a_name(browser: Browser, example: tu
 
 @in_browser
 def test_how_long_a_hundred_prompts_of_four_variants_take_to_open(
-    browser: Browser, tmp_path: Path, record_property: Callable[[str, object], None]
+    browser: Browser,
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Measured and reported, not judged: a busy machine is no failure. On an idle one it is well under two seconds."""
+    """Measured and reported, not judged: a busy machine is no failure. On an idle one it is well under two seconds.
+
+    `pytest tests/test_page.py -m slow -k how_long -p no:xdist` shows the line.
+    """
     page = example_page(tmp_path / "drawn", prompts=100, seeds=(0,), size=64)
     path = write_page(page, tmp_path / "out")
     best: dict[str, float] = {}
@@ -935,5 +941,6 @@ def test_how_long_a_hundred_prompts_of_four_variants_take_to_open(
         best = {key: min(value, best.get(key, value)) for key, value in measured.items()}
     for key, value in best.items():
         record_property(key, round(value))
-    print(", ".join(f"{key}: {value:.0f}" for key, value in best.items()))
+    with capsys.disabled():
+        print("\n100 prompts, 4 variants:", ", ".join(f"{key} {value:.0f}" for key, value in best.items()))
     assert len(browser.all("#pictures .row")) >= 24

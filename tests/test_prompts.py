@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -131,45 +134,123 @@ def test_a_set_written_as_jsonl_is_read_again(
     assert again.sha256 == original.sha256
 
 
-def test_fetched_prompts_are_cached_and_come_from_a_pinned_commit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    remote = tmp_path / "remote"
-    contents = {
-        "imagereward-train": json.dumps([{"text": " a b "}] * 9000),
-        "hpsv2-train-750": "a b\nc\n" * 375,
-        "hpsv2-test-50": "d\n" * 50,
-        "imagereward-100": json.dumps([{"id": "1-2", "prompt": "e"}] * 100),
-        "partiprompts": "Prompt\tCategory\tChallenge\tNote\n" + 'a "b\tAnimals\tBasic\t\n' * 1632,
-    }
-    for name, source in fetched.FETCHED.items():
-        path = remote / source.repository / source.commit / source.seen
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(contents[name])
+FILES = {
+    "refl_data.json": json.dumps([{"text": " a b "}] * 9000),
+    "hps_v2_all.txt": "a b\nc\n" * 375,
+    "hps_v2_all_eval.txt": "d\n" * 50,
+    "benchmark-prompts.json": json.dumps([{"id": "1-2", "prompt": "e"}] * 100),
+    "PartiPrompts.tsv": "Prompt\tCategory\tChallenge\tNote\n" + 'a "b\tAnimals\tBasic\t\n' * 1632,
+    "evaluation_metadata.jsonl": '{"tag": "counting", "include": [{"class": "cup", "count": 2}], "prompt": "two cups"}\n'
+    * 553,
+    "DrawBench Prompts - Sheet1.csv": "Prompts,Category\r\n" + '"A ""red"" car, parked.",Colors\r\n' * 200,
+}
+"""What the repositories hold, in their format."""
+
+
+@pytest.fixture
+def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in the place of GitHub."""
+    for source in fetched.FETCHED.values():
+        if not source.on_hub:
+            for file in (*source.seen, *source.unseen):
+                path = tmp_path / "remote" / source.repository / source.commit / file.path
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(FILES[path.name])
     monkeypatch.setenv("TEXFORCE_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    monkeypatch.setattr(fetched, "_RAW", remote.as_uri())
+    monkeypatch.setattr(fetched, "_RAW", (tmp_path / "remote").as_uri())
+    return tmp_path / "remote"
+
+
+def test_fetched_prompts_are_cached_and_come_from_a_pinned_commit(
+    remote: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert {p.text for p in load_prompts("imagereward-train", "sd").seen} == {"a b"}
     found = load_prompts("hpsv2-train-750", "sd")
     assert ([p.text for p in found.seen], [p.text for p in found.unseen]) == (["a b", "c"] * 375, ["d"] * 50)
     assert [p.text for p in load_prompts("hpsv2-test-50", "sd").seen] == ["d"] * 50
     assert load_prompts("imagereward-100", "sd").seen[0] == Prompt("e", {"id": "1-2"})
     assert load_prompts("partiprompts", "sd").seen[9] == Prompt('a "b', {"category": "Animals", "challenge": "Basic"})
-    monkeypatch.setattr(fetched, "_RAW", (tmp_path / "gone").as_uri())
+    geneval = load_prompts("geneval", "sd")
+    assert (
+        geneval.seen == (Prompt("two cups", {"category": "counting", "include": [{"class": "cup", "count": 2}]}),) * 553
+    )
+    assert geneval.source == "github.com/djghosh13/geneval@d927da8e42fde2b1b5cd743da4df5ff83c1654ff"
+    monkeypatch.setattr(fetched, "_RAW", (remote / "gone").as_uri())
     assert load_prompts("hpsv2-train-750", "sd") == found  # from the cache
 
 
-@pytest.mark.parametrize(("content", "sentence"), [("<html>", "holds 1 prompts"), ("a\n" * 700, "holds 700 prompts")])
-def test_what_a_proxy_answers_instead_is_not_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, sentence: str
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache that huggingface_hub keeps, empty."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return tmp_path / "hub"
+
+
+def cached(hub: Path, name: str, path: str, content: str) -> Path:
+    """Put a file of a set into the cache, as huggingface_hub does; the file itself, which git's hash names."""
+    source, data = fetched.FETCHED[name], content.encode()
+    folder = hub / f"datasets--{source.repository.replace('/', '--')}"
+    blob = folder / "blobs" / hashlib.sha1(b"blob %d\0%b" % (len(data), data)).hexdigest()
+    link = folder / "snapshots" / source.commit / path
+    for place in (blob, link):
+        place.parent.mkdir(parents=True, exist_ok=True)
+    blob.write_bytes(data)
+    link.unlink(missing_ok=True)
+    link.symlink_to(blob)
+    return blob
+
+
+def test_a_set_of_the_hub_comes_from_a_pinned_commit_and_a_changed_file_is_refused(hub: Path) -> None:
+    (file,) = fetched.FETCHED["drawbench"].seen
+    blob = cached(hub, "drawbench", file.path, FILES[file.path])
+    found = load_prompts("drawbench", "sd")
+    assert found.seen == (Prompt('A "red" car, parked.', {"category": "Colors"}),) * 200
+    assert found.source == "huggingface.co/datasets/sayakpaul/drawbench@ad794cba698c253ffdb6d18eff3fc87b004c1135"
+    blob.write_text(FILES[file.path].replace("red", "sad"), newline="")
+    with pytest.raises(TexforceError, match=f"'{blob}' was changed after it was fetched; delete it"):
+        load_prompts("drawbench", "sd")
+
+
+def test_hpsv2_is_four_styles_each_of_a_known_hash(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = fetched.FETCHED["hpsv2"]
+    assert [file.metadata["category"] for file in source.seen] == ["anime", "concept-art", "paintings", "photo"]
+    for file in source.seen:
+        cached(hub, "hpsv2", file.path, json.dumps([f"{file.path} {number}" for number in range(800)]))
+    with pytest.raises(TexforceError, match=r"has the SHA-256 \w{64} instead of 6b38a479\w+; delete it"):
+        load_prompts("hpsv2", "sd")
+    unknown = tuple(replace(file, sha256=None) for file in source.seen)
+    monkeypatch.setitem(fetched.FETCHED, "hpsv2", replace(source, seen=unknown))
+    found = load_prompts("hpsv2", "sd")
+    assert len(found.seen) == 3200
+    assert found.seen[2400] == Prompt("benchmark/photo.json 0", {"category": "photo"})
+
+
+@pytest.mark.parametrize(("offline", "why"), [(True, "HF_HUB_OFFLINE is set"), (False, "could not be fetched")])
+def test_without_the_hub_the_sentence_says_what_to_run(
+    hub: Path, monkeypatch: pytest.MonkeyPatch, offline: bool, why: str
 ) -> None:
+    from huggingface_hub import constants, errors
+
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise errors.LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    if not offline:
+        monkeypatch.setattr("huggingface_hub.hf_hub_download", unreachable)
+    with pytest.raises(TexforceError, match=why) as caught:
+        load_prompts("drawbench", "sd")
+    command = "hf download sayakpaul/drawbench 'DrawBench Prompts - Sheet1.csv' --repo-type dataset --revision ad794cba"
+    assert command in str(caught.value)
+
+
+@pytest.mark.parametrize(("content", "sentence"), [("<html>", "holds 1 prompts"), ("a\n" * 700, "holds 700 prompts")])
+def test_what_a_proxy_answers_instead_is_not_kept(remote: Path, tmp_path: Path, content: str, sentence: str) -> None:
     source = fetched.FETCHED["hpsv2-train-750"]
-    path = tmp_path / "remote" / source.repository / source.commit / source.seen
-    path.parent.mkdir(parents=True)
-    path.write_text(content)
-    monkeypatch.setenv("TEXFORCE_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    monkeypatch.setattr(fetched, "_RAW", (tmp_path / "remote").as_uri())
+    (remote / source.repository / source.commit / source.seen[0].path).write_text(content)
     with pytest.raises(TexforceError, match=sentence):
         load_prompts("hpsv2-train-750", "sd")
     assert not (tmp_path / "home").exists()

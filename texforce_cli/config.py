@@ -23,6 +23,8 @@ from texforce_cli.errors import UsageError
 from texforce_cli.presets import PRESET_NAMES, PRESETS, Family, automatic_preset, preset_values
 
 ENVIRONMENT = "TEXFORCE_"
+DIVERSITY = "diversity"
+"""Its name among rewards and metrics."""
 FIRST, MODEL, SAMPLING, ADAPTER, LEARNING, REWARDS, EVALUATION, OUTPUT = (
     "The ones that matter first",
     "Model",
@@ -136,6 +138,12 @@ class TrainConfig:
     fit_micro_batch: bool = option(
         False, LEARNING, "What --micro-batch auto stands for: start from the preset's and double it."
     )
+    timestep_batch: int = option(
+        0,
+        LEARNING,
+        "Steps of an image in one pass of training; auto (the default): on a GPU as many as fit, else 1.",
+        _not_negative,
+    )
     grad_accum: int = option(32, LEARNING, "Micro-batches in one update.", _positive)
     inner_epochs: int = option(1, LEARNING, "Passes over an epoch's images.", _positive)
     clip_range: float = option(1e-4, LEARNING, "lambda of Eq. 5.", _positive)
@@ -171,10 +179,16 @@ class TrainConfig:
     eval_images: int = option(
         16, EVALUATION, "Held-out pictures (half of unseen prompts) to measure on, 2 or more; 0 = none.", _no_or_several
     )
+    eval_steps: int | None = option(
+        None, EVALUATION, "Denoising steps of these pictures; default: as many as in training.", _positive
+    )
     eval_every: int = option(5, EVALUATION, "Epochs between measurements; 0 = only before and after.", _not_negative)
 
     watch: list[str] = option(
-        [], EVALUATION, "Measure the held-out pictures by this reward too, one not trained on; may be repeated."
+        [],
+        EVALUATION,
+        "Measure the held-out pictures by this reward too, one not trained on, or by their diversity from seed to seed; "
+        "may be repeated.",
     )
     watch_patience: int = option(
         0,
@@ -203,6 +217,16 @@ class TrainConfig:
     def updates_per_epoch(self) -> int:
         """Optimiser steps in one epoch."""
         return self.inner_epochs * -(-self.samples_per_epoch // self.update_batch)
+
+    @property
+    def watched_rewards(self) -> list[str]:
+        """Those of --watch that are rewards."""
+        return [name for name in self.watch if name != DIVERSITY]
+
+    @property
+    def watches_diversity(self) -> bool:
+        """Whether --watch names it."""
+        return DIVERSITY in self.watch
 
     @property
     def total_epochs(self) -> int:
@@ -301,6 +325,8 @@ def _given(
                     values.pop(other, None), origins.pop(other, None)
             if (name, value) == ("micro_batch", "auto"):
                 name, value = "fit_micro_batch", True
+            if (name, value) == ("timestep_batch", "auto"):
+                value = 0
             converted = _convert(name, value, origin, mistakes)
             if converted is not None:
                 values[name], origins[name] = converted, origin

@@ -153,17 +153,18 @@ def evaluate(
     if result.summary is None:
         note(f"pictures: {out / 'pictures'}")
         if json:
-            write_json({"folder": str(out)})
-        return
-    if json:
+            write_json({"folder": str(out), "missing": list(result.missing)})
+    elif json:
         write_json(result.summary.plain())
     else:
         _show(result.summary)
     for sentence in result.sentences[:5]:
         warn(sentence)
     if len(result.missing) > 5:
-        warn(f"and {len(result.missing) - 5} more are missing: {out / 'summary.json'}")
-    note(f"report: {result.page}")
+        where = f": {out / 'summary.json'}" if result.summary else ""
+        warn(f"and {len(result.missing) - 5} more are missing{where}")
+    if result.page:
+        note(f"report: {result.page}")
     if result.missing:
         raise typer.Exit(3)
 

@@ -6,11 +6,13 @@ import gc
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from texforce_cli.errors import TexforceError
+from texforce_cli.diffusion.sampler import too_full
+from texforce_cli.errors import Interrupted, TexforceError, UsageError
 from texforce_cli.team import launched
 from texforce_cli.workflows.drawing import DrawingOptions
 from texforce_cli.workflows.evaluation.layout import Layout, read_layout, write_layout
@@ -23,10 +25,16 @@ from texforce_cli.workflows.stopping import StopRequest
 
 if TYPE_CHECKING:
     import torch
+    from PIL import Image
 
     from texforce_cli.diffusion.models import ModelSource
-    from texforce_cli.diffusion.policy import Denoising
+    from texforce_cli.diffusion.policy import Denoising, Policy
 
+Failed = Callable[[str, Item, str], None]
+"""Is told the variant, the cell and why it has no picture."""
+
+_HOPELESS = 16
+"""After so many failures in a row a batch that fails is not taken apart to find whose fault it is."""
 _LEFT_TO_LORAS = ("steps", "guidance", "eta", "negative_prompt")
 _NO_SETTING = ("batch", "device", "allow_pickle")
 
@@ -128,9 +136,16 @@ def _same_loras(request: EvalRequest, variant: Variant, settings: Mapping[str, A
 
 
 def draw(
-    request: EvalRequest, items: Sequence[Item], listener: Listener, stop: StopRequest, shard: tuple[int, int] = (0, 1)
+    request: EvalRequest,
+    items: Sequence[Item],
+    listener: Listener,
+    stop: StopRequest,
+    shard: tuple[int, int] = (0, 1),
+    failed: Failed = lambda variant, item, why: None,
 ) -> None:
     """Draw what is missing, variant by variant; of `shard` (i, n) every n-th batch from the i-th.
+
+    What cannot be drawn is told to `failed`, and the others go on.
 
     Raises:
         UsageError, TexforceError: a model or LoRA that cannot be used, a folder that cannot be written.
@@ -149,12 +164,12 @@ def draw(
         todo = layout.wanting(request.out, recipe.variant.name, items, shard)
         listener(Progressed(f"drawing {recipe.variant.name}", len(items) - sum(map(len, todo)), len(items)))
         if todo:
-            _draw_variant(request, recipe, items, todo, listener, stop, shard)
+            _draw_variant(request, recipe, items, todo, listener, stop, shard, failed)
             gc.collect()  # the next model is loaded when this one's memory is free
 
 
 def draw_share(request: EvalRequest, shard: tuple[int, int], listener: Listener) -> None:
-    """What one of several processes draws.
+    """What one of several processes draws. What it cannot draw is missing, and the first process tries it once more.
 
     Raises:
         as `draw`
@@ -173,10 +188,11 @@ def _draw_variant(
     listener: Listener,
     stop: StopRequest,
     shard: tuple[int, int],
+    failed: Failed,
 ) -> None:
     from texforce_cli.diffusion.adapters import stack
     from texforce_cli.diffusion.models import load_pipeline
-    from texforce_cli.workflows.drawing import draw_pictures, policy_for
+    from texforce_cli.workflows.drawing import policy_for
     from texforce_cli.workflows.loras import put_weights
 
     variant = recipe.variant
@@ -189,12 +205,70 @@ def _draw_variant(
     stack(pipeline, [(lora.lora.source, lora.arrays) for lora in recipe.loras])
     _warn_of_long_prompts(policy, items, listener)
     done = len(items) - sum(map(len, todo))
-    for part in todo:
-        stop.check()
-        pictures = draw_pictures(policy, request.scheduler, [(item.text, item.noise) for item in part])
-        save_pictures(request.out, variant.name, part, pictures, recipe.settings)
+    for part, drawn in _drawn(policy, request, todo, listener, stop):
+        if isinstance(drawn, _Failure):
+            for item in part:
+                failed(variant.name, item, f"it could not be drawn ({drawn.why})")
+        else:
+            save_pictures(request.out, variant.name, part, drawn, recipe.settings)
         done += len(part)
         listener(Progressed(f"drawing {variant.name}", done, len(items)))
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """Why a batch was not drawn; the error itself would hold the memory that was filled."""
+
+    why: str
+    memory: bool = False
+
+
+def _drawn(
+    policy: Policy, request: EvalRequest, todo: Sequence[Sequence[Item]], listener: Listener, stop: StopRequest
+) -> Iterator[tuple[Sequence[Item], Sequence[Image.Image] | _Failure]]:
+    """The batches with their pictures. One that fails is halved, down to the picture that cannot be drawn."""
+    waiting, room, lost = list(reversed(todo)), request.batch, 0
+    while waiting:
+        stop.check()
+        part = waiting.pop()
+        if len(part) > room:
+            waiting += [part[room:], part[:room]]
+            continue
+        drawn = _try_to_draw(policy, request.scheduler, part)
+        failure = drawn if isinstance(drawn, _Failure) else None
+        if failure and len(part) > 1 and (failure.memory or lost < _HOPELESS):
+            half = len(part) // 2
+            waiting += [part[half:], part[:half]]
+            if failure.memory:
+                room = half
+                listener(Warned(too_full(policy.device, len(part), half)))
+            continue
+        lost = lost + len(part) if failure else 0
+        yield part, drawn
+
+
+def _try_to_draw(policy: Policy, scheduler: str, part: Sequence[Item]) -> Sequence[Image.Image] | _Failure:
+    import torch
+
+    from texforce_cli.workflows.drawing import draw_pictures
+
+    failure = _Failure(f"the memory of {policy.device} is full", memory=True)
+    try:
+        with warnings.catch_warnings():
+            # diffusers would keep a picture of NaN, as a black one
+            warnings.filterwarnings("error", "invalid value encountered in cast", RuntimeWarning)
+            return draw_pictures(policy, scheduler, [(item.text, item.noise) for item in part])
+    except torch.OutOfMemoryError:
+        pass
+    except (UsageError, Interrupted):
+        raise
+    except RuntimeWarning:
+        failure = _Failure("its values are not finite; use --precision fp32 or bf16")
+    except Exception as error:  # whatever the libraries or the device say: it is about these pictures
+        failure = _Failure(" ".join(str(error).split())[:200] or type(error).__name__)
+    if failure.memory and policy.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return failure
 
 
 def _device(name: str, shard: tuple[int, int]) -> torch.device:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from texforce_cli.config import DIVERSITY
 from texforce_cli.errors import UsageError
 from texforce_cli.files import held
 from texforce_cli.judging.votes import Vote, read_votes
@@ -23,7 +24,6 @@ from texforce_cli.workflows.evaluation.request import gather_variants as gather_
 from texforce_cli.workflows.evaluation.request import prompts_of, record, rewards_trained_on
 from texforce_cli.workflows.evaluation.request import recalled as recalled
 from texforce_cli.workflows.evaluation.scores import (
-    DIVERSITY,
     Metric,
     ScoreFile,
     known_score,
@@ -87,7 +87,7 @@ def evaluate(request: EvalRequest, listener: Listener = silent, *, beforehand: D
     if not (metrics or ranking_tabs(request.out)) and request.stage != "images":
         raise UsageError("there is no metric", "add --metric brightness, or another of: texforce rewards")
     items = items_of([*prompts.seen, *prompts.unseen], request.seeds)
-    missing = _Missing([])
+    missing = _Missing()
     stop = StopRequest()
     with stop.listening(), held(request.out):
         trained = rewards_trained_on(request)
@@ -96,10 +96,12 @@ def evaluate(request: EvalRequest, listener: Listener = silent, *, beforehand: D
         if request.stage in ("all", "images"):
             if beforehand:
                 beforehand(request, items, stop)
-            draw(request, items, listener, stop)
+            draw(request, items, listener, stop, failed=missing.note)
         if request.stage == "images":
-            return EvalResult(request.out, None, None, ())
-        found = collect(request.out, request.variants, items, settings_of(request), missing.tell)
+            for (name, item), why in missing.undrawn.items():
+                missing.tell(name, item, why)
+            return EvalResult(request.out, None, None, tuple(missing.entries))
+        found = collect(request.out, request.variants, items, settings_of(request), missing.tell_picture)
         scores = ScoreFile(request.out / "scores.jsonl")
         if request.stage != "report":
             for metric in metrics:
@@ -142,7 +144,7 @@ def pictures_of(request: EvalRequest) -> Shown:
     baseline = check_variants(request.variants, request.baseline)
     prompts = prompts_of(request)
     items = items_of([*prompts.seen, *prompts.unseen], request.seeds)
-    missing = _Missing([])
+    missing = _Missing()
     found = collect(request.out, request.variants, items, settings_of(request), missing.tell)
     summary = Summary(baseline, tuple(found), (), (), {}, {}, tuple(missing.entries))
     page = _page(request, summary, prompts, items, found, [], {})
@@ -152,12 +154,19 @@ def pictures_of(request: EvalRequest) -> Shown:
 
 @dataclass(frozen=True)
 class _Missing:
-    """What lacks, one entry a cell and reason."""
+    """What lacks, one entry a cell and reason; `undrawn` says why a picture was not drawn."""
 
-    entries: list[dict[str, Any]]
+    entries: list[dict[str, Any]] = field(default_factory=list)
+    undrawn: dict[tuple[str, Item], str] = field(default_factory=dict)
+
+    def note(self, variant: str, item: Item, why: str) -> None:
+        self.undrawn[variant, item] = why
 
     def tell(self, variant: str, item: Item, what: str) -> None:
         self.entries.append({"variant": variant, "prompt": item.text, "seed": item.seed, "what": what})
+
+    def tell_picture(self, variant: str, item: Item, what: str) -> None:
+        self.tell(variant, item, self.undrawn.get((variant, item), what))
 
 
 def _score(

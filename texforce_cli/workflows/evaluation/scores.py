@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from texforce_cli.config import DIVERSITY
 from texforce_cli.core.comparison import diversity
 from texforce_cli.errors import TexforceError
 from texforce_cli.files import contents_hash, write_error
@@ -23,7 +24,6 @@ from texforce_cli.rewards.registry import Registry, RewardInfo
 from texforce_cli.rewards.terms import RewardSet, TermSpec, find
 from texforce_cli.workflows.evaluation.pictures import Found, Item
 
-DIVERSITY = "diversity"
 _DIVERSITY_VERSION = "1"
 
 Key = tuple[str, str, str, str]
