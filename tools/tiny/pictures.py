@@ -40,6 +40,8 @@ def pictures(folder: Path, name: str, count: int, seed: int, **options: Any) -> 
         with atomic_path(texts) as temporary:
             temporary.write_text("".join(line + "\n" for part in parts for line in part[1]), encoding="utf-8")
     rows = [json.loads(line) for line in texts.read_text(encoding="utf-8").splitlines()]
+    if len(rows) != count:
+        raise SystemExit(f"{texts} holds {len(rows)} pictures, not {count}: give another folder, or delete this one")
     scenes = [Scene(tuple(Item(**item) for item in row["items"]), row["place"]) for row in rows]
     return Pictures(np.load(images, mmap_mode="r"), scenes, [row["caption"] for row in rows])
 

@@ -227,7 +227,7 @@ def _load(
             moments = state.of(parameter)
             for key in _MOMENTS:
                 if f"{key}.{name}" in tensors:
-                    moments["step"] = torch.tensor(float(step))
+                    moments["step"] = torch.tensor(float(step), device=parameter.device)
                     # in the parameter's memory layout, which the fused optimizer takes for granted
                     moments[key] = torch.empty_like(parameter).copy_(tensors[f"{key}.{name}"])
     return step, float(header["seconds"])
