@@ -180,6 +180,8 @@ def test_auto_is_the_micro_batch_of_the_preset_and_is_fitted_on_a_gpu_alone(monk
     resolved = resolve(flags, family="tiny")
     assert (resolved.config.micro_batch, resolved.config.fit_micro_batch) == (32, True)
     assert plan({**flags, "device": "cpu"}).config.fit_micro_batch is False
+    assert plan({**flags, "timestep_batch": "auto"}).config.timestep_batch == 1  # on a CPU
+    assert plan({**flags, "timestep_batch": "3"}).config.timestep_batch == 3
     monkeypatch.setenv("TEXFORCE_MICRO_BATCH", "auto")
     numbered = resolve({**flags, "micro_batch": "8"}, family="tiny").config
     assert (numbered.micro_batch, numbered.fit_micro_batch) == (8, False)

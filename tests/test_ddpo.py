@@ -95,10 +95,31 @@ def test_one_encoder_backward_gives_the_gradient_of_the_plain_way(
     assert ((ours - plain).norm() / plain.norm()).item() <= 1e-9
 
 
+@pytest.mark.parametrize(
+    ("unconditional", "steps", "kl"),
+    [("trained", "first:3", 0.1), ("snapshot", "random:0.5", 0.0), ("base", "all", 0.1)],
+)
+def test_steps_taken_together_give_the_gradient_of_one_by_one(unconditional: str, steps: str, kl: float) -> None:
+    found = []
+    for timestep_batch in (1, 2):  # of 3 or 6 steps, so that one pass may be left with less
+        double = load_pipeline(resolve_model("tiny"), device=torch.device("cpu"), precision="fp32").to(torch.float64)
+        algorithm = make(
+            double, guidance=3.0, unconditional=unconditional, steps=steps, kl_weight=kl, timestep_batch=timestep_batch
+        )
+        found.append(torch.cat([g.flatten() for g in gradients(algorithm)]))
+    assert found[0].norm() > 0
+    assert ((found[1] - found[0]).norm() / found[0].norm()).item() <= 1e-9
+
+
+@pytest.mark.parametrize("timestep_batch", [1, 4])
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 @pytest.mark.parametrize("unconditional", ["trained", "snapshot", "base"])
-def test_with_unchanged_weights_the_ratio_is_one(pipeline: Any, guidance: float, unconditional: str) -> None:
-    result = make(pipeline, guidance=guidance, unconditional=unconditional, steps="all").preflight()
+def test_with_unchanged_weights_the_ratio_is_one(
+    pipeline: Any, guidance: float, unconditional: str, timestep_batch: int
+) -> None:
+    result = make(
+        pipeline, guidance=guidance, unconditional=unconditional, steps="all", timestep_batch=timestep_batch
+    ).preflight()
     assert result.ratio_error < 2e-5
     assert len(result.steps) == 6
     assert result.ok
@@ -124,6 +145,13 @@ def test_a_network_that_overflows_is_refused_by_name(pipeline: Any) -> None:
     algorithm.policy.unet = lambda sample, *a, **k: tuple(o * float("nan") for o in real(sample, *a, **k))
     with pytest.raises(TexforceError, match="not finite"):
         algorithm.preflight()
+
+
+def test_an_autoencoder_that_overflows_is_refused_by_name(pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = pipeline.vae.decode
+    monkeypatch.setattr(pipeline.vae, "decode", lambda *a, **k: tuple(o * float("inf") for o in real(*a, **k)))
+    with pytest.raises(TexforceError, match="VAE drew values that are not finite"):
+        draw(Policy(pipeline, Denoising(2)), ["a cat"], [0], batch=1)
 
 
 def test_a_ratio_of_nan_at_any_step_fails_the_preflight(pipeline: Any) -> None:
@@ -395,6 +423,15 @@ def test_an_epoch_counts_the_updates_that_it_passed_over(pipeline: Any) -> None:
     assert any("passed over" in text for text in report.warnings)
 
 
+def test_pictures_of_other_steps_are_those_of_a_policy_that_always_has_them(pipeline: Any) -> None:
+    policy, other = Policy(pipeline, Denoising(6)), Policy(pipeline, Denoising(9))
+    before = draw(policy, ["a cat"], [3], batch=1)
+    with policy.in_steps(9):
+        assert (draw(policy, ["a cat"], [3], batch=1) == draw(other, ["a cat"], [3], batch=1)).all()
+    after = draw(policy, ["a cat"], [3], batch=1)
+    assert (after == before).all() and not (after == draw(other, ["a cat"], [3], batch=1)).all()
+
+
 def test_the_learning_rate_by_hand() -> None:
     factors = [learning_rate_factor(step, 10, 0.2, "cosine") for step in range(11)]
     assert factors[:3] == [0.5, 1.0, 1.0]  # never 0 at first
@@ -547,6 +584,50 @@ def test_auto_finds_the_largest_micro_batch_that_a_pass_fits_in(pipeline: Any, r
     assert len(passes) == begun  # what was found holds for the whole run
 
 
+def test_auto_folds_steps_into_the_room_that_the_images_leave_and_gives_them_up_first(pipeline: Any) -> None:
+    room, passes = [24], []
+
+    class Small(DDPO):
+        """Has room for so many images and steps in a pass with gradients."""
+
+        def _loss(self, drawn: Any, images: Any, *rest: Any) -> Any:
+            passes.append(len(images))
+            if len(images) > room[0]:
+                raise torch.OutOfMemoryError("full")
+            return super()._loss(drawn, images, *rest)
+
+    def made() -> DDPO:
+        return make(pipeline, Small, micro_batch=1, update_batch=8, steps="all", fit_micro_batch=True, timestep_batch=0)
+
+    algorithm = made()
+    found = algorithm.preflight()
+    assert (found.micro_batch, found.timestep_batch) == (8, 2)  # an update has 8 images, and twice 16 are too many
+    passes.clear()
+    algorithm.run_epoch(0)
+    assert set(passes) == {16, 8}  # updates of 8 and of 4 images
+    resumed = made()
+    resumed.load_state_dict(algorithm.state_dict())
+    assert (resumed.micro_batch, resumed.timestep_batch) == (8, 2)
+    room[0] = 6
+    report = resumed.run_epoch(1)
+    assert (resumed.micro_batch, resumed.timestep_batch) == (4, 1)
+    assert ["16 images at once" in text or "8 images at once" in text for text in report.warnings] == [True, True]
+
+
+def test_steps_that_do_not_keep_the_ratio_together_are_taken_one_by_one(pipeline: Any) -> None:
+    class Rough(DDPO):
+        """Rounds otherwise in passes of more than 4."""
+
+        def _log_prob(self, drawn: Any, images: Any, *rest: Any) -> Any:
+            log_prob, mean = super()._log_prob(drawn, images, *rest)
+            return log_prob + 1e-3 * (len(images) > 4), mean
+
+    found = make(pipeline, Rough, micro_batch=4, timestep_batch=0).preflight()
+    assert (found.timestep_batch, found.ok) == (1, True)
+    found = make(pipeline, Rough, micro_batch=4, timestep_batch=2).preflight()  # asked for: it is for the user to say
+    assert (found.timestep_batch, found.ok) == (2, False)
+
+
 def test_the_ratio_is_measured_at_the_micro_batch_that_trains(pipeline: Any) -> None:
     algorithm = make(pipeline, micro_batch=1, update_batch=4, fit_micro_batch=True)
     sizes: list[int] = []
@@ -567,8 +648,8 @@ def test_of_several_processes_the_worst_preflight_counts(pipeline: Any) -> None:
         """This process and another one, which has less room and whose third step and gradient are wrong."""
 
         def each(self, value: Any) -> list[Any]:
-            if isinstance(value, int):
-                return [value, 2]
+            if isinstance(value, tuple):
+                return [value, (2, 1)]
             steps = tuple({**step, "ratio_error": 0.5 * (i == 2)} for i, step in enumerate(value.steps))
             return [value, replace(value, ratio_error=0.5, steps=steps, micro_batch=2, gradient_error=0.7)]
 

@@ -48,3 +48,18 @@ def test_a_broken_plugin_is_told_and_stops_nothing(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(doctor, "load_registry", lambda: registry)
     assert run(["doctor", "--model", "tiny", "--device", "cpu", "--json"]) == 0
     assert "texforce-bad" in findings(capsys)["plugins"]["trouble"]
+
+
+def test_every_device_is_listed_with_its_room(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    import torch
+
+    from texforce_cli.devices import present
+
+    assert present()[-1] == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (7e9 + 1e9 * index, 16e9))
+    assert present()[:2] == ["cuda:0 (GPU 0, 7.0 of 16.0 GB free)", "cuda:1 (GPU 1, 8.0 of 16.0 GB free)"]
+    assert run(["doctor", "--model", "tiny", "--device", "cpu", "--json"]) == 0
+    assert findings(capsys)["devices"]["value"].endswith("cpu; this run: cpu")

@@ -6,6 +6,7 @@ import importlib.metadata
 import io
 import math
 import sys
+import threading
 import time
 import types
 from collections.abc import Callable, Iterator
@@ -449,3 +450,24 @@ def test_batches_that_are_submitted_finish_in_order(fake: type[Fake]) -> None:
     futures = [rewards.submit(pictures(i), ["p"], [{}]) for i in range(3)]
     assert all(future.done() for future in futures)  # in this process nothing is left for later
     assert [future.result()["fake"].tolist() for future in futures] == [[0.0], [1.0], [2.0]]
+
+
+def test_beside_another_device_rewards_of_this_process_score_while_it_draws(fake: type[Fake]) -> None:
+    drawn, seen = threading.Event(), []
+
+    def answer(images: Any, prompts: Any, metadata: Any) -> list[float]:
+        assert drawn.wait(10)
+        seen.append(float(np.asarray(images[0]).mean()))
+        return [seen[-1]]
+
+    fake.answer = staticmethod(answer)
+    rewards = RewardSet(parse_terms(["fake", "brightness"]), load_registry(), ahead=True)
+    futures = [rewards.submit(pictures(i), ["p"], [{}]) for i in range(3)]
+    assert not any(future.done() for future in futures)
+    drawn.set()  # the next images, drawn meanwhile
+    assert [future.result()["fake"].tolist() for future in futures] == [[0.0], [1.0], [2.0]]
+    assert seen == [0.0, 1.0, 2.0] and set(futures[0].result()) == {"fake", "brightness"}
+    fake.answer = staticmethod(lambda images, prompts, metadata: [math.nan])
+    with pytest.raises(TexforceError, match="reward 'fake' returned nan"):
+        rewards.submit(pictures(1), ["p"], [{}]).result()
+    rewards.close()

@@ -749,6 +749,33 @@ def test_a_watched_reward_is_measured_shown_and_chooses_the_best_epoch(
     assert run(["train", "--resume", "a"]) == 0  # the measurements are read again
 
 
+def test_diversity_is_watched_beside_rewards_and_measured_in_its_own_number_of_steps(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from texforce_cli.core.comparison import diversity
+    from texforce_cli.diffusion.models import load_pipeline, resolve_model
+    from texforce_cli.diffusion.policy import Denoising, Policy
+    from texforce_cli.diffusion.sampler import draw
+    from texforce_cli.prompts import load_prompts
+    from texforce_cli.prompts.heldout import heldout_pairs
+
+    options = (
+        "--watch diversity --watch brightness --eval-images 40 --prompts color --guidance 1 --steps 2 --eval-steps 3"
+    )
+    train("--out", "a", *options.split(), epochs=1)
+    said = capsys.readouterr().err
+    assert said.index("watched brightness") < said.index("watched diversity")
+    found = json.loads(Path("a/evaluations.jsonl").read_text())["watched"]["diversity"]
+
+    prompts, seeds = heldout_pairs(load_prompts("color", "tiny"), 40)  # 20 of 29 seen, 2 of each of 10 unseen
+    assert [[p.text for p in prompts].count(p.text) for p in prompts] == [1] * 20 + [2] * 20
+    policy = Policy(load_pipeline(resolve_model("tiny"), device=torch.device("cpu"), precision="fp32"), Denoising(3))
+    drawn = draw(policy, [p.text for p in prompts], seeds, batch=40)
+    alike = [drawn[[i for i, p in enumerate(prompts) if p.text == text]] for text in {p.text for p in prompts[20:]}]
+    assert found["difference"]["n"] == 10
+    assert found["base_mean"] == pytest.approx(np.mean([diversity(list(pictures)) for pictures in alike]), rel=1e-3)
+
+
 def test_a_run_ends_when_what_is_watched_has_fallen(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -773,7 +800,7 @@ def test_only_a_sure_fall_of_the_first_watched_reward_counts() -> None:
         return Evaluation(1, 1, 0.0, 0.0, interval, None, None, (), (), watched)
 
     heldout = object.__new__(HeldOut)
-    heldout.watch = dict.fromkeys(("judge", "other"))  # type: ignore[arg-type]
+    heldout.watched = ["judge", "other"]
     heldout.history = [measured(-0.1), measured(-0.1)]
     assert heldout.fallen(2) == "judge"
     assert heldout.fallen(3) is None  # too few measurements
@@ -789,6 +816,9 @@ def test_what_cannot_be_watched_is_told_beforehand(capsys: pytest.CaptureFixture
         run(["train", "--reward", "brightness", "--model", "tiny", "--watch", "tiny-judge", "--eval-images", "0"]) == 2
     )
     assert "--eval-images is 0" in capsys.readouterr().err
+    few = ["--watch", "diversity", "--eval-images", "12", "--prompts", "color"]
+    assert run(["train", "--reward", "brightness", "--model", "tiny", *few]) == 2
+    assert "give more: --eval-images 40" in capsys.readouterr().err
     assert not Path("runs").exists()
 
 

@@ -30,6 +30,17 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def present() -> list[str]:
+    """Every device that torch has here, with its name and free memory where it is a CUDA or ROCm GPU."""
+    import torch
+
+    found = []
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        free, total = (number / 1e9 for number in torch.cuda.mem_get_info(index))
+        found.append(f"cuda:{index} ({torch.cuda.get_device_name(index)}, {free:.1f} of {total:.1f} GB free)")
+    return [*found, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
+
+
 def device_memory_gb(device: torch.device) -> float | None:
     """The memory of a CUDA or ROCm GPU in GB; None for other devices."""
     import torch

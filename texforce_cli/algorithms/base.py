@@ -67,6 +67,8 @@ class Preflight:
     """Images in one pass: as asked for, or as there is room for."""
     gradient_error: float | None = None
     """|g - g'| / |g| of the trained weights' gradients, uncompiled g and compiled g'; None where nothing is compiled."""
+    timestep_batch: int = 1
+    """Steps of each image in one pass of training."""
 
     @classmethod
     def worst(cls, found: Sequence[Preflight]) -> Preflight:
@@ -78,6 +80,7 @@ class Preflight:
             ratio_error=max(one.ratio_error for one in found),
             steps=tuple({**same[0], "ratio_error": max(one["ratio_error"] for one in same)} for same in steps),
             micro_batch=min(one.micro_batch for one in found),
+            timestep_batch=min(one.timestep_batch for one in found),
             gradient_error=max(gradients, default=None),
         )
 

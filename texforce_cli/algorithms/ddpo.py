@@ -51,6 +51,8 @@ class DDPOSettings:
     kl_target: float | None = None
     fit_micro_batch: bool = False
     """Double the micro-batch before the first epoch as often as a pass fits into the memory."""
+    timestep_batch: int = 1
+    """Steps of an image that one pass of training takes together; 0: as many as fit into the memory then."""
 
 
 @dataclass(frozen=True)
@@ -97,45 +99,63 @@ class DDPO:
         self.tracker = adv.PromptTracker()
         self.micro_batch = settings.micro_batch
         """Images in one pass: halved where the memory was full."""
-        self._fit = settings.fit_micro_batch
+        self.timestep_batch = settings.timestep_batch or 1
+        """Steps of each of them in one pass of training: halved first."""
+        self._fit, self._fold = settings.fit_micro_batch, not settings.timestep_batch
         self._halved: list[str] = []
         self._seconds: dict[Phase, float] = {}
 
     def preflight(self) -> Preflight:
         """Draw two micro-batches and take their log-probabilities again as training will: mixed, with gradients.
 
-        Of several processes the worst result counts, and the micro-batch that all have room for.
+        Of several processes the worst result counts, and the pass that all have room for.
         """
-        if self._fit:
-            self._fit_micro_batch()
-            self.micro_batch, self._fit = min(self.team.each(self.micro_batch)), False
+        if self._fit or self._fold:
+            self._fit_pass()
+        found = self._measured()
+        if self._fold and not found.ratio_ok and self.timestep_batch > 1:  # 16 bits may round another shape otherwise
+            self.timestep_batch = 1
+            found = self._measured()
+        self._fit = self._fold = False
+        return found
+
+    def _measured(self) -> Preflight:
         found = None
         while found is None:  # after fitting: what is measured has the shape that trains
-            with self._room_for(self.micro_batch):
+            with self._room_for(self.micro_batch, self.timestep_batch):
                 found = self._preflight()
         return Preflight.worst(self.team.each(found))
 
-    def _fit_micro_batch(self) -> None:
-        """Double the micro-batch while the gradients of one pass at one step fit, up to this process's share of an update."""
-        prompts = self._prompts_of(epoch=-1)
-        drawn = self._draw(-1, range(1), [prompts[0].text])
-        step = self.policy.schedule.stochastic[0]
-        most = -(-self.settings.update_batch // self.team.size)
-        fits = True
-        while fits and 2 * self.micro_batch <= most:
-            images = torch.zeros(2 * self.micro_batch, dtype=torch.int64, device=self.policy.device)
-            fits = self._fits(drawn, images, torch.full_like(images[None], step))
-            self.micro_batch *= 2 if fits else 1
+    def _fit_pass(self) -> None:
+        """Double the micro-batch while the gradients of one pass fit, up to this process's share of an update; then the
+        steps in it, up to those that an image is trained on.
+        """
+        drawn = self._draw(-1, range(1), [self._prompts_of(epoch=-1)[0].text])
+        share = -(-self.settings.update_batch // self.team.size)
+        steps = self.settings.train_steps.count(len(self.policy.schedule.stochastic))
+        room = True
+        while room and self._fit and 2 * self.micro_batch <= share:
+            room = self._grows(drawn, 2 * self.micro_batch, self.timestep_batch)
+        while room and self._fold and 2 * self.timestep_batch <= steps:
+            room = self._grows(drawn, self.micro_batch, 2 * self.timestep_batch)
+        self.micro_batch, self.timestep_batch = map(min, zip(*self.team.each((self.micro_batch, self.timestep_batch))))
 
-    def _fits(self, drawn: Trajectory, images: Tensor, steps: Tensor) -> bool:
-        fits = True
+    def _grows(self, drawn: Trajectory, images: int, steps: int) -> bool:
+        """Whether there is room for a pass with the gradients of so many images at so many steps; it then has them."""
+        before = self.micro_batch, self.timestep_batch
+        self.micro_batch, self.timestep_batch = images, steps
+        where = torch.zeros(images, dtype=torch.int64, device=self.policy.device)
+        step = torch.full((steps, images), self.policy.schedule.stochastic[0], device=self.policy.device)
+        room = True
         try:
-            for _ in self._accumulate(drawn, images, steps, torch.zeros(len(images), device=images.device), 1.0):
+            for _ in self._accumulate(drawn, where, step, torch.zeros(images, device=where.device), 1.0):
                 pass
         except torch.OutOfMemoryError:
-            fits = False
+            room = False
         self._empty()
-        return fits
+        if not room:
+            self.micro_batch, self.timestep_batch = before
+        return room
 
     def _empty(self) -> None:
         """Free what a pass has filled; to be called outside the handler of its error, which holds it."""
@@ -152,10 +172,12 @@ class DDPO:
         schedule, errors = self.policy.schedule, dict.fromkeys(self.policy.schedule.stochastic, 0.0)
         for images in order.split(size):
             embeddings = self.policy.embed([prompts[i] for i in images.tolist()])
-            for index in schedule.stochastic:
-                log_prob, _ = self._log_prob(drawn, images, torch.full_like(images, index), embeddings.leaf())
-                error = torch.expm1(log_prob.detach() - drawn.log_probs[index, images]).abs().max().item()
-                errors[index] = float(np.fmax(errors[index], error)) if np.isfinite(error) else float("inf")
+            for several in torch.tensor(schedule.stochastic, device=images.device).split(self.timestep_batch):
+                steps, places = several.repeat_interleave(len(images)), images.repeat(len(several))
+                log_prob, _ = self._log_prob(drawn, places, steps, embeddings.leaf().repeat(len(several)))
+                error = torch.expm1(log_prob.detach() - drawn.log_probs[steps, places]).abs().view(len(several), -1)
+                for index, worst in zip(several.tolist(), error.amax(dim=1).tolist()):
+                    errors[index] = max(errors[index], worst) if math.isfinite(worst) else math.inf
         shares = dict(zip(schedule.stochastic, self.settings.train_steps.shares(len(schedule.stochastic))))
         return Preflight(
             ratio_error=max((errors[index] for index, share in shares.items() if share), default=0.0),
@@ -171,6 +193,7 @@ class DDPO:
                 for i in range(len(schedule))
             ),
             micro_batch=size,
+            timestep_batch=self.timestep_batch,
             gradient_error=self._gradient_error(drawn, order[:size]) if self.policy.compiled else None,
         )
 
@@ -250,13 +273,16 @@ class DDPO:
         return report
 
     def state_dict(self) -> dict[str, Any]:
-        """The tracker of the prompts, and the micro-batch that there is room for, or that it is still to be fitted."""
-        return {"tracker": self.tracker.state_dict(), "micro_batch": self.micro_batch, "fit": self._fit}
+        """The tracker of the prompts, and the pass that there is room for, or that it is still to be fitted."""
+        fitted = {"micro_batch": self.micro_batch, "fit": self._fit}
+        folded = {"timestep_batch": self.timestep_batch, "fold": self._fold}
+        return {"tracker": self.tracker.state_dict(), **fitted, **folded}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a `state_dict`."""
         self.tracker.load_state_dict(state["tracker"])
         self.micro_batch, self._fit = state.get("micro_batch", self.micro_batch), state.get("fit", False)
+        self.timestep_batch, self._fold = state.get("timestep_batch", self.timestep_batch), state.get("fold", False)
 
     # sampling
 
@@ -386,7 +412,7 @@ class DDPO:
         learnt = None
         while learnt is None:
             self.optimisation.forget()
-            with self._room_for(self.micro_batch):
+            with self._room_for(self.micro_batch, self.timestep_batch):
                 learnt = [
                     one
                     for part in (mine.split(self.micro_batch) if len(mine) else ())
@@ -405,13 +431,21 @@ class DDPO:
     def _accumulate(
         self, drawn: Trajectory, images: Tensor, steps: Tensor, advantages: Tensor, scale: float
     ) -> Iterator[tuple[Tensor, float]]:
-        """Gather the gradients of a micro-batch: one encoder forward, all its steps, one encoder backward."""
+        """Gather the gradients of a micro-batch: one encoder forward, all its steps, some at a time, one encoder backward."""
         prompts = [drawn.prompts[i] for i in images.tolist()]
         embeddings = self.policy.embed(prompts)
         reference = self._reference(prompts)
         leaf = embeddings.leaf()
-        for step in steps:
-            loss, log_ratio, penalty = self._loss(drawn, images, step, advantages, leaf, reference)
+        for several in steps.split(self.timestep_batch):
+            times = len(several)
+            loss, log_ratio, penalty = self._loss(
+                drawn,
+                images.repeat(times),
+                several.flatten(),
+                advantages.repeat(times),
+                leaf.repeat(times),
+                reference and reference.repeat(times),
+            )
             self.optimisation.backward(loss * scale)
             yield log_ratio, penalty
         embeddings.backward(leaf)
@@ -490,8 +524,9 @@ class DDPO:
                 )
 
     @contextmanager
-    def _room_for(self, images: int) -> Iterator[None]:
-        """Where the memory is too full for `images` at once, the micro-batch is halved and the block is left unfinished.
+    def _room_for(self, images: int, steps: int = 1) -> Iterator[None]:
+        """Where the memory is too full for `images` at `steps` of theirs at once, the steps in a pass are halved, else the
+        micro-batch, and the block is left unfinished.
 
         Raises:
             torch.OutOfMemoryError: one image alone is too much.
@@ -500,12 +535,16 @@ class DDPO:
             yield
             return
         except torch.OutOfMemoryError:
-            if images == 1:
+            if images * steps == 1:
                 raise
-        self.micro_batch = max(1, images // 2)  # outside the handler, which holds what the failed pass has filled
+        # outside the handler, which holds what the failed pass has filled
+        if steps > 1:
+            left, self.timestep_batch = images * (steps // 2), steps // 2
+        else:
+            left = self.micro_batch = images // 2
         if self.policy.device.type == "cuda":
             torch.cuda.empty_cache()
-        self._halved.append(too_full(self.policy.device, images, self.micro_batch))
+        self._halved.append(too_full(self.policy.device, images * steps, left))
 
     def _rng(self, *purpose: str | int) -> np.random.Generator:
         return np.random.default_rng(derive(self.seed, *purpose))

@@ -90,6 +90,7 @@ class TrainView:
         note(
             f"preflight: max |ratio - 1| = {result.ratio_error:.1e} with unchanged weights (limit {result.limit:.1e}), "
             f"{result.micro_batch} images in one pass"
+            + (f", {result.timestep_batch} steps of each in training" if result.timestep_batch > 1 else "")
         )
         steps = [step for step in result.steps if math.isfinite(step["sensitivity"])]
         text = ", ".join(f"{step['timestep']:.0f}: {step['sensitivity']:.2f} ({step['trained']:.0%})" for step in steps)

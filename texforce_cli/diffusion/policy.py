@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from texforce_cli.core.ddim import Schedule, at_least_fp32
-from texforce_cli.errors import UsageError
+from texforce_cli.errors import TexforceError, UsageError
 
 if TYPE_CHECKING:
     from texforce_cli.diffusion.adapters import Adapter
@@ -44,6 +44,10 @@ class Embeddings:
     def conditional(self) -> Tensor:
         """One embedding an image, [N, L, D]."""
         return self.table[self.rows]
+
+    def repeat(self, times: int) -> Embeddings:
+        """Those of the same images so many times over, which share their gradients."""
+        return replace(self, rows=self.rows.repeat(times))
 
     def leaf(self) -> Embeddings:
         """The same values cut off from the encoder, gathering gradients where the encoder would."""
@@ -110,12 +114,19 @@ class Policy:
         self.unet.compile_repeated_blocks()
         self.compiled = True
 
-    @contextmanager
-    def noise_at(self, steps: Sequence[int] | None) -> Iterator[None]:
+    def noise_at(self, steps: Sequence[int] | None) -> AbstractContextManager[None]:
         """Within this block only `steps` draw noise, and the others are deterministic; None: as the schedule says."""
-        usual = self.schedule
-        if steps is not None:
-            self.schedule = usual.with_noise_at(steps, self._still)
+        return self._by(self.schedule if steps is None else self.schedule.with_noise_at(steps, self._still))
+
+    def in_steps(self, steps: int) -> AbstractContextManager[None]:
+        """Within this block pictures are drawn in so many steps."""
+        if steps == self.denoising.steps:
+            return nullcontext()
+        return self._by(_schedule(self.pipeline.scheduler, replace(self.denoising, steps=steps)))
+
+    @contextmanager
+    def _by(self, schedule: Schedule) -> Iterator[None]:
+        usual, self.schedule = self.schedule, schedule
         try:
             yield
         finally:
@@ -193,6 +204,8 @@ class Policy:
         """x_0 -> pictures: uint8 [N, height, width, 3] on the CPU."""
         vae: Any = self.pipeline.vae
         pictures = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0].float()
+        if not pictures.isfinite().all():  # as uint8 they would be black
+            raise TexforceError("the VAE drew values that are not finite", "use --precision fp32 or bf16")
         return ((pictures.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
 
     def too_long(self, prompt: str) -> int:

@@ -101,13 +101,17 @@ class RewardSet:
         workers: WorkerSettings | None = None,
         hosts: Mapping[str, Sequence[Place]] | None = None,
         lender: Address | None = None,
+        ahead: bool = False,
     ) -> None:
-        """`lender`: the process that owns the workers of this machine; by default they belong to this one."""
+        """`lender`: the process that owns the workers of this machine; by default they belong to this one. `ahead`: rewards of
+        this process score in a thread of their own, where the images are drawn on another device than theirs.
+        """
         self.specs = tuple(specs)
         self.normalize = normalize
         infos = [find(spec, registry) for spec in specs]  # every name is checked before anything is imported
         self._terms: list[_Term] = []
         self._ahead: dict[str, ThreadPoolExecutor] = {}
+        self._here: ThreadPoolExecutor | None = None
         self._joining: ThreadPoolExecutor | None = None
         self._lender: Lender | None = None
         if "" in (hosts or {}) and not any(info.environment for info in infos):
@@ -127,12 +131,14 @@ class RewardSet:
         except BaseException:
             self.close()
             raise
-        # other processes score while this one goes on drawing; one thread a term keeps its batches in order
+        # scored while this thread goes on drawing; one thread a term keeps its batches in order, and one for all terms that
+        # belong to this process keeps those from each other
+        self._here = _thread() if ahead and not all(term.elsewhere for term in self._terms) else None
         for term in self._terms:
-            if term.elsewhere:
-                self._ahead[term.spec.name] = ThreadPoolExecutor(1, thread_name_prefix="texforce-rewards")
+            if pool := _thread() if term.elsewhere else self._here:
+                self._ahead[term.spec.name] = pool
         if self._ahead:
-            self._joining = ThreadPoolExecutor(1, thread_name_prefix="texforce-rewards")
+            self._joining = _thread()
 
     def __str__(self) -> str:
         return " + ".join(map(str, self.specs))
@@ -153,7 +159,7 @@ class RewardSet:
         self, images: NDArray[np.uint8], prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> Future[dict[str, NDArray[np.float64]]]:
         """`score`, begun: isolated rewards first, those of this process meanwhile; done when this returns unless some are
-        isolated. Batches are finished in order.
+        isolated or scored `ahead`. Batches are finished in order.
 
         Raises:
             TexforceError: as in `score`, of a reward in this process; the future raises those of the others.
@@ -162,9 +168,9 @@ class RewardSet:
         begun = {
             term.spec.name: self._ahead[term.spec.name].submit(self._scored, term, *batch)
             for term in self._terms
-            if term.elsewhere
+            if term.spec.name in self._ahead
         }
-        here = {term.spec.name: self._scored(term, *batch) for term in self._terms if not term.elsewhere}
+        here = {t.spec.name: self._scored(t, *batch) for t in self._terms if t.spec.name not in self._ahead}
         if self._joining is None:
             return finished(here)
 
@@ -220,7 +226,7 @@ class RewardSet:
         """End every reward that has something to end; one that fails at it is named in a warning."""
         for pool in (*self._ahead.values(), self._joining):
             if pool is not None:
-                pool.shutdown(wait=False, cancel_futures=True)
+                pool.shutdown(wait=pool is self._here, cancel_futures=True)
         if self._lender is not None:
             self._lender.close()
         for term in self._terms:
@@ -259,6 +265,10 @@ class RewardSet:
                 "a reward must be finite; the epochs before this one are saved",
             )
         return values
+
+
+def _thread() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, thread_name_prefix="texforce-rewards")
 
 
 def _given(images: NDArray[np.uint8], wanted: str) -> Any:

@@ -48,7 +48,7 @@ def make_scoring(config: TrainConfig, registry: Registry, lent: Sequence[Address
     watches: list[RewardSet] = []
     workers = WorkerSettings(config.reward_timeout, memory_gb=config.reward_memory)
     try:
-        for index, spec in enumerate(parse_terms(config.watch), 1):
+        for index, spec in enumerate(parse_terms(config.watched_rewards), 1):
             watches.append(RewardSet([spec], registry, workers=workers, lender=lent[index] if lent else None))
     except BaseException:
         Scoring(rewards, tuple(watches)).close()
@@ -61,7 +61,15 @@ def make_rewards(config: TrainConfig, registry: Registry, lender: Address | None
     terms = parse_terms(config.reward, config.reward_option)
     workers = WorkerSettings(config.reward_timeout, workers=config.reward_workers, memory_gb=config.reward_memory)
     hosts = parse_hosts(config.reward_host, terms)
-    return RewardSet(terms, registry, normalize=config.normalize_rewards, workers=workers, hosts=hosts, lender=lender)
+    return RewardSet(
+        terms,
+        registry,
+        normalize=config.normalize_rewards,
+        workers=workers,
+        hosts=hosts,
+        lender=lender,
+        ahead=config.device != "cpu",  # on a CPU they would take it from each other
+    )
 
 
 def make_adapter(pipeline: Any, config: TrainConfig, *, begin: bool = True) -> Adapter:
@@ -123,5 +131,6 @@ def make_algorithm(
         kl_weight=config.kl,
         kl_target=config.kl_target,
         fit_micro_batch=config.fit_micro_batch,
+        timestep_batch=config.timestep_batch,
     )
     return DDPO(policy, rewards, optimisation, prompts, settings, seed=config.seed, progress=progress, team=team)

@@ -81,7 +81,7 @@ def _model(wanted: dict[str, Any]) -> list[Finding]:
     """
     import torch
 
-    from texforce_cli.devices import device_memory_gb
+    from texforce_cli.devices import present
     from texforce_cli.diffusion.models import load_pipeline
     from texforce_cli.workflows.assembly import (
         make_adapter,
@@ -94,11 +94,8 @@ def _model(wanted: dict[str, Any]) -> list[Finding]:
     flags = {key: value for key, value in wanted.items() if value is not None}
     made = plan({**flags, "reward": ["brightness"]}, None)
     config, device = made.config, torch.device(made.config.device)
-    total = device_memory_gb(device)
-    memory = f", {torch.cuda.mem_get_info(device)[0] / 1e9:.1f} of {total:.1f} GB free" if total else ""
-    name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
     found = [
-        Finding("device", f"{device}{name}{memory}"),
+        Finding("devices", f"{', '.join(present())}; this run: {device}"),
         Finding("model", f"{made.source.name} ({made.source.reason})"),
     ]
     rewards = make_rewards(config, made.registry)

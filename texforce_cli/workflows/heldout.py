@@ -11,32 +11,19 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from texforce_cli.core.seeds import derive
+from texforce_cli.config import DIVERSITY
+from texforce_cli.core.comparison import diversity
 from texforce_cli.core.statistics import Interval, paired_interval
 from texforce_cli.diffusion.policy import Policy
 from texforce_cli.diffusion.sampler import draw, too_full
-from texforce_cli.prompts import Prompt, PromptSet
+from texforce_cli.prompts import PromptSet
+from texforce_cli.prompts.heldout import heldout_pairs, repeated
 from texforce_cli.report.pictures import before_after, save_png
 from texforce_cli.rewards.terms import RewardSet
 from texforce_cli.team import Team
 from texforce_cli.workflows.events import Evaluation, Watched
 
 Floats = NDArray[np.float64]
-
-
-def heldout_pairs(prompts: PromptSet, count: int) -> tuple[list[Prompt], list[int]]:
-    """`count` (prompt, seed) pairs: the first half of seen prompts, the second half of unseen ones.
-
-    The seeds belong to no run: they are the same whatever --seed, and no training image has one of them.
-    """
-    half = count // 2 if prompts.unseen else 0
-    seen = [_spread(prompts.seen, count - half, index) for index in range(count - half)]
-    unseen = [_spread(prompts.unseen, half, index) for index in range(half)]
-    return [*seen, *unseen], [derive(0, "held-out", index) for index in range(count)]
-
-
-def _spread(prompts: tuple[Prompt, ...], count: int, index: int) -> Prompt:
-    return prompts[index * len(prompts) // count] if len(prompts) > count else prompts[index % len(prompts)]
 
 
 class HeldOut:
@@ -50,7 +37,9 @@ class HeldOut:
         rewards: RewardSet,
         *,
         batch: int,
+        steps: int | None = None,
         watch: Sequence[RewardSet] = (),
+        watch_diversity: bool = False,
         team: Team | None = None,
         warn: Callable[[str], None] = lambda text: None,
     ) -> None:
@@ -59,7 +48,13 @@ class HeldOut:
         self.policy, self.rewards, self.batch, self.team = policy, rewards, batch, team or Team()
         self._room, self.warn = batch, warn
         self._halved: list[str] = []
-        self.watch = {str(one): one for one in watch}
+        self.steps = steps or policy.denoising.steps
+        with policy.in_steps(self.steps):  # too many of them are told at once
+            pass
+        self._judges = {str(one): one for one in watch}
+        self._repeated = repeated(self.prompts) if watch_diversity else []
+        self.watched = [*self._judges, *([DIVERSITY] if watch_diversity else [])]
+        """What is measured beside the reward, by name; diversity last."""
         self.history: list[Evaluation] = []
         self._base_images: NDArray[np.uint8] | None = None
         self._base_rewards: Floats = np.empty(0)
@@ -120,9 +115,9 @@ class HeldOut:
             self.history.append(Evaluation(**{**row, **intervals, **lists, "watched": watched}))
 
     def fallen(self, patience: int) -> str | None:
-        """The first watched reward, where it was surely below the base in the last `patience` measurements."""
-        last = self.history[-patience:] if patience and self.watch else []
-        name = next(iter(self.watch), "")
+        """What is watched first, where it was surely below the base in the last `patience` measurements."""
+        last = self.history[-patience:] if patience and self.watched else []
+        name = next(iter(self.watched), "")
         if len(last) == patience > 0 and all(e.watched[name].difference.high < 0 for e in last):
             return name
         return None
@@ -150,11 +145,12 @@ class HeldOut:
         """All pairs, each process of the team drawing and scoring every n-th batch."""
         self.policy.snapshot_unconditional()
         texts, total = [prompt.text for prompt in self.prompts], len(self.prompts)
-        sets = {"": self.rewards, **self.watch}
+        sets = {"": self.rewards, **self._judges}
         parts: dict[int, tuple[NDArray[np.uint8], dict[str, Floats]]] = {}
         for start in range(self.team.rank * self.batch, total, self.team.size * self.batch):
             part = slice(start, min(start + self.batch, total))
-            images = self._pictures(texts[part], self.seeds[part])
+            with self.policy.in_steps(self.steps):
+                images = self._pictures(texts[part], self.seeds[part])
             metadata = [prompt.metadata for prompt in self.prompts[part]]
             scored = {name: one.weighted(one.score(images, texts[part], metadata)) for name, one in sets.items()}
             parts[start] = images, scored
@@ -166,7 +162,10 @@ class HeldOut:
         found = {start: batch for shared, _ in every for start, batch in shared.items()}
         drawn, scores = zip(*(found[start] for start in sorted(found)))
         values = {name: np.concatenate([score[name] for score in scores]) for name in sets}
-        return np.concatenate(drawn), values.pop(""), values
+        pictures = np.concatenate(drawn)
+        if DIVERSITY in self.watched:  # one value a prompt
+            values[DIVERSITY] = np.array([diversity(list(pictures[places])) for places in self._repeated])
+        return pictures, values.pop(""), values
 
     def _pictures(self, texts: Sequence[str], seeds: Sequence[int]) -> NDArray[np.uint8]:
         """As many at once as there is room for."""

@@ -80,7 +80,9 @@ class Learner:
             self.policy,
             scoring.rewards,
             batch=config.micro_batch,
+            steps=config.eval_steps,
             watch=scoring.watches,
+            watch_diversity=config.watches_diversity,
             team=team,
             warn=warn,
         )

@@ -20,6 +20,7 @@ from texforce_cli.lora.read import find_lora
 from texforce_cli.lora.spec import parse_lora
 from texforce_cli.presets import computed_hours, computed_memory_gb, computed_micro_batch, computed_petaflop
 from texforce_cli.prompts import PromptSet, load_prompts
+from texforce_cli.prompts.heldout import heldout_pairs, repeated
 from texforce_cli.rewards.registry import Registry, RewardInfo, load_registry
 from texforce_cli.rewards.terms import find, parse_hosts, parse_terms
 
@@ -96,7 +97,7 @@ def plan(flags: Mapping[str, Any], config_file: Path | None = None) -> Plan:
     terms = parse_terms(first.config.reward, first.config.reward_option)
     parse_hosts(first.config.reward_host, terms)
     infos = [find(spec, registry) for spec in terms]
-    for spec in parse_terms(first.config.watch):
+    for spec in parse_terms(first.config.watched_rewards):
         find(spec, registry)
     if first.config.watch and not first.config.eval_images:
         raise UsageError("--watch measures held-out pictures, and --eval-images is 0", "leave one of them out")
@@ -108,6 +109,12 @@ def plan(flags: Mapping[str, Any], config_file: Path | None = None) -> Plan:
     if wanting:
         origins["prompts"] = f"reward {wanting[0].name}"
     prompts = load_prompts(config.prompts, source.family)
+    if config.watches_diversity and len(repeated(heldout_pairs(prompts, config.eval_images)[0])) < 2:
+        raise UsageError(
+            f"--watch diversity compares pictures of one prompt, and the {config.eval_images} held-out ones are of different "
+            "prompts",
+            f"give more: --eval-images {4 * max(len(prompts.unseen), 2)}",
+        )
     chosen = _chosen(config, origins, source)
     for name, value in chosen.items():
         if getattr(config, name) != value:
@@ -123,12 +130,15 @@ def _chosen(config: TrainConfig, origins: Mapping[str, str], source: ModelSource
         "model": source.reference,
         "device": str(device),
         "alpha": config.alpha or float(config.rank),
+        "eval_steps": config.eval_steps or config.steps,
     }
     if config.init_lora:
         spec = parse_lora(config.init_lora)
         chosen["init_lora"] = str(replace(spec, source=_absolute(spec.source)))
     if device.type == "cpu":  # whose memory is never full: it swaps
         chosen["fit_micro_batch"] = False
+    if device.type != "cuda":
+        chosen["timestep_batch"] = config.timestep_batch or 1
     memory = device_memory_gb(device)
     if memory is not None and source.family == "sd":
         if origins["precision"] == "default":

@@ -186,6 +186,8 @@ def _unchanging(folder: RunFolder, config: TrainConfig, wanted: Mapping[str, Any
         free.remove("device")  # another GPU of the kind gives the same result, another kind does not
     if device.type == "cpu":
         asked.pop("fit_micro_batch", None)  # there --micro-batch auto is the preset's
+    if device.type != "cuda" and asked.get("timestep_batch") == 0:  # auto
+        del asked["timestep_batch"]
     recorded = dataclasses.asdict(config)
     changed = differences(recorded, {**recorded, **asked}, ignore=("out", "init_lora", *free))
     if changed:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from texforce_cli.algorithms.base import EpochReport, Phase, Preflight
+from texforce_cli.config import DIVERSITY
 from texforce_cli.diffusion.models import fingerprint
 from texforce_cli.errors import Interrupted, TexforceError
 from texforce_cli.report.curve import reward_curve
@@ -180,8 +181,9 @@ class TrainingRun:
 
     @property
     def best_epoch(self) -> int | None:
-        """The epoch with the highest held-out value of the first --watch, else of the reward, else of its own images."""
-        history, watched = self.heldout.history, next(iter(self.heldout.watch), "")
+        """The epoch with the highest held-out value of the first watched reward, else of the reward, else of its own images."""
+        history = self.heldout.history
+        watched = next((name for name in self.heldout.watched if name != DIVERSITY), "")
         values = {e.epoch: e.watched[watched].mean if watched else e.mean for e in history}
         values = values or {row["epoch"]: row["reward_mean"] for row in self.rows}
         return max(values, key=lambda epoch: values[epoch]) if values else None
@@ -316,7 +318,7 @@ class TrainingRun:
             title=f"{self.plan.source.short_name}, {self.config.train}",
             reward_label=f"{self.rewards}" + (f" ({self.rewards.unit})" if self.rewards.unit else ""),
             evaluations=[_curve_point(evaluation) for evaluation in evaluations],
-            watched={name: [_watched_point(e, name) for e in evaluations] for name in self.heldout.watch},
+            watched={name: [_watched_point(e, name) for e in evaluations] for name in self.heldout.watched},
         )
         lora = model_card.adapter_bytes(self.learner.adapter.export(), self.plan, images)
         model_card.write_adapter(self.folder.adapter, lora, self.plan, {"images": images}, evaluations)
