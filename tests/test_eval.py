@@ -514,6 +514,12 @@ def test_separators_survive_paths(tmp_path: Path) -> None:
     assert variant.loras == (f"{odd}/x+y.safetensors:te=0.5,unet=1", "other:-2")
     assert variant.description == "sd15 + x+y.safetensors:te=0.5,unet=1 + other:-2"
     assert parse_variant(f"m={odd}").model == str(odd)
+    whole = parse_variant(f"refl-tex=sd15+unet={odd}+text-encoder=tuned+runs/a:0.5")
+    assert (whole.unet, whole.text_encoder, whole.loras) == (str(odd), "tuned", ("runs/a:0.5",))
+    with pytest.raises(UsageError, match="no or two weights of its unet"):
+        parse_variant("x=sd15+unet=a+unet=b")
+    with pytest.raises(UsageError, match="no or two weights of its text_encoder"):
+        parse_variant("x=sd15+text-encoder=")
 
 
 def test_variants_of_a_file(tmp_path: Path) -> None:

@@ -43,7 +43,11 @@ def evaluate(
     context: typer.Context,
     variant: Annotated[
         Optional[list[str]],
-        typer.Option(metavar="NAME=MODEL[+LORA[:WEIGHT]]...", help="Repeatable.", rich_help_panel=_WHAT),
+        typer.Option(
+            metavar="NAME=MODEL[+LORA[:WEIGHT]]...",
+            help="Repeatable; whole weights: +unet=PATH, +text-encoder=PATH.",
+            rich_help_panel=_WHAT,
+        ),
     ] = None,
     variants: Annotated[
         Optional[Path],

@@ -13,6 +13,7 @@ from texforce_cli.errors import UsageError
 from texforce_cli.lora.spec import parse_lora
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,59}")
+_COMPONENTS = {"unet": "unet", "text-encoder": "text_encoder"}
 _FIELDS = {"name": str, "model": str, "unet": str, "text_encoder": str, "loras": list, "images": str}
 
 
@@ -45,10 +46,10 @@ class Variant:
 
 
 def parse_variant(text: str) -> Variant:
-    """`NAME=MODEL[+LORA[:WEIGHT]]...`; a `+` within a path that exists does not divide.
+    """`NAME=MODEL[+unet=PATH][+text-encoder=PATH][+LORA[:WEIGHT]]...`; a `+` within a path that exists does not divide.
 
     Raises:
-        UsageError: no name, or one that is no name for a folder; an empty part.
+        UsageError: no name, or one that is no name for a folder; an empty part; weights of a component twice.
     """
     name, equals, rest = text.partition("=")
     if not equals or not rest:
@@ -56,7 +57,19 @@ def parse_variant(text: str) -> Variant:
     pieces = _divide(rest)
     if not all(pieces):
         raise UsageError(f"the variant '{text}' has an empty part", "write NAME=MODEL+LORA+LORA:0.5")
-    return _checked(Variant(name, pieces[0], loras=tuple(pieces[1:])))
+    replaced: dict[str, str] = {}
+    loras = []
+    for piece in pieces[1:]:
+        component, path = _component(piece)
+        if component in replaced or (component and not path):
+            raise UsageError(
+                f"the variant '{text}' has no or two weights of its {component}", "give them once: unet=PATH"
+            )
+        if component:
+            replaced[component] = path
+        else:
+            loras.append(path)
+    return _checked(Variant(name, pieces[0], loras=tuple(loras), **replaced))
 
 
 def parse_images(text: str) -> Variant:
@@ -138,11 +151,18 @@ def _divide(text: str) -> list[str]:
     while parts:
         for count in range(len(parts), 0, -1):
             piece = "+".join(parts[:count])
-            if count == 1 or any(Path(name).expanduser().exists() for name in (piece, parse_lora(piece).source)):
+            path = _component(piece)[1]
+            if count == 1 or any(Path(name).expanduser().exists() for name in (path, parse_lora(path).source)):
                 pieces.append(piece)
                 parts = parts[count:]
                 break
     return pieces
+
+
+def _component(piece: str) -> tuple[str, str]:
+    """Which component a part gives whole weights to ("" for a LoRA), and the path that it names."""
+    name, equals, path = piece.partition("=")
+    return (_COMPONENTS[name], path) if equals and name in _COMPONENTS else ("", piece)
 
 
 def _last(text: str) -> str:
