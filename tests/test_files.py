@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -81,3 +82,13 @@ def test_a_folder_is_held_by_one_process_alone(tmp_path: Path) -> None:
 def test_what_a_spreadsheet_gets() -> None:
     given = ["", "a cat", "=1+1", "-x", None, float("nan"), 0.1, 3]
     assert [files.csv_cell(value) for value in given] == ["", "a cat", "'=1+1", "'-x", "", "", "0.1", 3]
+
+
+def test_a_name_that_is_no_utf8_is_written_and_read_again(tmp_path: Path) -> None:
+    name = b"caf\xe9.txt".decode("utf-8", "surrogateescape")
+    files.write_json(tmp_path / "a.json", {"prompts": name, "beside": "café"})
+    assert json.loads((tmp_path / "a.json").read_text("utf-8")) == {"prompts": name, "beside": "café"}
+    files.write_json(tmp_path / "b.json", {"beside": "café"})
+    assert "café" in (tmp_path / "b.json").read_text("utf-8")
+    files.write_text(tmp_path / "a.txt", f"prompts of {name}")
+    assert (tmp_path / "a.txt").read_text("utf-8") == "prompts of caf?.txt"

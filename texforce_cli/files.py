@@ -88,13 +88,18 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` as UTF-8, as one atomic step."""
-    write_bytes(path, text.encode("utf-8"))
+    """Write `text` to `path` as UTF-8, as one atomic step; half characters, as of a file name that is no UTF-8, become `?`."""
+    write_bytes(path, text.encode("utf-8", "replace"))
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` to `path` as indented JSON, as one atomic step."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    if any(
+        "\ud800" <= letter <= "\udfff" for letter in text
+    ):  # of a file name that is no UTF-8, which is to be read again
+        text = json.dumps(value, indent=2)
+    write_text(path, text + "\n")
 
 
 def finite(value: Any) -> Any:
