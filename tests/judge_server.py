@@ -128,6 +128,10 @@ class JudgeServer:
             "429 later": lambda: _error(429, "slow down", "rate_limit_exceeded", {"retry-after": "1"}),
             "moderated": lambda: _error(403, "Your input was flagged by the moderation of the provider"),
             "drip": lambda: StreamingResponse(_drops()),
+            "401 drip": lambda: StreamingResponse(_drops(), 401),
+            "500 flood": lambda: StreamingResponse(_flood(), 500),
+            "moved": lambda: _error(307, "", headers={"location": "http://127.0.0.1:9/v1/elsewhere"}),
+            "error as success": lambda: _error(200, "the provider is down"),
             "503": lambda: _error(503, "overloaded"),
             "400": lambda: _error(400, "pictures are not supported"),
             "filtered": lambda: _error(400, "not this one", "content_filter"),
@@ -155,8 +159,9 @@ class JudgeServer:
         return JSONResponse(make(texts.get(name, text), name == "refusal", finish, self.usage))
 
     def _read(self, request: Request, raw: str) -> Seen:
+        told = f"{request.url} {request.headers.raw} {raw}"
         for word in self.forbidden:
-            _must(word not in raw, f"{word!r} was told")
+            _must(word not in told, f"{word!r} was told")
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
         _must(scheme == "Bearer" and bool(key), "no key")
         body = json.loads(raw)
@@ -226,7 +231,7 @@ def _brightness(url: str) -> float:
 
 
 def _choice(seen: Seen, name: str) -> dict[str, Any]:
-    light = [0.0] * len(seen.labels) if name == "first" else list(seen.brightness)
+    light = [-float(slot) for slot in range(len(seen.labels))] if name == "first" else list(seen.brightness)
     if name == "wrong":
         return {"winner": "Z"}
     if seen.mode == "pointwise":
@@ -252,6 +257,13 @@ async def _drops() -> AsyncIterator[bytes]:
     while True:
         yield b" "
         await asyncio.sleep(0.1)
+
+
+async def _flood() -> AsyncIterator[bytes]:
+    """An answer without an end, as fast as it is read."""
+    while True:
+        yield b" " * 1_000_000
+        await asyncio.sleep(0)
 
 
 def _chat(text: str, refusal: bool, finish: str, usage: tuple[int, int]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import io
 import json
@@ -31,11 +32,19 @@ from texforce_cli.judging.budget import Budget, Exhausted
 from texforce_cli.judging.gate import Gate
 from texforce_cli.judging.journal import Journal, entry_of
 from texforce_cli.judging.judge import Busy, Failed, Hopeless, Repair, Reply
+from texforce_cli.judging.ledger import Ledger
 from texforce_cli.judging.openai_judge import OpenAIJudge
-from texforce_cli.judging.openai_problems import is_refusal, of_connection, of_status, retry_after
+from texforce_cli.judging.openai_problems import (
+    TurnedDown,
+    is_about_format,
+    is_refusal,
+    of_connection,
+    of_status,
+    retry_after,
+)
 from texforce_cli.judging.openai_wire import read_chat
 from texforce_cli.judging.pixels import data_url
-from texforce_cli.judging.prices import Price, Size, parse_price, price_of
+from texforce_cli.judging.prices import Price, Size, Usage, parse_price, price_of
 from texforce_cli.judging.questions import Case, Question, questions_of
 
 pytest.importorskip("openai")
@@ -296,7 +305,6 @@ def test_a_picture_is_reckoned_as_the_most_that_was_measured() -> None:
         reservation.sent()
         reservation.settle(5001, 10)
     assert budget.worst(Size(10, 2, 10)) * 1_000_000 == 10 + 2 * 2501 + 10
-    assert budget.tokens == (5001, 10)
 
 
 def test_an_output_that_is_not_counted_costs_the_worst_of_it() -> None:
@@ -321,6 +329,52 @@ def test_an_answer_that_is_not_counted_costs_the_worst() -> None:
     with budget.reserve(Size(100, 0, 100)):
         pass  # never sent
     assert budget.spent == 0.0002 and budget.requests == 1
+
+
+def test_the_ledger_of_a_killed_run_holds_the_worst_of_what_was_in_flight(tmp_path: Path) -> None:
+    path, price = tmp_path / "ranks" / "spending.jsonl", Price(1.0, 1.0, 0)
+    budget = Budget(1.0, 5, price, Ledger(path))
+    with budget.reserve(Size(100, 0, 300)) as reservation:
+        reservation.sent()
+        reservation.settle(40, 20)
+    with budget.reserve(Size(100, 0, 300)) as reservation:
+        reservation.sent()
+        reservation.sent(False)  # it did not leave after all
+    budget.reserve(Size(100, 0, 300))  # a kill before it leaves,
+    budget.reserve(Size(100, 0, 300)).sent()  # and one while it is on its way
+    for torn in (
+        b"",
+        b'{"requests": 7',
+        b'null\n[1]\n{"requests": "9"}\n{"input_tokens": 1000000000000}\n{"other": 1}\n\xff\n',
+    ):
+        path.write_bytes(path.read_bytes() + torn)
+        ledger = Ledger(path)
+        assert ledger.before == Usage(2, 140, 320)
+    resumed = Budget(0.0008, 3, price, ledger)
+    assert resumed.requests == 2 and resumed.spent == pytest.approx(460e-6)
+    with pytest.raises(Exhausted, match=r"\$0\.0005 are spent"):
+        resumed.reserve(Size(100, 0, 300))
+    assert Ledger(tmp_path / "gone", Usage(2, 40, 20)).before == Usage(2, 40, 20)  # what the answers tell
+
+
+def test_what_cannot_be_written_down_is_not_sent_and_no_answer_is_lost_by_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    questions, path = asked(tmp_path / "p", prompts=1), tmp_path / "spending.jsonl"
+    judge = Scripted(lambda *_: says("A"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TexforceError, match="written"):
+        put(judge, questions, tmp_path / "j", budget=Budget(ledger=Ledger(tmp_path / "file" / "spending.jsonl")))
+    assert judge.calls == 0
+
+    def answer(question: Question, repairs: Any) -> Reply:
+        path.unlink()
+        path.mkdir()  # from now on nothing can be added
+        return says("A")
+
+    with pytest.raises(TexforceError, match="written"):
+        put(Scripted(answer), questions, tmp_path / "j", budget=Budget(ledger=Ledger(path)), workers=1)
+    assert len((tmp_path / "j").read_text().splitlines()) == 1
 
 
 # the gate
@@ -392,6 +446,10 @@ def test_twenty_a_minute_with_eight_workers_is_calm() -> None:
             gate.fine()
     assert refused <= 20
     assert clock.now - 100 < 2 * 200 * 3
+
+
+def test_waits_jitter_between_half_and_whole() -> None:
+    assert [Gate(chance=functools.partial(float, chance)).backoff(3) for chance in (0.0, 0.5, 1.0)] == [4.0, 6.0, 8.0]
 
 
 def test_a_long_wait_can_be_interrupted() -> None:
@@ -490,7 +548,17 @@ def test_pictures_that_cannot_be_read_say_nothing_of_the_judge(tmp_path: Path) -
     assert outcome == Outcome(12, 0) and found.count(Missing("unanswered")) == 36
 
 
-@pytest.mark.parametrize("wrong", [{"model": None}, {"input_tokens": 1.5}, {"cut": 0}, {"text": b""}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"model": None},
+        {"input_tokens": 1.5},
+        {"output_tokens": 10**5000},
+        {"input_tokens": -1},
+        {"cut": 0},
+        {"text": b""},
+    ],
+)
 def test_a_reply_that_could_not_be_read_again_is_refused(tmp_path: Path, wrong: dict[str, Any]) -> None:
     judge = Scripted(lambda *_: Reply(**{"text": "", **wrong}))
     with pytest.raises(TexforceError, match=f"for '{next(iter(wrong))}', which must be"):
@@ -659,6 +727,26 @@ def test_an_answer_that_drips_is_given_up_in_time(tmp_path: Path) -> None:
     assert time.monotonic() - began < 10 and caught.value.charged
 
 
+def test_an_error_that_drips_is_given_up_in_time_and_keeps_its_meaning(tmp_path: Path) -> None:
+    began = time.monotonic()
+    with JudgeServer("401 drip") as server, pytest.raises(Hopeless, match="does not let us in"):
+        judge_of(server, timeout=0.5).ask(asked(tmp_path / "p", prompts=1)[0])
+    assert time.monotonic() - began < 10
+
+
+def test_an_error_without_an_end_is_not_read_to_it(tmp_path: Path) -> None:
+    began = time.monotonic()
+    with JudgeServer("500 flood") as server, pytest.raises(Failed, match="could not answer") as caught:
+        judge_of(server, timeout=60.0).ask(asked(tmp_path / "p", prompts=1)[0])
+    assert time.monotonic() - began < 10 and caught.value.retry
+
+
+def test_pictures_go_to_no_other_address_than_the_one_that_was_given(tmp_path: Path) -> None:
+    with JudgeServer("moved") as server, pytest.raises(Hopeless, match=r"moved to http://127\.0\.0\.1:9") as caught:
+        judge_of(server).ask(asked(tmp_path / "p", prompts=1)[0])
+    assert len(server.seen) == 1 and caught.value.hint == "check the model's name and --base-url"
+
+
 def test_a_time_out_is_asked_again(tmp_path: Path) -> None:
     with JudgeServer(lambda seen: "slow" if seen.number == 0 else "truthful") as server:
         budget = Budget(1.0, None, Price(1, 1, 100))
@@ -666,6 +754,11 @@ def test_a_time_out_is_asked_again(tmp_path: Path) -> None:
         outcome, _, _ = put(judge, asked(tmp_path / "p", prompts=1)[:1], tmp_path / "j", budget=budget)
     assert outcome == Outcome(1, 0) and len(server.seen) == 2
     assert budget.spent > budget.cost(1000 + 600, 1000)  # the lost answer may have cost
+
+
+def test_an_error_that_comes_as_a_success_is_told(tmp_path: Path) -> None:
+    with JudgeServer("error as success") as server, pytest.raises(Failed, match=r"form \(the provider is down\)"):
+        judge_of(server).ask(asked(tmp_path / "p", prompts=1)[0])
 
 
 def test_fenced_json_is_read(tmp_path: Path) -> None:
@@ -881,12 +974,22 @@ def test_what_is_a_refusal_to_look_at_this(status: int, code: str | None, said: 
     assert is_refusal(status, {"error": {"code": code}}, said) is refused
 
 
-def test_a_wait_that_is_too_long_ends_the_run(tmp_path: Path) -> None:
-    def answer(question: Question, repairs: Any) -> Reply:
-        raise Failed("broken", seconds=3600.0)
+def test_all_workers_wait_the_time_that_a_broken_server_names(tmp_path: Path) -> None:
+    with JudgeServer(lambda seen: "500 later" if seen.number == 1 else "slow") as server:
+        outcome, _, _ = put(judge_of(server), asked(tmp_path / "p"), tmp_path / "j", workers=3)
+    assert outcome == Outcome(12, 0)
+    told = server.times[1]  # the first request goes alone; of the next three the first breaks
+    assert sum(at - told < 0.95 for at in server.times[1:]) <= 3
 
-    outcome, _, _ = put(Scripted(answer), asked(tmp_path / "p"), tmp_path / "j")
-    assert outcome.stopped == "broken, and wants to be left alone for more than 10 minutes"
+
+def test_a_wait_that_is_too_long_ends_the_run(tmp_path: Path) -> None:
+    def broken(retry: bool, question: Question, repairs: Any) -> Reply:
+        raise Failed("broken", retry=retry, seconds=3600.0)
+
+    for retry in (True, False):  # and nobody waits at the gate for that long
+        judge = Scripted(functools.partial(broken, retry))
+        outcome, _, _ = put(judge, asked(tmp_path / "p"), tmp_path / "j", workers=1)
+        assert outcome.stopped == "broken, and wants to be left alone for more than 10 minutes" and judge.calls == 1
 
 
 def test_the_key_is_looked_for_in_linear_time() -> None:
@@ -925,5 +1028,95 @@ def test_what_a_model_thinks_aloud_is_passed_over_at_once() -> None:
     question = Question("pairwise", "p", "", 0, 0, ("x", "y"), (Path("x"), Path("y")), ("1", "2"))
     text = '<think>maybe {"a": {"winner": "B"}}</think> {"a": {"reason": "", "winner": "A"}}'
     assert parse(text, question, ("a",))["a"].ranks == (1.0, 2.0)
-    with pytest.raises(Unusable):
-        parse("<think>" * 40_000, question, ("a",))
+    began = time.monotonic()
+    for hostile in ("<think>" * 40_000, "```{" * 25_000, "```" + " " * 90_000, '{"a":' * 20_000):
+        with pytest.raises(Unusable):
+            parse(hostile, question, ("a",))
+    assert time.monotonic() - began < 2
+
+
+def test_of_two_answers_none_is_chosen() -> None:
+    first, again, second = (
+        '{"a": {"reason": "", "winner": "A"}}',
+        '{"a": {"reason": "see ```{ and {", "winner": "A"}}',
+        '{"a": {"reason": "", "winner": "B"}}',
+    )
+    two = (
+        first + second,
+        f"```json\n{first}\n```\nNo, wait:\n```json\n{second}\n```",
+        f"{first} {{so}} {second}",
+        first + first + second,
+        first + '{"a": {"winner": "B"}, "more": 1}',
+    )
+    for text in two:
+        with pytest.raises(Unusable, match="two answers"):
+            parse(text, QUESTION, ("a",))
+    for text in (
+        first + first,
+        first + again,
+        again,
+        first + " {so}",
+        f"{first} of {{}}",
+        f"{first} and " + '{"b": 1}',
+    ):
+        assert parse(text, QUESTION, ("a",))["a"].ranks == (1.0, 2.0)
+    for half in (first + '{"a": {}}', first + '{"a": 1}'):
+        with pytest.raises(Unusable):
+            parse(half, QUESTION, ("a",))
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ('{"error": {"message": "no such thing"}}', "no such thing"),
+        ('{"error": "no such thing"}', "no such thing"),
+        ('{"detail": "no such thing"}', "no such thing"),
+        ('{"detail": [{"loc": ["body", "response_format"]}]}', "response_format"),
+        ("response_format is unknown", "response_format"),
+        ("<html>Bad gateway</html>", "Error code: 422"),
+        ("[1]", "Error code: 422"),
+    ],
+)
+def test_the_errors_of_many_servers_are_told(body: str, said: str) -> None:
+    found = TurnedDown(422, {}, body.encode())
+    assert said in found.said and "<html>" not in found.said
+    assert is_about_format(found.said, found.body) is ("response_format" in body)
+
+
+def test_a_server_that_is_not_there_uses_up_no_request(tmp_path: Path) -> None:
+    import httpx2
+
+    def nobody(question: Question, repairs: Any) -> Reply:
+        raise of_connection(httpx2.ConnectError("refused"), False)
+
+    budget = Budget(max_requests=3, ledger=Ledger(tmp_path / "spending.jsonl"))
+    gate = Gate(first=0.001, longest=0.001)
+    outcome = ask_all(
+        Scripted(nobody), asked(tmp_path / "p"), Journal(tmp_path / "j"), budget=budget, workers=2, gate=gate
+    )
+    assert "connection failed" in str(outcome.stopped) and budget.requests == 0
+    assert Ledger(tmp_path / "spending.jsonl").before == Usage()
+
+
+def test_what_the_answers_tell_of_earlier_runs_is_not_lost_again(tmp_path: Path) -> None:
+    path = tmp_path / "spending.jsonl"
+    for _ in range(2):
+        with Budget(ledger=Ledger(path, Usage(40, 400, 40))).reserve(Size(5, 0, 5)) as reservation:
+            reservation.sent()
+            reservation.settle()  # lost: nobody said what it was counted as
+    assert Ledger(path).before == Usage(42, 410, 50)
+
+
+def test_pictures_of_unknown_price_are_written_down_as_many_tokens_and_as_they_were_measured(tmp_path: Path) -> None:
+    path = tmp_path / "spending.jsonl"
+    with Budget(ledger=Ledger(path)).reserve(Size(100, 2, 10)) as reservation:
+        reservation.sent()
+        reservation.settle()
+    assert Ledger(path).before == Usage(1, 100 + 2 * 2500, 10)
+    question = asked(tmp_path / "p", prompts=1)[0]
+    journal = Journal(tmp_path / "j")
+    journal.append(entry_of("k", 0, question, Reply("", input_tokens=10_001)))
+    assert Journal(tmp_path / "j").picture == 5001  # of two
+    assert Budget(price=Price(1, 0, 300), picture=5001).worst(Size(0, 2, 0)) == Budget(price=Price(1, 0)).cost(
+        10_002, 0
+    )

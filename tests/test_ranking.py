@@ -12,6 +12,7 @@ import math
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -41,6 +42,7 @@ from texforce_cli.core.ranking import (
 )
 from texforce_cli.errors import TexforceError
 from texforce_cli.judging.answers import Opinion
+from texforce_cli.judging.ledger import Ledger
 from texforce_cli.judging.questions import Case, Mode, Question, questions_of
 from texforce_cli.report.verdicts import ranking_tabs
 from texforce_cli.workflows.ranking.summary import case_ranks, rank, settled_duels, shown_duels
@@ -382,6 +384,33 @@ class Fair:
 """
 
 
+@pytest.mark.parametrize(
+    ("line", "word"),
+    [
+        ("modes = ('pairwise', 'by feel')", "modes"),
+        ("modes = ()", "modes"),
+        ("criteria = 'manners'", "criteria"),
+        ("identity = property(lambda self: None, lambda self, value: None)", "identity"),
+        ("ask = None", "ask"),
+    ],
+)
+def test_a_judge_that_lacks_what_a_judge_has_is_named(
+    pictures: list[str], line: str, word: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    from texforce_cli.judging.offline import ClipJudge
+
+    class Odd(ClipJudge):
+        exec(line)
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name != word:
+                super().__setattr__(name, value)
+
+    monkeypatch.setattr("texforce_cli.judging.offline.ClipJudge", Odd)
+    assert run(["gpt4v-rank", "out", *pictures, "--judge", "clip", "--judge-option", "reward=brightness"]) == 1
+    assert f"judge 'clip' has no {word} that can be used" in " ".join(capsys.readouterr().err.split())
+
+
 def test_mistakes_are_told_in_a_sentence(pictures: list[str], capsys: Any) -> None:
     for extra, words in (
         (["--judge", "clop"], "did you mean 'clip'"),
@@ -459,7 +488,20 @@ def test_a_judge_of_slots_gives_ties_and_is_called_biased(pictures: list[str], c
     assert result["position"]["biased"] and result["position"]["first_shown_won"] == 1
     assert result["flipped"] == 1
     assert result["placebo"]["ties"] == 0
-    assert "the judge is biased" in capsys.readouterr().err
+    said = " ".join(capsys.readouterr().err.split())
+    assert "the judge is biased" in said and "of two identical pictures the judge prefers one in 100%" in said
+
+
+@pytest.mark.parametrize("mode", ["listwise", "pointwise"])
+def test_a_judge_of_slots_decides_nothing_in_the_other_modes(pictures: list[str], mode: str) -> None:
+    with JudgeServer("first") as server:
+        assert run(openai_command(pictures, server, "--mode", mode)) == 0
+    result = ranking(judge="openai-judge", mode=mode)["results"]["aesthetic"]
+    assert all(test["p_holm"] > 0.05 for test in result["tests"])
+    if mode == "listwise":
+        assert result["position"]["biased"] and result["position"]["first_shown_won"] == 1
+    else:  # one at a time there is no first slot, and all are worth the same
+        assert {row["all"]["mean"] for row in result["mean_rank"].values()} == {2}
 
 
 def test_refusals_are_counted_by_variant_and_the_rest_is_ranked(pictures: list[str]) -> None:
@@ -484,6 +526,17 @@ def test_the_report_is_made_anew_without_a_server(pictures: list[str]) -> None:
     assert len(server.seen) == asked
 
 
+def test_a_report_on_no_answers_does_not_replace_one_that_has_some(pictures: list[str], capsys: Any) -> None:
+    command = ["gpt4v-rank", "out", *pictures, "--judge", "clip", "--judge-option", "reward=brightness"]
+    assert run(command) == 0
+    folder = rank_folder(judge="clip")
+    before = {name: (folder / name).read_bytes() for name in ("summary.json", "rank.json", "verdicts.jsonl")}
+    (folder / "judgments.jsonl").unlink()
+    assert run([*command, "--report-only"]) == 2
+    assert "has no answer to these questions" in " ".join(capsys.readouterr().err.split())
+    assert before == {name: (folder / name).read_bytes() for name in before}
+
+
 def test_a_dry_run_asks_nothing_and_tells_the_cost(pictures: list[str], capsys: Any) -> None:
     with JudgeServer() as server:
         extra = ["--dry-run", "--json", "--price", "2,8,1000", "--placebos", "0"]
@@ -506,6 +559,38 @@ def test_a_limit_in_dollars_stops_with_a_partial_report(pictures: list[str], cap
     assert "$0.25 allowed" in capsys.readouterr().err
 
 
+def test_a_limit_is_for_all_runs_of_a_ranking(pictures: list[str], capsys: Any) -> None:
+    with JudgeServer(usage=(600, 50)) as server:  # each $0.0065
+        command = openai_command(pictures, server, "--price", "10,10,300", "--placebos", "0")
+        assert run([*command, "--max-cost", "0.25"]) == 3
+        first = len(server.seen)
+        assert f"all runs of this ranking: {first} requests, ${first * 0.0065:.4f}" in capsys.readouterr().err
+        assert run([*command, "--max-cost", "0.25"]) == 3
+        assert run([*command, "--max-requests", str(first)]) == 3
+        assert len(server.seen) == first
+        capsys.readouterr()
+        assert run([*command, "--dry-run", "--json"]) == 0
+        plan = json.loads(capsys.readouterr().out)["plan"]
+        assert (plan["requests_before"], plan["usd_before"]) == (first, pytest.approx(first * 0.0065, abs=1e-4))
+        assert run([*command, "--max-cost", "0.35"]) == 3
+        assert first < len(server.seen) <= 0.35 / 0.0065
+        (rank_folder() / "spending.jsonl").unlink()  # the answers are there all the same
+        asked = len(server.seen)
+        assert run([*command, "--max-cost", "0.35"]) == 3
+        assert len(server.seen) == asked
+        assert run(command) == 0 and len(server.seen) == 72
+
+
+@pytest.mark.parametrize("how", ["slow", "cut"])
+def test_an_answer_that_was_lost_counts_in_the_runs_to_come(pictures: list[str], how: str) -> None:
+    with JudgeServer(how) as server:
+        command = openai_command(pictures, server, "--price", "10,10,300", "--judge-option", "timeout=0.1")
+        assert run([*command, "--max-cost", "0.05"]) == 3
+        lost = len(server.seen)
+        assert lost >= 1 and run([*command, "--max-cost", "0.05"]) == 3
+        assert len(server.seen) == lost
+
+
 @pytest.mark.parametrize("after", [3, 20, 45])
 def test_a_killed_ranking_goes_on_to_the_same_summary(pictures: list[str], after: int) -> None:
     with JudgeServer(lambda seen: "slow" if seen.number % 5 == 0 else "truthful") as server:
@@ -519,6 +604,8 @@ def test_a_killed_ranking_goes_on_to_the_same_summary(pictures: list[str], after
         journal = rank_folder() / "judgments.jsonl"
         kept = journal.read_text().count("\n")
         before = len(server.seen)
+        booked = Ledger(rank_folder() / "spending.jsonl").before.requests
+        assert before <= booked <= before + 4  # what the server saw was written down before it was sent
         assert run(command) == 0
         total = ranking(judge="openai-judge")["questions"]
         assert len(server.seen) - before == total - kept  # nothing on the disk is asked again
@@ -614,3 +701,22 @@ def test_a_judge_that_breaks_is_named_and_what_was_answered_is_kept(
     assert "the judge failed (KeyError" in capsys.readouterr().err
     assert len((rank_folder(judge="clip") / "judgments.jsonl").read_text().splitlines()) == 4
     assert run(command) == 0
+
+
+def test_the_default_judge_ranks_an_evaluation_of_the_embedded_model_offline(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a connection was tried")
+
+    Path("p.txt").write_text("a red cat\ntwo blue foxes in the park\n")
+    variants = ["--variant", "base=tiny", "--variant", "again=tiny"]
+    drawing = ["--prompts", "p.txt", "--seeds", "0:2", "--steps", "1", "--metric", "brightness", "--out", "evals/color"]
+    assert run(["eval", *variants, *drawing]) == 0
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    assert run(["gpt4v-rank", "evals/color", "--judge", "clip"]) == 0
+    found = ranking("evals/color")
+    assert (found["models"], found["mode"], found["questions"]) == (["tiny-judge"], "pairwise", 4)
+    assert set(mean_ranks(found).values()) == {1.5}  # the same model twice
+    assert 'id="more-rank-clip' in Path("evals/color/report/index.html").read_text()
+    assert "alignment" in capsys.readouterr().out

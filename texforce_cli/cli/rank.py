@@ -55,9 +55,14 @@ def rank(
     ] = 0.05,
     seed: Annotated[int, typer.Option(help="Of the orders and placebos.", rich_help_panel=_HOW)] = 0,
     max_cost: Annotated[
-        Optional[float], typer.Option(metavar="USD", min=0, help="Never exceeded.", rich_help_panel=_LIMITS)
+        Optional[float],
+        typer.Option(
+            metavar="USD", min=0, help="Of all runs of this ranking; never exceeded.", rich_help_panel=_LIMITS
+        ),
     ] = None,
-    max_requests: Annotated[Optional[int], typer.Option(min=1, rich_help_panel=_LIMITS)] = None,
+    max_requests: Annotated[
+        Optional[int], typer.Option(min=1, help="Of all runs of this ranking.", rich_help_panel=_LIMITS)
+    ] = None,
     price: Annotated[
         Optional[str],
         typer.Option(
@@ -121,10 +126,15 @@ def rank(
     for reason, counts in result.summary["missing_by_variant"].items():
         warn(f"{reason}: {', '.join(f'{name} {count}' for name, count in counts.items())}")
     note(f"judgments: {result.folder}")
+    if result.requests:
+        spent = f", ${result.usd:.4f}" if result.usd else ""
+        note(f"all runs of this ranking: {result.requests:,} requests{spent}")
     if result.page:
         note(f"report: {result.page}")
     if result.stopped:
-        warn(f"{result.stopped}; what is answered is kept; the same command goes on, and may spend as much again")
+        warn(
+            f"{result.stopped}; what is answered is kept; the same command goes on, with a higher limit if that was met"
+        )
     if result.stopped or result.page is None or result.summary["missing_by_variant"]:
         raise typer.Exit(3)
 

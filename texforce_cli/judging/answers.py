@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from scipy import stats
@@ -15,6 +14,8 @@ from texforce_cli.judging.questions import Mode, Question
 TIE = "tie"
 LOWEST, HIGHEST = 1, 10
 _LONGEST_REASON, _LONGEST_ANSWER = 2_000, 100_000
+_MOST_BROKEN = 20
+"""So many braces that begin nothing are passed over."""
 
 
 class Unusable(Exception):
@@ -48,14 +49,24 @@ def schema(mode: Mode, labels: Sequence[str], criteria: Sequence[str]) -> dict[s
 
 
 def parse(text: str, question: Question, criteria: Sequence[str]) -> Verdict:
-    """The verdict in a reply: the JSON object in it, alone, fenced or within other text.
+    """The verdict in a reply: the JSON object with the criteria in it, alone, fenced or within other text.
 
     Raises:
-        Unusable: no whole JSON object, a criterion missing, a label that was not shown, a key given twice, a number out of
-            its range.
+        Unusable: no whole such object, or two that say different things; a criterion missing, a label that was not shown, a
+            key given twice, a number out of its range.
     """
-    answer = _object_in(text)
-    return {criterion: _opinion(answer, criterion, question) for criterion in criteria}
+    answers = [found for found in _objects_in(text) if any(criterion in found for criterion in criteria)]
+    if not answers:
+        raise Unusable(f"'{criteria[0]}' is missing")
+    verdicts = [{criterion: _opinion(answer, criterion, question) for criterion in criteria} for answer in answers]
+    if any(_choices(verdict) != _choices(verdicts[0]) for verdict in verdicts):
+        raise Unusable("it holds two answers")
+    return verdicts[0]
+
+
+def _choices(verdict: Verdict) -> dict[str, Opinion]:
+    """A verdict without its reasons."""
+    return {criterion: replace(opinion, reason="") for criterion, opinion in verdict.items()}
 
 
 def encodable(text: str) -> str:
@@ -72,20 +83,25 @@ def _object(properties: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _object_in(text: str) -> dict[str, Any]:
-    decoder = json.JSONDecoder(object_pairs_hook=_once)
+def _objects_in(text: str) -> list[dict[str, Any]]:
+    """Every whole JSON object in a reply, without those within others."""
     text = text.rpartition("</think>")[2][:_LONGEST_ANSWER]  # after what reasoning models say to themselves
-    fenced = re.search(r"```(?:json)?\s*(\{.*\})\s*```", text, re.DOTALL)
+    decoder = json.JSONDecoder(object_pairs_hook=_once)
+    found: list[dict[str, Any]] = []
+    problem, broken = "it holds no JSON object", 0
     start = text.find("{")
-    if start < 0:
-        raise Unusable("it holds no JSON object")
-    try:
-        answer, _ = decoder.raw_decode(fenced.group(1) if fenced else text[start:])
-    except (ValueError, RecursionError) as error:
-        raise Unusable(f"its JSON cannot be read ({str(error)[:80]})") from error
-    if not isinstance(answer, dict):
-        raise Unusable("its JSON is no object")
-    return answer
+    while start >= 0 and broken < _MOST_BROKEN:
+        try:
+            one, end = decoder.raw_decode(text, start)
+            found.append(one)
+        except (ValueError, RecursionError) as error:
+            if not broken:
+                problem = f"its JSON cannot be read ({str(error)[:80]})"
+            broken, end = broken + 1, start + 1
+        start = text.find("{", end)
+    if not found:
+        raise Unusable(problem)
+    return found
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

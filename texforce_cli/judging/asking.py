@@ -17,7 +17,7 @@ from texforce_cli.judging.budget import Budget, Exhausted, Metered
 from texforce_cli.judging.gate import Gate
 from texforce_cli.judging.journal import Entry, Journal, check_reply, entry_of
 from texforce_cli.judging.judge import Busy, Failed, Hopeless, Judge, Repair, Reply
-from texforce_cli.judging.prices import Size
+from texforce_cli.judging.prices import Size, is_count
 from texforce_cli.judging.questions import Question
 
 PATIENCE = 600.0
@@ -250,18 +250,20 @@ class _Run:
                 continue
             except Failed as error:
                 failures += 1
+                if error.seconds is not None:
+                    self._bear(error)
                 if not error.retry or failures > self.retries:
                     return error
-                if (error.seconds or 0) > PATIENCE:
-                    self.end(f"{error.message}, and wants to be left alone for more than {PATIENCE / 60:.0f} minutes")
-                    raise _Stopped from error
-                wait = max(self.gate.backoff(failures - 1), error.seconds or 0.0)
-            self.gate.pause(wait, self.check)
+            self.gate.pause(self.gate.backoff(failures - 1), self.check)
 
-    def _bear(self, error: Busy) -> None:
+    def _bear(self, error: Busy | Failed) -> None:
         """End the run where the judge asks for more patience than people have."""
-        if (error.seconds or 0) > PATIENCE or time.monotonic() - self.last_reply > PATIENCE:
-            self.end(f"{error.message}, for more than {PATIENCE / 60:.0f} minutes")
+        longest = f"more than {PATIENCE / 60:.0f} minutes"
+        if (error.seconds or 0) > PATIENCE:
+            self.end(f"{error.message}, and wants to be left alone for {longest}")
+            raise _Stopped
+        if time.monotonic() - self.last_reply > PATIENCE:
+            self.end(f"{error.message}, for {longest}")
             raise _Stopped
 
     def _once(self, question: Question, repairs: tuple[Repair, ...], size: Size) -> Reply:
@@ -277,10 +279,12 @@ class _Run:
             except Failed as error:
                 if error.charged:
                     reservation.settle()
-                if not error.asked:
+                if not error.sent:
                     reservation.sent(False)
+                if error.seconds:
+                    self.gate.busy(sent, error.seconds)
                 raise
-            used = (value if type(value) is int else 0 for value in (reply.input_tokens, reply.output_tokens))
+            used = (value if is_count(value) else 0 for value in (reply.input_tokens, reply.output_tokens))
             reservation.settle(*used)
             check_reply(reply)
             self.last_reply = time.monotonic()

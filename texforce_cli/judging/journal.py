@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 from texforce_cli.errors import TexforceError
-from texforce_cli.files import write_error
 from texforce_cli.judging.judge import Reply
+from texforce_cli.judging.lines import Lines
+from texforce_cli.judging.prices import Usage, is_count
 from texforce_cli.judging.questions import Mode, Question
 
 
@@ -45,11 +45,18 @@ def check_reply(reply: Reply) -> None:
     """
     for name in (field.name for field in dataclasses.fields(Reply)):
         value, kind = getattr(reply, name, None), _TYPES[name]
-        if type(value) is not kind:
+        if type(value) is not kind or (kind is int and not is_count(value)):
+            must = "a count of tokens" if kind is int else kind.__name__
             raise TexforceError(
-                f"the judge's reply has {repr(value)[:80]} for '{name}', which must be {kind.__name__}",
-                "repair the judge",
+                f"the judge's reply has {_shown(value)} for '{name}', which must be {must}", "repair the judge"
             )
+
+
+def _shown(value: object) -> str:
+    try:
+        return repr(value)[:80]
+    except ValueError:  # a number of more digits than Python writes
+        return "too large a number"
 
 
 def entry_of(key: str, attempt: int, question: Question, reply: Reply) -> Entry:
@@ -78,22 +85,27 @@ class Journal:
 
     Opening changes nothing on disk: the torn line is cut off by the first `append`. `append` and `entries` may be called
     from any thread; one process writes at a time.
+
+    Raises:
+        TexforceError: the file cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.before = Usage()
+        """What the replies in the file used, as far as the judge said it."""
+        self.picture = 0
+        """The most input tokens for a picture, the text among them, that an answer was counted as."""
+        self._lines, lines = Lines.opened(path)
         self._entries: dict[str, list[Entry]] = {}
         self._lock = threading.Lock()
-        self._size = 0
-        """Bytes of whole lines; what stands behind them is torn."""
-        if not path.is_file():
-            return
-        data = path.read_bytes()
-        self._size = data.rfind(b"\n") + 1
-        for line in data[: self._size].split(b"\n"):
+        for line in lines:
             entry = _read(line)
             if entry is not None:
+                if entry.variants:
+                    self.picture = max(self.picture, -(-entry.input_tokens // len(entry.variants)))
                 self._entries.setdefault(entry.key, []).append(entry)
+                self.before += Usage(1, max(entry.input_tokens, 0), max(entry.output_tokens, 0))
 
     def entries(self, key: str) -> list[Entry]:
         """All replies to one question, in the order of their attempts."""
@@ -106,25 +118,10 @@ class Journal:
         Raises:
             TexforceError: the disk is full or read-only.
         """
-        line = json.dumps(dataclasses.asdict(entry)).encode("ascii") + b"\n"
+        line = json.dumps(dataclasses.asdict(entry)).encode("ascii")
         with self._lock:
-            try:
-                self._write(line)
-            except OSError as error:
-                raise write_error(self.path, error) from error
+            self._lines.append(line)
             self._entries.setdefault(entry.key, []).append(entry)
-
-    def _write(self, line: bytes) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("r+b" if self.path.exists() else "xb", buffering=0) as handle:
-            # half a line, of a run that was killed or of a disk that was full, must not run into this one
-            handle.truncate(self._size)
-            handle.seek(self._size)
-            written = 0
-            while written < len(line):
-                written += handle.write(line[written:])
-            os.fsync(handle.fileno())
-        self._size += len(line)
 
 
 _TYPES: dict[str, type] = {

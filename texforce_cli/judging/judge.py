@@ -48,6 +48,7 @@ class Failed(TexforceError):
 
     `charged` says that the answer may have been made, and paid for, before it was lost; `seconds` is the wait that the
     judge asks for. Not `asked`: the fault is the question's own (a picture that cannot be read), and says nothing of the judge.
+    Not `sent`: no server has received it, so that it counts as no request.
     """
 
     def __init__(
@@ -59,12 +60,14 @@ class Failed(TexforceError):
         charged: bool = False,
         seconds: float | None = None,
         asked: bool = True,
+        sent: bool = True,
     ) -> None:
         super().__init__(message, hint)
         self.retry = retry
         self.charged = charged
         self.seconds = seconds
         self.asked = asked
+        self.sent = sent and asked
 
 
 class Hopeless(TexforceError):

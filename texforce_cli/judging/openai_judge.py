@@ -18,7 +18,14 @@ from texforce_cli.errors import TexforceError, UsageError
 from texforce_cli.judging import instructions
 from texforce_cli.judging.answers import encodable, schema
 from texforce_cli.judging.judge import AESTHETIC, ALIGNMENT, Busy, Failed, Hopeless, Repair, Reply
-from texforce_cli.judging.openai_problems import is_about_format, is_refusal, of_connection, of_status
+from texforce_cli.judging.openai_problems import (
+    TurnedDown,
+    is_about_format,
+    is_refusal,
+    message_of,
+    of_connection,
+    of_status,
+)
 from texforce_cli.judging.openai_wire import Form, chat_body, read_chat, read_responses, responses_body
 from texforce_cli.judging.pixels import data_url
 from texforce_cli.judging.prices import Size
@@ -112,14 +119,15 @@ class OpenAIJudge:
             self._key = _read_key(self._loopback)
             # not from within a row of backslashes: each of a thousand would be tried to the end
             self._key_in_json = re.compile(r"(?<!\\)" + "".join(map(_letter_in_json, self._key)), re.IGNORECASE)
-            # a proxy must not come between us and this machine
-            client = openai.DefaultHttpxClient(trust_env=False) if self._loopback else None
             self._client = openai.OpenAI(
                 api_key=self._key or "none",
                 base_url=self._url,
                 timeout=self._timeout,
                 max_retries=0,
-                http_client=client,
+                http_client=openai.DefaultHttpxClient(
+                    trust_env=not self._loopback,  # a proxy must not come between us and this machine
+                    event_hooks={"response": [self._turn_down]},
+                ),
             )
 
     def size(self, question: Question, repairs: Sequence[Repair] = ()) -> Size:
@@ -144,21 +152,16 @@ class OpenAIJudge:
         problem: TexforceError
         try:
             return self._read(self._send(body))
-        except openai.APIStatusError as error:
-            said = self._scrubbed(error.message)
-            adapted = self._adapted(form, error.status_code, said, error.body)
-            if adapted is None and is_refusal(error.status_code, error.body, said):
+        except TurnedDown as error:
+            said = self._scrubbed(error.said)
+            adapted = self._adapted(form, error.status, said, error.body)
+            if adapted is None and is_refusal(error.status, error.body, said):
                 return Reply("", refused=True, raw=said)
-            problem = adapted or of_status(error.status_code, error.response.headers, error.body, said)
+            problem = adapted or of_status(error.status, error.headers, error.body, said)
         except openai.APIConnectionError as error:
             problem = of_connection(error, isinstance(error, openai.APITimeoutError))
         except httpx2.HTTPError as error:
-            refused = error.__context__  # an error whose body was cut still has its status
-            problem = (
-                of_status(refused.response.status_code, refused.response.headers, None, "its answer was cut")
-                if isinstance(refused, httpx2.HTTPStatusError)
-                else of_connection(error, isinstance(error, httpx2.TimeoutException))
-            )
+            problem = of_connection(error, isinstance(error, httpx2.TimeoutException))
         except openai.OpenAIError as error:
             problem = Failed(f"the judge could not be asked ({self._scrubbed(str(error))})")
         except (Busy, Failed, Hopeless) as error:
@@ -180,29 +183,46 @@ class OpenAIJudge:
         return make(form, answer, question, repairs, url)
 
     def _send(self, body: dict[str, Any]) -> bytes:
-        """The whole answer. Once it begins to come, all of it must come in the time that is allowed, not only each piece."""
         client = self._client.with_streaming_response
         create = client.chat.completions.create if self.api == "chat" else client.responses.create
-        answer = bytearray()
         with create(**body) as response:
-            end = time.monotonic() + self._timeout
-            for part in response.iter_bytes():
-                answer += part
-                if time.monotonic() > end:
-                    raise Failed(f"no whole answer within {self._timeout:g} s", charged=True)
-                if len(answer) > _LONGEST_ANSWER:
-                    raise Failed("the server's answer does not end", charged=True)
-        return bytes(answer)
+            return self._whole(response)
+
+    def _whole(self, response: Any) -> bytes:
+        """The body. Once it begins to come, all of it must come in the time that is allowed, not only each piece."""
+        body, end = bytearray(), time.monotonic() + self._timeout
+        for part in response.iter_bytes():
+            body += part
+            if time.monotonic() > end:
+                raise Failed(f"no whole answer within {self._timeout:g} s", charged=True)
+            if len(body) > _LONGEST_ANSWER:
+                raise Failed("the server's answer does not end", charged=True)
+        return bytes(body)
+
+    def _turn_down(self, response: Any) -> None:
+        """Stop at a response that is no success: the SDK would read its body without limits, and follow it elsewhere."""
+        import httpx2
+
+        if response.is_success:
+            return
+        try:
+            content = self._whole(response)
+        except (Failed, httpx2.HTTPError):  # what was cut still has its status
+            content = b""
+        raise TurnedDown(response.status_code, response.headers, content)
 
     def _read(self, content: bytes) -> Reply:
         """The reply in a server's answer, without the key where a server echoes it."""
+        answer: Any = None
         try:
             answer = json.loads(content)
             if not isinstance(answer, dict):
                 raise ValueError
             text, model, usage, refused, cut = (read_chat if self.api == "chat" else read_responses)(answer)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            raise Failed("the server's answer is not of the API's form", charged=True) from None
+            said = self._scrubbed(message_of(answer))
+            what = "the server's answer is not of the API's form"
+            raise Failed(f"{what} ({said})" if said else what, charged=True) from None
         model = encodable(self._without_key(model)[:200])
         raw = self._without_key(json.dumps(answer))
         return Reply(self._without_key(text), model, *usage, refused, cut, raw if len(raw) <= _LONGEST_RAW else "")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 import re
 import time
@@ -18,7 +20,39 @@ _MODERATION = re.compile(
 _ACCOUNT = re.compile(r"\b(account|access|organi[sz]ation|project|key|user)\b", re.IGNORECASE)
 _LOST = (408, 502, 504)
 """A gateway that gave up waiting: the answer may have been made and charged."""
+_LONGEST_SAID = 500
 _FORMAT = re.compile(r"response_format|json_schema|text\.format|structured.?output", re.IGNORECASE)
+
+
+class TurnedDown(Exception):
+    """A response that is no success: its status, its headers, and of its body the JSON and the server's own sentence."""
+
+    def __init__(self, status: int, headers: Mapping[str, str], content: bytes) -> None:
+        super().__init__(status)
+        self.status, self.headers = status, headers
+        self.body: Any = None
+        with contextlib.suppress(ValueError, RecursionError):
+            self.body = json.loads(content)
+        moved = f"it has moved to {headers.get('location', 'nowhere')}" if 300 <= status < 400 else ""
+        message = moved or message_of(self.body) or (_plain(content) if self.body is None else "")
+        self.said = f"Error code: {status}" + (f" - {message}" if message else "")
+
+
+def message_of(body: Any) -> str:
+    """The server's own sentence in an answer that tells of an error; nothing where it has none."""
+    if not isinstance(body, dict):
+        return ""
+    error = body.get("error", body)
+    messages = [error, *((error.get("message"), error.get("detail")) if isinstance(error, dict) else ())]
+    if isinstance(body.get("detail"), list):  # FastAPI's list of what is wrong in the request
+        messages.append(json.dumps(body["detail"])[:_LONGEST_SAID])
+    return next((message for message in messages if isinstance(message, str)), "")
+
+
+def _plain(content: bytes) -> str:
+    """The beginning of a body that is text; nothing of a page."""
+    text = content.decode("utf-8", "replace").strip()
+    return "" if text.startswith("<") else text[:_LONGEST_SAID]
 
 
 def of_status(status: int, headers: Mapping[str, str], body: Any, said: str) -> Busy | Failed | Hopeless:
@@ -27,7 +61,7 @@ def of_status(status: int, headers: Mapping[str, str], body: Any, said: str) -> 
         return Hopeless(f"the judge does not let us in ({said})", "set OPENAI_API_KEY to a key that may use the model")
     if status == 402 or (status == 429 and "insufficient_quota" in _codes(body)):
         return Hopeless(f"the account has no credit left ({said})")
-    if status == 404:
+    if status == 404 or 300 <= status < 400:
         return Hopeless(f"the judge has no such model or address ({said})", "check the model's name and --base-url")
     if status in (429, 503, 529):
         return Busy(f"the judge is busy ({said})", retry_after(headers, time.time()))
@@ -64,7 +98,7 @@ def of_connection(error: BaseException, timed_out: bool) -> Failed | Hopeless:
         )
     unsent = any(isinstance(one, httpx2.ConnectError | httpx2.ConnectTimeout | httpx2.PoolTimeout) for one in chain)
     what = "no answer in time" if timed_out else "the connection failed" if unsent else "the connection was cut"
-    return Failed(f"{what} ({type(chain[-1]).__name__})", charged=not unsent)
+    return Failed(f"{what} ({type(chain[-1]).__name__})", charged=not unsent, sent=not unsent)
 
 
 def retry_after(headers: Mapping[str, str], now: float) -> float | None:

@@ -10,11 +10,10 @@ from typing import Any
 
 from texforce_cli.judging import instructions
 from texforce_cli.judging.judge import Repair
+from texforce_cli.judging.prices import is_count
 from texforce_cli.judging.questions import Question
 
 Url = Callable[[Path, str], str]
-_ABSURD = 10**9
-"""Nobody uses so many tokens for one answer."""
 Read = tuple[str, str, tuple[int, int], bool, bool]
 """Text, model, (input tokens, output tokens), refused, cut."""
 
@@ -141,5 +140,5 @@ def _usage(answer: dict[str, Any], *names: str) -> tuple[int, int]:
     """Tokens in and out; 0 where a server does not count."""
     usage = answer.get("usage") or {}
     found = [usage.get(name) for name in names]
-    first, second = (value if type(value) is int and 0 < value < _ABSURD else 0 for value in found)
+    first, second = (value if is_count(value) else 0 for value in found)
     return first, second

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import TypeGuard
 
 from texforce_cli.errors import UsageError
 
@@ -14,6 +15,9 @@ UNKNOWN_PICTURE = 2500
 A local model may count more; what was measured is used as soon as there is an answer.
 """
 
+_ABSURD = 10**9
+"""Nobody uses so many tokens for one answer."""
+
 
 @dataclass(frozen=True)
 class Size:
@@ -22,6 +26,38 @@ class Size:
     text_bytes: int
     pictures: int
     output_tokens: int
+
+
+def is_count(value: object) -> TypeGuard[int]:
+    """Whether this is a number of tokens that one answer can have used."""
+    return type(value) is int and 0 <= value < _ABSURD
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What requests used: their number, and their tokens."""
+
+    requests: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(
+            self.requests + other.requests,
+            self.input_tokens + other.input_tokens,
+            self.output_tokens + other.output_tokens,
+        )
+
+    def __sub__(self, other: Usage) -> Usage:
+        return self + Usage(-other.requests, -other.input_tokens, -other.output_tokens)
+
+    def at_least(self, other: Usage) -> Usage:
+        """The larger of each number."""
+        return Usage(
+            max(self.requests, other.requests),
+            max(self.input_tokens, other.input_tokens),
+            max(self.output_tokens, other.output_tokens),
+        )
 
 
 @dataclass(frozen=True)

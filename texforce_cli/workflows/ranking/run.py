@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard, cast
 
 from texforce_cli.errors import Interrupted, TexforceError, UsageError
 from texforce_cli.files import csv_cell, finite, held, write_json, write_text
@@ -20,8 +20,9 @@ from texforce_cli.judging.asking import Missing, Outcome, ask_all, verdicts
 from texforce_cli.judging.budget import Budget, Metered
 from texforce_cli.judging.journal import Journal
 from texforce_cli.judging.judge import AESTHETIC, ALIGNMENT, Judge
+from texforce_cli.judging.ledger import Ledger
 from texforce_cli.judging.prices import Price, parse_price, price_of
-from texforce_cli.judging.questions import MOST_VARIANTS, Case, Mode, Question, questions_of
+from texforce_cli.judging.questions import MODES, MOST_VARIANTS, Case, Mode, Question, questions_of
 from texforce_cli.judging.registry import find_judge
 from texforce_cli.report.verdicts import RANKS
 from texforce_cli.workflows.events import Listener, Progressed, Warned, silent
@@ -67,12 +68,15 @@ class RankRequest:
 
 @dataclass(frozen=True)
 class RankResult:
-    """The ranking as plain values, its folder, and the page."""
+    """The ranking as plain values, its folder, and the page; `requests` (0 where none are counted) and `usd` (0 without
+    a price) are of all its runs."""
 
     folder: Path
     summary: Mapping[str, Any]
     page: Path | None
     stopped: str | None
+    requests: int
+    usd: float
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,12 @@ def rank_pictures(request: RankRequest, listener: Listener = silent) -> RankResu
             for sentence in work.missing[:5]:
                 listener(Warned(sentence))
             journal = Journal(work.folder / "judgments.jsonl")
+            budget = _budget(work, journal)
+            if request.report_only and all(one == Missing("unanswered") for _, one in _found(work, journal)):
+                raise UsageError(
+                    f"'{work.folder}' has no answer to these questions",
+                    "give the options that it was made with, or leave --report-only out",
+                )
             write_json(work.folder / "rank.json", _record(work))
             outcome = Outcome(0, 0, None)
             if not request.report_only:
@@ -117,7 +127,7 @@ def rank_pictures(request: RankRequest, listener: Listener = silent) -> RankResu
                     work.judge,
                     work.questions,
                     journal,
-                    budget=Budget(request.max_cost, request.max_requests, _price(request)),
+                    budget=budget,
                     workers=request.workers,
                     repairs=_REPAIRS,
                     check=stop.check,
@@ -137,7 +147,7 @@ def rank_pictures(request: RankRequest, listener: Listener = silent) -> RankResu
             listener(Warned(f"there is no page: {error}"))
     for sentence in getattr(work.judge, "notes", []):
         listener(Warned(sentence))
-    return RankResult(work.folder, summary, page, outcome.stopped)
+    return RankResult(work.folder, summary, page, outcome.stopped, budget.requests if budget.kept else 0, budget.spent)
 
 
 def plan_ranking(request: RankRequest) -> dict[str, Any]:
@@ -148,6 +158,7 @@ def plan_ranking(request: RankRequest) -> dict[str, Any]:
     """
     work = _prepare(request)
     journal = Journal(work.folder / "judgments.jsonl")
+    budget = _budget(work, journal)
     missing = (question for question, found in _found(work, journal) if found == Missing("unanswered"))
     todo = list({question.key(work.judge.identity): question for question in missing}.values())
     plan: dict[str, Any] = {
@@ -161,18 +172,26 @@ def plan_ranking(request: RankRequest) -> dict[str, Any]:
         "answered": len({question.key(work.judge.identity) for question in work.questions}) - len(todo),
         "requests": len(todo),
         "requests_with_repairs": len(todo) * (1 + _REPAIRS),
+        "requests_before": budget.requests,
     }
     if isinstance(work.judge, Metered):
         sizes = [work.judge.size(question, ()) for question in todo]
         plan["text_tokens_at_most"] = sum(size.text_bytes for size in sizes)
         plan["pictures"] = sum(size.pictures for size in sizes)
         plan["output_tokens_at_most"] = sum(size.output_tokens for size in sizes)
-        price = _price(request)
-        if price:
-            budget = Budget(price=price)
-            plan["picture_tokens_at_most"] = plan["pictures"] * price.picture
+        if budget.price:
+            plan["picture_tokens_at_most"] = plan["pictures"] * budget.price.picture
             plan["usd_at_most_without_repairs"] = round(float(sum(budget.worst(size) for size in sizes)), 4)
+            plan["usd_before"] = round(budget.spent, 4)
     return plan
+
+
+def _budget(work: _Work, journal: Journal) -> Budget:
+    """What all runs of this ranking together may spend; of a judge that costs nothing no account is kept."""
+    request, ledger = work.request, None
+    if isinstance(work.judge, Metered) or request.max_requests is not None:
+        ledger = Ledger(work.folder / "spending.jsonl", journal.before)
+    return Budget(request.max_cost, request.max_requests, _price(request), ledger, journal.picture)
 
 
 _Found = list[tuple[Question, Verdict | Missing]]
@@ -214,7 +233,8 @@ def _prepare(request: RankRequest) -> _Work:
     ]
     judge, data = _judge(request), pictures_hash(shown.page)
     _prepare_judge(judge, request.judge, cases, data)
-    mode: Mode = request.mode or ("listwise" if request.protocol == "paper" else judge.modes[0])
+    usual: Mode = "pairwise" if "pairwise" in judge.modes else judge.modes[0]
+    mode: Mode = request.mode or ("listwise" if request.protocol == "paper" else usual)
     if mode not in judge.modes:
         raise UsageError(f"the judge '{request.judge}' cannot be asked {mode}", f"its modes: {', '.join(judge.modes)}")
     rounds = request.rounds or _ROUNDS[mode]
@@ -239,6 +259,20 @@ def _prepare_judge(judge: Judge, name: str, cases: Sequence[Case], data: str) ->
         raise TexforceError(
             f"judge '{name}' failed ({type(error).__name__}: {str(error)[:200]})", "repair it"
         ) from error
+    identity, criteria, modes, ask = (getattr(judge, part, None) for part in ("identity", "criteria", "modes", "ask"))
+    usable = {
+        "identity": isinstance(identity, str) and identity != "",
+        "criteria": _are_words(criteria),
+        "modes": _are_words(modes) and set(modes) <= set(MODES),
+        "ask": callable(ask),
+    }
+    wrong = [part for part, is_right in usable.items() if not is_right]
+    if wrong:
+        raise TexforceError(f"judge '{name}' has no {wrong[0]} that can be used", "repair it")
+
+
+def _are_words(value: Any) -> TypeGuard[Sequence[str]]:
+    return isinstance(value, tuple | list) and bool(value) and all(isinstance(word, str) for word in value)
 
 
 def _evaluation(request: RankRequest) -> EvalRequest:
