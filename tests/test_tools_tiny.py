@@ -125,3 +125,13 @@ def test_the_command_makes_measures_and_repeats_the_whole(tmp_path: Path) -> Non
     for part in ("weights/unet/diffusion_pytorch_model", "clip/model", "judge/model"):
         one, two = ((tmp_path / folder / f"{part}.safetensors").read_bytes() for folder in ("one", "two"))
         assert one == two, part
+
+
+@needs_font
+@pytest.mark.slow
+def test_the_second_backbone_predicts_the_noise(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tools.tiny", "--smoke", "--epsilon", "--threads", "1", str(tmp_path)]
+    subprocess.run(command, check=True, cwd=Path(__file__).parent.parent)
+    about = json.loads((tmp_path / "weights" / "scheduler" / "scheduler_config.json").read_text())
+    assert about["prediction_type"] == "epsilon"
+    assert json.loads((tmp_path / "measured.json").read_text())["PSNR of the autoencoder, dB"] > 0

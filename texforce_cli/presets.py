@@ -23,7 +23,7 @@ _TINY = {
     "micro_batch": 32,
     "grad_accum": 2,
     "clip_range": 8e-4,
-    # the last step's log-probability is sixty times as sensitive as the others' and decides nothing about the content
+    # the last noisy step's log-probability is 30 to 190 times as sensitive as theirs and decides nothing about the content
     "train_steps": "first:4",
     "rank": 4,
     "lr": 1e-2,

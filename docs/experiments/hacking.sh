@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A reward that is hacked on purpose: jpeg-incompressibility for 7,680 images on the embedded model, three times the demo's;
+# A reward that is hacked on purpose: jpeg-incompressibility for up to 7,680 images on the embedded model, three times the demo's;
 # then pictures of the training prompts with every fifth epoch's LoRA and with none, judged by tiny-clip and tiny-judge.
 # Started again, it goes on where it was.   Usage: docs/experiments/hacking.sh FOLDER
 set -euo pipefail

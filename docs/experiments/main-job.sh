@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The runs behind docs/results.md: the embedded model, jpeg-incompressibility, the defaults; three components, seeds 10, 11,
-# 12. (The preset's rank was chosen on seeds 0, 1 and 100, which are reported apart.)
+# 12. (The preset's rank was chosen on seeds 0, 1 and 100 of the first embedded model, which are reported apart.)
 # Training prompts: the 18 seen animals of `animals`, plain and as "a photo of". Measured on 64 held-out (prompt, seed)
 # pairs: 32 of seen animals and 32 of the 8 animals that are never trained on, with seeds that no training image has.
 # One thread a run and two runs at a time, for two cores.   Usage: docs/experiments/main-job.sh FOLDER
