@@ -1116,7 +1116,7 @@ def test_pictures_of_unknown_price_are_written_down_as_many_tokens_and_as_they_w
     question = asked(tmp_path / "p", prompts=1)[0]
     journal = Journal(tmp_path / "j")
     journal.append(entry_of("k", 0, question, Reply("", input_tokens=10_001)))
-    assert Journal(tmp_path / "j").picture == 5001  # of two
-    assert Budget(price=Price(1, 0, 300), picture=5001).worst(Size(0, 2, 0)) == Budget(price=Price(1, 0)).cost(
+    assert Journal(tmp_path / "j").picture_tokens == 5001  # of two
+    assert Budget(price=Price(1, 0, 300), picture_tokens=5001).worst(Size(0, 2, 0)) == Budget(price=Price(1, 0)).cost(
         10_002, 0
     )

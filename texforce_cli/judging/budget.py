@@ -39,7 +39,7 @@ class Budget:
     What earlier runs spent is in the `ledger` and counts too; without one the limits are for this run.
 
     A token is at least one byte of text, so that bytes bound tokens; a picture is reckoned as the most that is published
-    or was ever measured (`picture` by earlier runs). While measured usage stays within that, `spent` and `reserved` together never pass `max_cost`.
+    or was ever measured (`picture_tokens` by earlier runs). While measured usage stays within that, `spent` and `reserved` together never pass `max_cost`.
 
     Raises:
         UsageError: a limit in dollars without a price.
@@ -51,7 +51,7 @@ class Budget:
         max_requests: int | None = None,
         price: Price | None = None,
         ledger: Ledger | None = None,
-        picture: int = 0,
+        picture_tokens: int = 0,
     ) -> None:
         if max_cost is not None and price is None:
             raise UsageError(
@@ -69,7 +69,7 @@ class Budget:
         self.max_cost = max_cost
         self._max_cost = None if max_cost is None else Fraction(max_cost)
         self._max_requests = max_requests
-        self._picture = max(picture, price.picture if price else UNKNOWN_PICTURE)
+        self._picture = max(picture_tokens, price.picture if price else UNKNOWN_PICTURE)
         self._ledger = ledger
         before = ledger.before if ledger else Usage()
         self._spent = self.cost(before.input_tokens, before.output_tokens)

@@ -94,7 +94,7 @@ class Journal:
         self.path = path
         self.before = Usage()
         """What the replies in the file used, as far as the judge said it."""
-        self.picture = 0
+        self.picture_tokens = 0
         """The most input tokens for a picture, the text among them, that an answer was counted as."""
         self._lines, lines = Lines.opened(path)
         self._entries: dict[str, list[Entry]] = {}
@@ -103,7 +103,7 @@ class Journal:
             entry = _read(line)
             if entry is not None:
                 if entry.variants:
-                    self.picture = max(self.picture, -(-entry.input_tokens // len(entry.variants)))
+                    self.picture_tokens = max(self.picture_tokens, -(-entry.input_tokens // len(entry.variants)))
                 self._entries.setdefault(entry.key, []).append(entry)
                 self.before += Usage(1, max(entry.input_tokens, 0), max(entry.output_tokens, 0))
 

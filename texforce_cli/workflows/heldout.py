@@ -149,8 +149,7 @@ class HeldOut:
         parts: dict[int, tuple[NDArray[np.uint8], dict[str, Floats]]] = {}
         for start in range(self.team.rank * self.batch, total, self.team.size * self.batch):
             part = slice(start, min(start + self.batch, total))
-            with self.policy.in_steps(self.steps):
-                images = self._pictures(texts[part], self.seeds[part])
+            images = self._pictures(texts[part], self.seeds[part])
             metadata = [prompt.metadata for prompt in self.prompts[part]]
             scored = {name: one.weighted(one.score(images, texts[part], metadata)) for name, one in sets.items()}
             parts[start] = images, scored
@@ -171,7 +170,8 @@ class HeldOut:
         """As many at once as there is room for."""
         while True:
             try:
-                drawn: NDArray[np.uint8] = draw(self.policy, texts, seeds, batch=self._room)
+                with self.policy.in_steps(self.steps):
+                    drawn: NDArray[np.uint8] = draw(self.policy, texts, seeds, batch=self._room)
                 return drawn
             except torch.OutOfMemoryError:
                 if min(self._room, len(texts)) == 1:

@@ -191,7 +191,7 @@ def _budget(work: _Work, journal: Journal) -> Budget:
     request, ledger = work.request, None
     if isinstance(work.judge, Metered) or request.max_requests is not None:
         ledger = Ledger(work.folder / "spending.jsonl", journal.before)
-    return Budget(request.max_cost, request.max_requests, _price(request), ledger, journal.picture)
+    return Budget(request.max_cost, request.max_requests, _price(request), ledger, journal.picture_tokens)
 
 
 _Found = list[tuple[Question, Verdict | Missing]]
