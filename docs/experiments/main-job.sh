@@ -3,6 +3,8 @@
 # 12. (The preset's rank was chosen on seeds 0, 1 and 100 of the first embedded model, which are reported apart.)
 # Training prompts: the 18 seen animals of `animals`, plain and as "a photo of". Measured on 64 held-out (prompt, seed)
 # pairs: 32 of seen animals and 32 of the 8 animals that are never trained on, with seeds that no training image has.
+# The runs of the U-Net and of both are measured and saved after every epoch, so that they can be compared with the text
+# encoder's at equal reward (equal-reward.sh); it changes nothing in what is trained.
 # One thread a run and two runs at a time, for two cores.   Usage: docs/experiments/main-job.sh FOLDER
 set -euo pipefail
 out=${1:?give a folder for the runs}
@@ -13,5 +15,7 @@ for train in text-encoder unet both; do
     echo "$train $seed"
   done
 done | xargs -P 2 -L 1 bash -c '
-  texforce train --reward jpeg-incompressibility --prompts animals --model tiny --train "$1" --seed "$2" --out "$0/$1-$2" \
-    2> "$0/$1-$2.log"' "$out"
+  every_epoch=()
+  if [ "$1" != text-encoder ]; then every_epoch=(--eval-every 1 --save-every 1); fi
+  texforce train --reward jpeg-incompressibility --prompts animals --model tiny --train "$1" --seed "$2" "${every_epoch[@]}" \
+    --out "$0/$1-$2" 2> "$0/$1-$2.log"' "$out"
