@@ -1,0 +1,253 @@
+"""The checkpoints that equal-reward.sh compares, and what is made of its evaluations.
+
+    python docs/experiments/equal_reward.py choose MAIN FOLDER          FOLDER/SEED.toml: the variants of a seed
+    python docs/experiments/equal_reward.py report FOLDER FIGURE.png
+
+The rule, for each seed: the target is the smaller of the last held-out gains of its text-encoder run and its U-Net run; of
+each of the two, the saved checkpoint whose measured held-out gain is nearest to the target is taken, of equally near ones the
+earlier. `combination` is both of these with weight 1, `combination-half` with weight 0.5 each, which is the same strength in
+all. `joint` is the last checkpoint of the run that trains both, `fusion` the last ones of the text encoder and of the U-Net
+with weight 1 each.
+
+Intervals are the 95 % ones of `texforce eval`, over prompts (the seeds of a prompt are averaged first: they are not
+independent); those of a mean over runs are the same, of each prompt's change averaged over the runs.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from summary import evaluations
+
+from texforce_cli.core.comparison import interval
+from texforce_cli.core.statistics import Interval
+from texforce_cli.workflows.evaluation.pictures import Item, picture_path
+
+SEEDS = ("10", "11", "12")
+SPLITS = ("seen", "unseen")
+METRICS = {"jpeg-incompressibility": 2, "tiny-clip": 3, "tiny-judge": 3, "diversity": 3}
+"""With the digits that are shown."""
+HEADS = ("kB", "tiny-clip", "tiny-judge", "diversity")
+VARIANTS = {
+    "base": ("base", "#1c1917"),
+    "text-encoder": ("text encoder", "#c2410c"),
+    "unet": ("U-Net", "#1d4ed8"),
+    "combination-half": ("both, half each", "#a16207"),
+    "combination": ("both", "#7e22ce"),
+    "joint": ("trained together", "#15803d"),
+    "fusion": ("both, the last", "#be185d"),
+}
+PAIRS = (
+    ("text-encoder", "unet"),
+    ("combination-half", "text-encoder"),
+    ("combination", "text-encoder"),
+    ("fusion", "joint"),
+)
+NOISE = 1000
+"""The seed of the pictures that are shown."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A saved epoch of a run, with its held-out gain."""
+
+    run: Path
+    epoch: int
+    gain: float
+
+    def __str__(self) -> str:
+        return str(self.run / "checkpoints" / f"epoch_{self.epoch:04d}")
+
+
+def measured(run: Path) -> list[Checkpoint]:
+    """Of a finished run, in order, the epochs that were saved and measured."""
+    record = run / "run.json"
+    if not record.is_file() or json.loads(record.read_text(encoding="utf-8"))["status"] != "finished":
+        raise SystemExit(f"the run '{run}' is not finished; run main-job.sh, or texforce train --resume {run}")
+    saved = {int(path.name[6:]) for path in (run / "checkpoints").glob("epoch_*")}
+    rows = [row for row in evaluations(run) if row["epoch"] in saved]
+    return [Checkpoint(run, row["epoch"], row["difference"]["mean"]) for row in rows]
+
+
+def nearest(checkpoints: Sequence[Checkpoint], target: float) -> Checkpoint:
+    """The one whose gain is nearest to the target; the earlier of equally near ones."""
+    # gains are multiples of 1/64 byte: rounded, equal distances are equal
+    return min(checkpoints, key=lambda one: (round(abs(one.gain - target), 9), one.epoch))
+
+
+def choose(main: Path, folder: Path) -> str:
+    """Write the variants of every seed; a Markdown table of what was chosen."""
+    lines = [
+        "| seed | target | text encoder: epoch | its gain | U-Net: epoch | its gain | last gains: text encoder, U-Net, both |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for seed in SEEDS:
+        arms = {name: measured(main / f"{name}-{seed}") for name in ("text-encoder", "unet", "both")}
+        last = {name: checkpoints[-1] for name, checkpoints in arms.items()}
+        target = min(last["text-encoder"].gain, last["unet"].gain)
+        text_encoder, unet = nearest(arms["text-encoder"], target), nearest(arms["unet"], target)
+        loras: dict[str, list[str]] = {
+            "base": [],
+            "text-encoder": [f"{text_encoder}"],
+            "unet": [f"{unet}"],
+            "combination-half": [f"{text_encoder}:0.5", f"{unet}:0.5"],
+            "combination": [f"{text_encoder}", f"{unet}"],
+            "joint": [f"{last['both']}"],
+            "fusion": [f"{last['text-encoder']}", f"{last['unet']}"],
+        }
+        tables = [
+            f'[[variants]]\nname = "{name}"\nmodel = "tiny"\nloras = {json.dumps(own, ensure_ascii=False)}\n'
+            for name, own in loras.items()
+        ]
+        (folder / f"{seed}.toml").write_text("\n".join(tables), encoding="utf-8")
+        cells = [seed, f"{target:+.3f}"]
+        cells += [text for one in (text_encoder, unet) for text in (str(one.epoch), f"{one.gain:+.3f}")]
+        cells.append(", ".join(f"{one.gain:+.3f}" for one in last.values()))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A finished folder of `texforce eval`: (metric, variant) -> prompt -> seed -> value, and split -> prompts.
+
+    `diversity` has one value a prompt, without a seed.
+    """
+
+    folder: Path
+    values: Mapping[tuple[str, str], Mapping[str, Mapping[str, float]]]
+    splits: Mapping[str, tuple[str, ...]]
+
+    @classmethod
+    def read(cls, folder: Path) -> Evaluation:
+        """From scores.csv; nothing may be missing."""
+        found = folder / "summary.json"
+        if not found.is_file() or json.loads(found.read_text(encoding="utf-8"))["missing"]:
+            raise SystemExit(f"the evaluation '{folder}' is not whole; go on with: texforce eval --out {folder}")
+        values: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
+        splits: dict[str, dict[str, None]] = {split: {} for split in SPLITS}
+        with (folder / "scores.csv").open(encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                of_variant = values.setdefault((row["metric"], row["variant"]), {})
+                of_variant.setdefault(row["prompt"], {})[row["seed"]] = float(row["value"])
+                splits[row["split"]][row["prompt"]] = None
+        return cls(folder, values, {split: tuple(prompts) for split, prompts in splits.items()})
+
+    def by_prompt(self, metric: str, variant: str) -> dict[str, float]:
+        """The mean over the seeds of each prompt."""
+        return {prompt: float(np.mean(list(own.values()))) for prompt, own in self.values[metric, variant].items()}
+
+    def change(self, metric: str, variant: str, against: str, split: str) -> dict[str, float]:
+        """How much larger a variant's value of each prompt is than that of another."""
+        ours, theirs = self.by_prompt(metric, variant), self.by_prompt(metric, against)
+        return {prompt: ours[prompt] - theirs[prompt] for prompt in self.splits[split]}
+
+    def picture(self, variant: str, prompt: str, seed: int) -> Image.Image:
+        """As it was drawn."""
+        with Image.open(picture_path(self.folder, variant, Item(prompt, seed))) as picture:
+            return picture.convert("RGB")
+
+
+def changed(runs: Sequence[Evaluation], metric: str, variant: str, against: str, split: str) -> Interval:
+    """The change of each prompt, averaged over runs, with its interval over prompts."""
+    changes = [run.change(metric, variant, against, split) for run in runs]
+    return interval([float(np.mean([change[prompt] for change in changes])) for prompt in changes[0]])
+
+
+def shown(found: Interval, digits: int) -> str:
+    """`+0.53 ± 0.10`."""
+    return f"{found.mean:+.{digits}f} ± {found.half_width:.{digits}f}"
+
+
+def row(*cells: str) -> str:
+    """A line of a Markdown table."""
+    return f"| {' | '.join(cells)} |"
+
+
+def table(runs: Mapping[str, Sequence[Evaluation]], pairs: Sequence[tuple[str, str]], first: str) -> str:
+    """A Markdown table: for each pair of variants, group of runs and split, the change of every metric."""
+    one = next(iter(runs.values()))[0]
+    lines = [row(first, "seed", "prompts", *HEADS), "|---" * (3 + len(HEADS)) + "|"]
+    for variant, against in pairs:
+        name = variant if against == "base" else f"{variant} − {against}"
+        for split in SPLITS:
+            for label, of_label in runs.items():
+                cells = [shown(changed(of_label, m, variant, against, split), digits) for m, digits in METRICS.items()]
+                lines.append(row(name, label, f"{split} ({len(one.splits[split])})", *cells))
+    return "\n".join(lines)
+
+
+def bases(one: Evaluation) -> str:
+    """A sentence: what the base's pictures have, which are the same for every seed of training."""
+    parts = []
+    for split in SPLITS:
+        values = {m: [one.by_prompt(m, "base")[prompt] for prompt in one.splits[split]] for m in METRICS}
+        cells = [f"{head} {np.mean(values[m]):.{METRICS[m]}f}" for head, m in zip(HEADS, METRICS)]
+        parts.append(f"{split}: {', '.join(cells)}")
+    return f"The base has {'; '.join(parts)}."
+
+
+def figure(runs: Mapping[str, Evaluation], path: Path) -> None:
+    """Above: the first seen and the first unseen prompt, the same noise for every variant, the kB of each picture below it.
+    Below: what a judge says along the reward, a point a variant and seed."""
+    from matplotlib.figure import Figure
+
+    shown_rows = [(seed, run, run.splits[split][0]) for seed, run in runs.items() for split in SPLITS]
+    made = Figure(figsize=(9.5, 1.5 * len(shown_rows) + 3.6), layout="constrained")
+    above, below = made.subfigures(2, 1, height_ratios=(1.5 * len(shown_rows), 3.6))
+    cells = above.subplots(len(shown_rows), len(VARIANTS))
+    for i, (line, (seed, run, prompt)) in enumerate(zip(cells, shown_rows)):
+        for cell, (variant, (title, _)) in zip(line, VARIANTS.items()):
+            cell.imshow(run.picture(variant, prompt, NOISE), interpolation="nearest")
+            cell.set_xticks([])
+            cell.set_yticks([])
+            cell.set_xlabel(f"{run.values['jpeg-incompressibility', variant][prompt][str(NOISE)]:.2f} kB", fontsize=8)
+            if i == 0:
+                cell.set_title(title, fontsize=9)
+            if variant == "base":
+                cell.set_ylabel(f"{prompt}\nseed {seed}", fontsize=8)
+    axes = below.subplots()
+    for variant, (title, colour) in VARIANTS.items():
+        for (seed, run), marker in zip(runs.items(), "os^"):
+            x, y = (_mean(run, metric, variant) for metric in ("jpeg-incompressibility", "tiny-judge"))
+            label = title if seed == next(iter(runs)) else None
+            axes.plot(x, y, marker, color=colour, markersize=6, alpha=0.85, label=label)
+    axes.set_xlabel("kB of the JPEG file, all prompts")
+    axes.set_ylabel("tiny-judge, not trained on")
+    axes.set_title(f"seed {', '.join(f'{s} {m}' for s, m in zip(runs, '○□△'))}", fontsize=9)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    made.savefig(path, dpi=110)
+
+
+def _mean(run: Evaluation, metric: str, variant: str) -> Any:
+    return np.mean(list(run.by_prompt(metric, variant).values()))
+
+
+def report(folder: Path, path: Path) -> None:
+    """The tables on stdout: means of the seeds, pairs of variants, each seed; and the figure."""
+    runs = {seed: Evaluation.read(folder / seed) for seed in SEEDS}
+    mean = {f"mean of {len(runs)}": list(runs.values())}
+    each = {seed: [run] for seed, run in runs.items()}
+    against_base = [(variant, "base") for variant in VARIANTS if variant != "base"]
+    print(bases(runs[SEEDS[0]]), end="\n\n")
+    print(table(mean, against_base, "above the base"), end="\n\n")
+    print(table(mean | each, PAIRS, "difference"), end="\n\n")
+    print(table(each, against_base, "above the base"))
+    figure(runs, path)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "choose":
+        print(choose(Path(sys.argv[2]), Path(sys.argv[3])))
+    else:
+        report(Path(sys.argv[2]), Path(sys.argv[3]))
