@@ -37,7 +37,7 @@ def double(pair: Pair) -> Pair:
 def concatenate(terms: Sequence[tuple[Pair, float]]) -> Pair:
     """The sum of c_i B_i A_i as one pair, exact: A = [A_1; A_2; ...], B = [c_1 B_1, c_2 B_2, ...]."""
     a = np.concatenate([a for (a, _), _ in terms], axis=0)
-    b = np.concatenate([b if weight == 1 else (b * weight).astype(b.dtype) for (_, b), weight in terms], axis=1)
+    b = np.concatenate([b if weight == 1 else (b * weight).astype(b.dtype, copy=False) for (_, b), weight in terms], axis=1)
     return a, b
 
 
@@ -100,7 +100,7 @@ def squared_norm(pair: Pair) -> float:
 def term_scale(pair: Pair) -> float:
     """Sum over the rank of |b_k|^2 |a_k|^2: the squared size of what rounding the factors can change in B A."""
     a, b = double(pair)
-    return float(np.sum(np.sum(a**2, axis=1) * np.sum(b**2, axis=0)))
+    return float(np.einsum("kj,kj->k", a, a) @ np.einsum("ik,ik->k", b, b))
 
 
 def distance(pair: Pair, terms: Sequence[tuple[Pair, float]]) -> float:

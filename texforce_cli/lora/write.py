@@ -90,7 +90,7 @@ class Layout:
             b = b * (rank / self.alpha)
         down, up, alpha = self._keys(slot)
         for key, value, shape in zip((down, up), (a, b), slot.shapes(rank)):
-            stored = value.astype(DTYPES[self.precision])
+            stored = value.astype(DTYPES[self.precision], copy=False)
             if not np.isfinite(stored.astype(np.float32)).all():
                 raise TexforceError(
                     f"'{slot.name}' holds numbers that do not fit into {self.precision}",
