@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import types
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import texforce_cli
+from texforce_cli.cli import console, evaluate
 from texforce_cli.cli.app import make_app, run
+from texforce_cli.errors import UsageError
 
-HEAVY = ("torch", "diffusers", "transformers", "peft", "matplotlib", "numpy")
+HEAVY = ("torch", "diffusers", "transformers", "peft", "matplotlib", "numpy", "PIL", "asyncio")
+UNUSED_BY_A_PIPED_LIST = ("rich.console", "rich.table", "hashlib", "texforce_cli.config")
 
 
 @pytest.fixture(autouse=True)
@@ -25,14 +32,16 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     [["--version"], ["--help"], ["train", "--help"], ["sample", "--help"], ["rewards"], ["--show-completion"], []],
 )
 def test_quick_answers_import_nothing_heavy(arguments: list[str]) -> None:
+    unwanted = HEAVY + (UNUSED_BY_A_PIPED_LIST if arguments == ["rewards"] else ())
     code = (
         "import sys, atexit\n"
         f"sys.argv = ['texforce', *{arguments!r}]\n"
-        f"atexit.register(lambda: print('HEAVY', [m for m in {HEAVY!r} if m in sys.modules]))\n"
+        f"atexit.register(lambda: print('HEAVY', [m for m in {unwanted!r} if m in sys.modules]))\n"
         "from texforce_cli.__main__ import main\n"
         "main()\n"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    told = {name: value for name, value in os.environ.items() if name not in ("FORCE_COLOR", "TTY_COMPATIBLE")}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=told)
     assert "HEAVY []" in result.stdout, result.stdout + result.stderr
     assert "Traceback" not in result.stderr
 
@@ -64,6 +73,67 @@ def test_rewards_as_a_table_and_as_json(capsys: pytest.CaptureFixture[str]) -> N
     assert run(["rewards", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert {"brightness", "jpeg-compressibility"} <= {reward["name"] for reward in document["rewards"]}
+
+
+def with_and_without_rich(
+    say: Callable[[], None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> tuple[tuple[str, str], tuple[str, str]]:
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
+    say()
+    without = capsys.readouterr()
+    monkeypatch.setattr(console, "plain", lambda stream: False)
+    say()
+    return without, capsys.readouterr()
+
+
+def test_a_piped_list_of_rewards_is_the_table_of_rich(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    without, with_rich = with_and_without_rich(lambda: print(run(["rewards"])), monkeypatch, capsys)
+    assert without == with_rich and "jpeg-incompressibility" in without[0]
+
+
+@pytest.mark.parametrize(
+    "cells",
+    [
+        ("a :cat: [bold]b[/bold]", "x"),
+        ("猫猫", "two columns a letter"),
+        ("several\nlines", "x"),
+        ("word " * 50, "x"),
+        ("\x1b[2J", "x"),
+    ],
+)
+def test_columns_are_set_as_rich_sets_them(
+    cells: tuple[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [cells, ("brightness", console.Dim("not installed")), ("", "")]
+    without, with_rich = with_and_without_rich(
+        lambda: console.show_columns(("name", "state"), rows, unbroken=("state",)), monkeypatch, capsys
+    )
+    assert without == with_rich and "not installed" in without[0]
+
+
+def test_remarks_without_a_terminal_are_what_rich_would_write(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def say() -> None:
+        console.note("[red]a[/red] :cat: \x1b[2J " + "word " * 60)
+        console.warn("two\nlines [b]")
+        console.show_error(UsageError("no 'a[b]\n.txt'", "write [c]"), as_json=False)
+
+    without, with_rich = with_and_without_rich(say, monkeypatch, capsys)
+    assert without == with_rich and "error: no 'a[b] .txt'; write [c]" in without[1]
+
+
+def test_who_says_that_there_is_a_terminal_gets_colours(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    console.show_columns(("name",), [(console.Dim("a"),)])
+    assert "\x1b[2ma\x1b[0m" in capsys.readouterr().out
 
 
 TRAIN = ["train", "--reward", "brightness", "--model", "tiny"]
@@ -177,3 +247,24 @@ def test_a_command_does_not_wait_for_the_options_of_the_others() -> None:
     assert (
         names([]) == names(["trian"]) == ["train", "sample", "eval", "gpt4v-rank", "fuse", "demo", "doctor", "rewards"]
     )
+
+
+def test_names_in_the_table_of_an_evaluation_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    row = types.SimpleNamespace(
+        group="[red]all",
+        metric="m",
+        variant="[i]b",
+        prompts=2,
+        mean=1.0,
+        difference=None,
+        difference_low=None,
+        difference_high=None,
+        win_rate=None,
+        p_holm=None,
+        label="",
+    )
+    other = types.SimpleNamespace(**{**vars(row), "group": "seen"})
+    summary: Any = types.SimpleNamespace(rows=[row, other], baseline="[bold]a", about={})
+    evaluate._show(summary)
+    out = capsys.readouterr().out
+    assert "[red]all" in out and "difference to [bold]a" in out and "[i]b" in out

@@ -691,6 +691,7 @@ def test_bars_are_drawn_on_a_terminal_alone(tmp_path: Path, monkeypatch: pytest.
     source, out = simple(tmp_path / "a.safetensors"), tmp_path / "o.safetensors"
     for terminal in (True, False):
         monkeypatch.setattr(console.stderr, "_force_terminal", terminal)
+        monkeypatch.setattr(console, "plain", lambda stream, terminal=terminal: not terminal)
         assert app.run(["fuse", str(source), "--out", str(out), "--force"]) == 0
         said = capsys.readouterr()
         assert ("\x1b[?25l" in said.err) is terminal  # the cursor is hidden while bars are drawn

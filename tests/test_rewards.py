@@ -115,7 +115,7 @@ def plugins(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     class Entry:
         def __init__(self, name: str, load: Callable[[], Any]) -> None:
             self.name, self.load = name, load
-            self.dist = types.SimpleNamespace(name=name, version="1.0")
+            self.dist = types.SimpleNamespace(metadata={"Name": name, "Version": "1.0"})
 
     def install(name: str, hook: Callable[..., None] | Exception, attribute: str = "texforce_register_rewards") -> None:
         def load() -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import math
 import os
@@ -12,8 +11,6 @@ import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
-
-import platformdirs
 
 from texforce_cli.errors import TexforceError
 
@@ -124,6 +121,8 @@ def csv_cell(value: Any) -> Any:
 
 def sha256(path: Path) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal."""
+    import hashlib  # loads OpenSSL, which the quick commands do without
+
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
@@ -134,6 +133,8 @@ _SMALL_FOLDER = 64_000_000
 
 def contents_hash(place: str) -> str:
     """A hash of the file or folder that a text names; "" where it names none, or none that can be read."""
+    import hashlib
+
     try:
         path = Path(place).expanduser()
         if not place or not path.exists():
@@ -170,4 +171,6 @@ def user_folder(kind: Literal["cache", "data"]) -> Path:
     home = os.environ.get("TEXFORCE_HOME")
     if home:
         return Path(home).expanduser() / kind
+    import platformdirs
+
     return Path(platformdirs.user_cache_dir("texforce") if kind == "cache" else platformdirs.user_data_dir("texforce"))

@@ -1,24 +1,52 @@
-"""Where output goes: data to stdout, everything else to stderr."""
+"""Where output goes: data to stdout, everything else to stderr.
+
+rich is imported only where it draws: it takes a quarter of the start-up of a quick command, and plain text needs none of it.
+"""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
 from texforce_cli.errors import TexforceError
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
+    stderr: Console
+else:
+
+    def __getattr__(name: str) -> Any:
+        if name == "stderr":
+            return _stderr()
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+
+
 _PIPE_WIDTH = 200  # columns where there is no terminal
-stderr = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
+
+
+class Dim(str):
+    """A cell that matters less than the others."""
+
+
+@functools.cache
+def _stderr() -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
+
+
+def plain(stream: TextIO) -> bool:
+    """Whether rich would leave text as it is: no terminal, and nobody who says that there is one."""
+    return not (stream.isatty() or os.environ.get("FORCE_COLOR") or os.environ.get("TTY_COMPATIBLE"))
 
 
 def clean(text: str) -> str:
@@ -28,6 +56,8 @@ def clean(text: str) -> str:
 
 def printable(text: str) -> str:
     """Text for a terminal: no control characters and no markup of rich."""
+    from rich.markup import escape
+
     return escape(clean(text))
 
 
@@ -38,27 +68,62 @@ def data(text: str) -> None:
 
 def show_table(table: Table) -> None:
     """A table of what was asked for, on stdout; as wide as it likes where there is no terminal."""
-    Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False).print(table)
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else _PIPE_WIDTH
+    Console(width=width, highlight=False, emoji=False).print(table)
+
+
+def show_columns(titles: Sequence[str], rows: Sequence[Sequence[str]], *, unbroken: Sequence[str] = ()) -> None:
+    """A table of plain text on stdout; the columns `unbroken` keep each cell on one line."""
+    rows = [[type(cell)(clean(cell)) for cell in row] for row in rows]
+    if plain(sys.stdout) and (text := _aligned([titles, *rows])):
+        typer.echo(text)
+        return
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold")
+    for title in titles:
+        table.add_column(title, no_wrap=title in unbroken)
+    for row in rows:
+        table.add_row(*(f"[dim]{printable(cell)}[/dim]" if isinstance(cell, Dim) else printable(cell) for cell in row))
+    show_table(table)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    """The table as rich sets it, while every letter is one column wide and every line fits; else ""."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    simple = all(cell.isascii() and cell.isprintable() for row in rows for cell in row)
+    if not simple or sum(widths) + 2 * len(widths) > _PIPE_WIDTH:
+        return ""
+    return "\n".join("".join(f" {cell:<{width}} " for cell, width in zip(row, widths)) for row in rows)
 
 
 def note(text: str) -> None:
     """Something worth knowing."""
-    stderr.print(printable(text))
+    _say("", "", text)
 
 
 def warn(text: str) -> None:
     """Something that may be wrong."""
-    stderr.print(f"[yellow]warning:[/yellow] {printable(text)}")
+    _say("warning:", "yellow", text)
+
+
+def _say(label: str, style: str, text: str) -> None:
+    if plain(sys.stderr):
+        typer.echo(f"{label} {clean(text)}" if label else clean(text), err=True)
+    else:
+        _stderr().print(f"[{style}]{label}[/{style}] {printable(text)}" if label else printable(text))
 
 
 def show_error(error: TexforceError, *, as_json: bool) -> None:
     """One sentence: what is wrong, then the remedy."""
     if as_json:
         write_json({"error": {"message": error.message, "hint": error.hint, "exit_code": error.exit_code}})
-    hint = f"; {printable(error.hint)}" if error.hint else ""
+    hint = f"; {error.hint}" if error.hint else ""
     label = "stopped" if error.exit_code in (130, 143) else "error"
     text = " ".join(error.message.removeprefix("stopped; ").splitlines())  # a file's name may hold line breaks
-    stderr.print(f"[bold red]{label}:[/bold red] {printable(text)}{hint}")
+    _say(f"{label}:", "bold red", text + hint)
 
 
 def write_json(document: dict[str, Any]) -> None:

@@ -196,19 +196,19 @@ def _show_plan(plan: dict[str, Any], json: bool) -> None:
 def _show(summary: Summary) -> None:
     from rich.table import Table
 
-    from texforce_cli.cli.console import clean, printable, show_table
+    from texforce_cli.cli.console import printable, show_table
 
     groups = list(dict.fromkeys(row.group for row in summary.rows))
     marks = {v["name"]: set(v["in_sample"]) for v in summary.about.get("variants", [])}
     for group in groups:
         table = Table(
-            title=None if len(groups) == 1 else clean(group), title_justify="left", box=None, header_style="bold"
+            title=None if len(groups) == 1 else printable(group), title_justify="left", box=None, header_style="bold"
         )
         for name in (
             "metric",
             "variant",
             "mean",
-            f"difference to {clean(summary.baseline)}",
+            f"difference to {printable(summary.baseline)}",
             "95 %",
             "wins",
             "p (Holm)",

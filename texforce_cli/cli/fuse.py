@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -130,9 +131,9 @@ def fuse(
 @contextmanager
 def _view() -> Iterator[Listener]:
     """A bar for each phase on a terminal; elsewhere warnings alone, without the import of what draws bars."""
-    from texforce_cli.cli.console import stderr, warn
+    from texforce_cli.cli.console import plain, warn
 
-    if stderr.is_terminal:
+    if not plain(sys.stderr):
         from texforce_cli.cli.live import TrainView
 
         with TrainView() as view:

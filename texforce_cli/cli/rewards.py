@@ -32,9 +32,7 @@ def rewards(context: typer.Context, json: _JSON = False) -> None:
         return
     import dataclasses
 
-    from rich.table import Table
-
-    from texforce_cli.cli.console import printable, show_table, write_json
+    from texforce_cli.cli.console import Dim, show_columns, write_json
     from texforce_cli.rewards.environments import OURS
 
     registry = _registry()
@@ -44,18 +42,15 @@ def rewards(context: typer.Context, json: _JSON = False) -> None:
         rows = [{**dataclasses.asdict(info), "environment": None, "state": info.state} for info in found]
         write_json({"rewards": rows, "broken": registry.broken, "not_installed": {name: OURS[name] for name in absent}})
         return
-    table = Table(box=None, header_style="bold")
-    for title in ("name", "state", "origin", "licence", "summary"):
-        table.add_column(title, no_wrap=title in ("name", "state"))
+    lines: list[tuple[str, ...]] = []
     for info in found:
         name = f"{info.name} ({info.backend})" if info.backend else info.name
         unit = f" ({info.unit})" if info.unit else ""
-        origin = f"{info.origin} {info.version}"
-        table.add_row(*map(printable, (name, info.state, origin, info.licence, info.summary + unit)))
+        lines.append((name, info.state, f"{info.origin} {info.version}", info.licence, info.summary + unit))
     for name in absent:
         label = f"{name} (original)" if name in registry.names else name
-        table.add_row(label, "[dim]not installed[/dim]", OURS[name], "", f"[dim]texforce rewards install {name}[/dim]")
-    show_table(table)
+        lines.append((label, Dim("not installed"), OURS[name], "", Dim(f"texforce rewards install {name}")))
+    show_columns(("name", "state", "origin", "licence", "summary"), lines, unbroken=("name", "state"))
 
 
 @app.command(epilog="Example: [bold]texforce rewards info jpeg-incompressibility[/bold]")

@@ -37,7 +37,9 @@ def double(pair: Pair) -> Pair:
 def concatenate(terms: Sequence[tuple[Pair, float]]) -> Pair:
     """The sum of c_i B_i A_i as one pair, exact: A = [A_1; A_2; ...], B = [c_1 B_1, c_2 B_2, ...]."""
     a = np.concatenate([a for (a, _), _ in terms], axis=0)
-    b = np.concatenate([b if weight == 1 else (b * weight).astype(b.dtype, copy=False) for (_, b), weight in terms], axis=1)
+    b = np.concatenate(
+        [b if weight == 1 else (b * weight).astype(b.dtype, copy=False) for (_, b), weight in terms], axis=1
+    )
     return a, b
 
 

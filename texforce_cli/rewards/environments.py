@@ -38,8 +38,9 @@ OURS: Mapping[str, str] = {
 }
 """Reward names that `install` knows, and the package that comes with texforce for each."""
 
-_NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?")
-_PACKAGE = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?(?:\[[^]]*\])?(?:[=<>!~].*)?")
+# compiled where they are used: the list of rewards needs none of them
+_NAME = r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?"
+_PACKAGE = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?(?:\[[^]]*\])?(?:[=<>!~].*)?"
 Variant = Literal["cpu", "cuda"]
 
 
@@ -145,7 +146,7 @@ def resolve(asked: str) -> Source:
         return Source(str(path.resolve()), False, path.resolve().name)
     if close := difflib.get_close_matches(normal(asked), [*OURS, *OURS.values(), *built_in], n=1, cutoff=0.75):
         raise UsageError(f"unknown reward '{asked}'", f"did you mean '{close[0]}'? Of ours there are {', '.join(OURS)}")
-    if not _PACKAGE.fullmatch(asked):
+    if not re.fullmatch(_PACKAGE, asked):
         raise UsageError(f"'{asked}' is no name of a package", f"give a path, a package, or one of {', '.join(OURS)}")
     return Source(asked, False, f"{asked} of the package index")
 
@@ -218,7 +219,7 @@ def _adopt(folder: Path, lock: str) -> Environment:
     if not rewards:
         raise UsageError("the package registers no reward", "it needs an entry point in the group 'texforce'")
     package = normal(str(rewards[0]["distribution"]))
-    if not _NAME.fullmatch(package):
+    if not re.fullmatch(_NAME, package):
         raise UsageError(f"the package calls itself {package!r}", "see its author")
     try:
         Registry().add(rewards, package, "")
@@ -261,7 +262,7 @@ def remove(package: str) -> int:
         TexforceError: a run uses it, or it cannot be deleted.
     """
     home = root() / package
-    if not _NAME.fullmatch(package) or not home.is_dir():
+    if not re.fullmatch(_NAME, package) or not home.is_dir():
         if any(plugin.origin == package for plugin in plugins()):
             raise UsageError(f"'{package}' is installed beside texforce", f"remove it with: pip uninstall {package}")
         names = ", ".join(environment.package for environment in installed()[0]) or "none"
@@ -338,10 +339,9 @@ class _Installer:
             raise _refusal(process.stdout + "\n" + process.stderr)
 
 
-_NO_NETWORK = re.compile(
+_NO_NETWORK = (
     r"(NewConnectionError|ConnectionError|Temporary failure in name resolution|Max retries exceeded|ReadTimeout|"
-    r"Connection (?:refused|reset)|Network is unreachable|dns error|error sending request)",
-    re.IGNORECASE,
+    r"Connection (?:refused|reset)|Network is unreachable|dns error|error sending request)"
 )
 
 
@@ -354,7 +354,7 @@ def _refusal(output: str) -> TexforceError:
         )
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = [line for line in lines if line.lower().startswith(("error", "×", "fatal"))] or lines[-1:] or ["no output"]
-    if _NO_NETWORK.search(output):
+    if re.search(_NO_NETWORK, output, re.IGNORECASE):
         return TexforceError(
             f"the package index could not be reached ({errors[-1][:300]})",
             "look at the network, or at PIP_INDEX_URL; nothing half-made is left",

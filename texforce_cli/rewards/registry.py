@@ -316,9 +316,10 @@ def plugins() -> list[Plugin]:
     """The entry points of the group `texforce`, without those that TEXFORCE_BLOCK_PLUGINS names."""
     found = []
     for entry in importlib.metadata.entry_points(group=hookspecs.PROJECT):
-        origin = normal(entry.dist.name) if entry.dist else entry.name
+        about = entry.dist.metadata if entry.dist else None  # once: each time it is parsed anew, with the whole README
+        origin = normal(about["Name"]) if about else entry.name
         if not {entry.name, origin} & _blocked():
-            found.append(Plugin(origin, entry.dist.version if entry.dist else "", entry))
+            found.append(Plugin(origin, about["Version"] if about else "", entry))
     return found
 
 
