@@ -633,7 +633,9 @@ def test_a_broken_plugin_is_imported_once_and_named_once(
         loads.append(1)
         raise ImportError("no module named moon")
 
-    entry = types.SimpleNamespace(name="p", load=load, dist=types.SimpleNamespace(name="moon-rewards", version="1"))
+    entry = types.SimpleNamespace(
+        name="p", load=load, dist=types.SimpleNamespace(metadata={"Name": "moon-rewards", "Version": "1"})
+    )
     real = importlib.metadata.entry_points
     monkeypatch.setattr(
         importlib.metadata, "entry_points", lambda **kw: [entry] if kw.get("group") == "texforce" else real(**kw)
