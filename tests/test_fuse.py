@@ -690,7 +690,7 @@ def test_fuse_imports_neither_torch_nor_what_draws_bars_where_there_is_no_termin
 def test_bars_are_drawn_on_a_terminal_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     source, out = simple(tmp_path / "a.safetensors"), tmp_path / "o.safetensors"
     for terminal in (True, False):
-        monkeypatch.setattr(console.stderr, "_force_terminal", terminal)
+        monkeypatch.setattr(console.stderr(), "_force_terminal", terminal)
         monkeypatch.setattr(console, "plain", lambda stream, terminal=terminal: not terminal)
         assert app.run(["fuse", str(source), "--out", str(out), "--force"]) == 0
         said = capsys.readouterr()

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from equal_reward import NOISE, SEEDS, SPLITS, Evaluation, changed, row, shown
+from evaluation import NOISE, SEEDS, SPLITS, Evaluation, changed, row, shown
 
 SETS = ("color", "count", "composition", "location")
 METRICS = ("tiny-clip", "tiny-judge")

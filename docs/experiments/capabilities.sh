@@ -4,15 +4,14 @@
 # put together with weight 1 each, without training. 16 pictures of every prompt, seen (29: 464 pictures) and unseen (10: 160
 # pictures), for each variant, with seeds that no training image has, in the steps and at the guidance that the runs are
 # trained with; judged by tiny-clip and by tiny-judge, a model that no run was rewarded by.
-# One thread a run and two runs at a time, for two cores. Started again, it goes on where it was; runs that are finished are
-# left alone, one that lacks is trained.
+# One thread a run and two runs at a time, for two cores. Started again, it goes on where it was.
 # Usage: docs/experiments/capabilities.sh FOLDER ALIGNMENT     (ALIGNMENT: the folder of alignment.sh)
 set -euo pipefail
 out=${1:?give a folder for the runs of the U-Net and the evaluations}
 alignment=${2:?give the folder of the runs of alignment.sh}
 here=$(cd "$(dirname "$0")" && pwd)
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HERE=$here ALIGNMENT=$alignment
-mkdir -p "$out" "$alignment"
+mkdir -p "$out"
 for seed in 10 11 12; do
   for set in color count composition location; do
     echo "$set $seed"
@@ -20,11 +19,7 @@ for seed in 10 11 12; do
 done | xargs -P 2 -L 1 bash -c '
   set -euo pipefail
   texforce=$ALIGNMENT/$1-$2 ddpo=$0/$1-$2-unet
-  train() {
-    grep -qs "\"status\": \"finished\"" "$1/run.json" || "$HERE/train.sh" "$@" 2>> "$1.log"
-  }
-  train "$texforce" --reward tiny-clip --prompts "$1" --model tiny --seed "$2"
-  train "$ddpo" --reward tiny-clip --prompts "$1" --model tiny --seed "$2" --train unet
+  "$HERE/train.sh" "$ddpo" --reward tiny-clip --prompts "$1" --model tiny --seed "$2" --train unet 2>> "$ddpo.log"
   texforce eval --variant base=tiny --variant "texforce=tiny+$texforce" --variant "ddpo=tiny+$ddpo" \
     --variant "both=tiny+$texforce+$ddpo" --baseline base --prompts "$1" --seeds 1000:1016 --guidance 1 --steps 10 \
     --metric tiny-clip --metric tiny-judge --out "$0/$1-$2" >> "$0/$1-$2.log" 2>&1' "$out"

@@ -5,10 +5,12 @@
 # pairs: 32 of seen animals and 32 of the 8 animals that are never trained on, with seeds that no training image has.
 # The runs of the U-Net and of both are measured and saved after every epoch, so that they can be compared with the text
 # encoder's at equal reward (equal-reward.sh); it changes nothing in what is trained.
-# One thread a run and two runs at a time, for two cores.   Usage: docs/experiments/main-job.sh FOLDER
+# One thread a run and two runs at a time, for two cores. Started again, it goes on where it was.
+# Usage: docs/experiments/main-job.sh FOLDER
 set -euo pipefail
 out=${1:?give a folder for the runs}
-export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
+here=$(cd "$(dirname "$0")" && pwd)
+export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HERE=$here
 mkdir -p "$out"
 for train in text-encoder unet both; do
   for seed in 10 11 12; do
@@ -17,5 +19,5 @@ for train in text-encoder unet both; do
 done | xargs -P 2 -L 1 bash -c '
   every_epoch=()
   if [ "$1" != text-encoder ]; then every_epoch=(--eval-every 1 --save-every 1); fi
-  texforce train --reward jpeg-incompressibility --prompts animals --model tiny --train "$1" --seed "$2" "${every_epoch[@]}" \
-    --out "$0/$1-$2" 2> "$0/$1-$2.log"' "$out"
+  "$HERE/train.sh" "$0/$1-$2" --reward jpeg-incompressibility --prompts animals --model tiny --train "$1" --seed "$2" \
+    "${every_epoch[@]}" 2>> "$0/$1-$2.log"' "$out"

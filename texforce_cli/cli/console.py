@@ -21,15 +21,6 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    stderr: Console
-else:
-
-    def __getattr__(name: str) -> Any:
-        if name == "stderr":
-            return _stderr()
-        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-
-
 _PIPE_WIDTH = 200  # columns where there is no terminal
 
 
@@ -38,7 +29,8 @@ class Dim(str):
 
 
 @functools.cache
-def _stderr() -> Console:
+def stderr() -> Console:
+    """What rich draws on, where it does."""
     from rich.console import Console
 
     return Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
@@ -113,7 +105,7 @@ def _say(label: str, style: str, text: str) -> None:
     if plain(sys.stderr):
         typer.echo(f"{label} {clean(text)}" if label else clean(text), err=True)
     else:
-        _stderr().print(f"[{style}]{label}[/{style}] {printable(text)}" if label else printable(text))
+        stderr().print(f"[{style}]{label}[/{style}] {printable(text)}" if label else printable(text))
 
 
 def show_error(error: TexforceError, *, as_json: bool) -> None:

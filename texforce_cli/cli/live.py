@@ -39,9 +39,9 @@ class TrainView:
             MofNCompleteColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[about]}"),
-            console=stderr,
+            console=stderr(),
             transient=True,
-            disable=not stderr.is_terminal,
+            disable=not stderr().is_terminal,
         )
         self._tasks: dict[str, TaskID] = {}
         self._total = 0
@@ -82,7 +82,7 @@ class TrainView:
             f"{name} {event.config[name]} ({origin})" for name, origin in event.origins.items() if origin != "default"
         ]
         rest = [f"{name} {event.config[name]}" for name, origin in event.origins.items() if origin == "default"]
-        stderr.print(f"[dim]{printable(', '.join(chosen))}; defaults: {printable(', '.join(rest))}[/dim]")
+        stderr().print(f"[dim]{printable(', '.join(chosen))}; defaults: {printable(', '.join(rest))}[/dim]")
         self._bar("epoch", event.done, event.epochs)
 
     def _checked(self, event: Checked) -> None:
@@ -94,7 +94,7 @@ class TrainView:
         )
         steps = [step for step in result.steps if math.isfinite(step["sensitivity"])]
         text = ", ".join(f"{step['timestep']:.0f}: {step['sensitivity']:.2f} ({step['trained']:.0%})" for step in steps)
-        stderr.print(f"[dim]sensitivity of each step (share of images trained on it): {text}[/dim]")
+        stderr().print(f"[dim]sensitivity of each step (share of images trained on it): {text}[/dim]")
 
     def _bar(self, name: str, done: int, total: int, about: str = "") -> None:
         if name not in self._tasks:
@@ -157,6 +157,6 @@ def describe_plan(plan: Plan, *, as_json: bool) -> None:
     table = Table("option", "value", "from", box=None, header_style="bold")
     for name, value in dataclasses.asdict(plan.config).items():
         table.add_row(name.replace("_", "-"), printable(str(value)), plan.origins[name])
-    stderr.print(table)
+    stderr().print(table)
     for name, number in cost.items():
         note(f"{name.replace('_', ' ')}: {number:,.4g}" if number < 1e4 else f"{name.replace('_', ' ')}: {number:,.0f}")

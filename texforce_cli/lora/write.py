@@ -91,7 +91,7 @@ class Layout:
         down, up, alpha = self._keys(slot)
         for key, value, shape in zip((down, up), (a, b), slot.shapes(rank)):
             stored = value.astype(DTYPES[self.precision], copy=False)
-            if not np.isfinite(stored.astype(np.float32)).all():
+            if not np.isfinite(stored.astype(np.float32, copy=False)).all():
                 raise TexforceError(
                     f"'{slot.name}' holds numbers that do not fit into {self.precision}",
                     "use --dtype fp32 or bf16" if self.precision == "fp16" else "use smaller weights",

@@ -1,0 +1,83 @@
+"""The folders of `texforce eval` as capabilities.py and equal_reward.py read them, and the changes that they report.
+
+Intervals are the 95 % ones of `texforce eval`, over prompts (the seeds of a prompt are averaged first: they are not
+independent); those of a mean over runs are the same, of each prompt's change averaged over the runs.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from texforce_cli.core.comparison import interval
+from texforce_cli.core.statistics import Interval
+from texforce_cli.workflows.evaluation.pictures import Item, picture_path
+
+SEEDS = ("10", "11", "12")
+"""Of training."""
+SPLITS = ("seen", "unseen")
+NOISE = 1000
+"""The seed of the pictures that are shown."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A finished folder of `texforce eval`: (metric, variant) -> prompt -> seed -> value, and split -> prompts.
+
+    `diversity` has one value a prompt, without a seed.
+    """
+
+    folder: Path
+    values: Mapping[tuple[str, str], Mapping[str, Mapping[str, float]]]
+    splits: Mapping[str, tuple[str, ...]]
+
+    @classmethod
+    def read(cls, folder: Path) -> Evaluation:
+        """From scores.csv; nothing may be missing."""
+        found = folder / "summary.json"
+        if not found.is_file() or json.loads(found.read_text(encoding="utf-8"))["missing"]:
+            raise SystemExit(f"the evaluation '{folder}' is not whole; go on with: texforce eval --out {folder}")
+        values: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
+        splits: dict[str, dict[str, None]] = {split: {} for split in SPLITS}
+        with (folder / "scores.csv").open(encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                of_variant = values.setdefault((row["metric"], row["variant"]), {})
+                of_variant.setdefault(row["prompt"], {})[row["seed"]] = float(row["value"])
+                splits[row["split"]][row["prompt"]] = None
+        return cls(folder, values, {split: tuple(prompts) for split, prompts in splits.items()})
+
+    def by_prompt(self, metric: str, variant: str) -> dict[str, float]:
+        """The mean over the seeds of each prompt."""
+        return {prompt: float(np.mean(list(own.values()))) for prompt, own in self.values[metric, variant].items()}
+
+    def change(self, metric: str, variant: str, against: str, split: str) -> dict[str, float]:
+        """How much larger a variant's value of each prompt is than that of another."""
+        ours, theirs = self.by_prompt(metric, variant), self.by_prompt(metric, against)
+        return {prompt: ours[prompt] - theirs[prompt] for prompt in self.splits[split]}
+
+    def picture(self, variant: str, prompt: str, seed: int) -> Image.Image:
+        """As it was drawn."""
+        with Image.open(picture_path(self.folder, variant, Item(prompt, seed))) as picture:
+            return picture.convert("RGB")
+
+
+def changed(runs: Sequence[Evaluation], metric: str, variant: str, against: str, split: str) -> Interval:
+    """The change of each prompt, averaged over runs, with its interval over prompts."""
+    changes = [run.change(metric, variant, against, split) for run in runs]
+    return interval([float(np.mean([change[prompt] for change in changes])) for prompt in changes[0]])
+
+
+def shown(found: Interval, digits: int) -> str:
+    """`+0.53 ± 0.10`."""
+    return f"{found.mean:+.{digits}f} ± {found.half_width:.{digits}f}"
+
+
+def row(*cells: str) -> str:
+    """A line of a Markdown table."""
+    return f"| {' | '.join(cells)} |"
