@@ -16,7 +16,7 @@ LAYERS = [
     {"workflows"},
     {"algorithms", "judging"},
     {"diffusion", "lora", "rewards", "prompts", "report"},
-    {"tiny", "presets", "config", "files", "devices", "tensorfile", "quiet", "team"},
+    {"tiny", "presets", "config", "files", "devices", "tensorfile", "quiet", "team", "threads"},
     {"core"},
     {"errors"},
 ]

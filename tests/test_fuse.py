@@ -342,9 +342,9 @@ def test_what_is_read_back_is_compared(
     sources = [simple(tmp_path / "a.safetensors", rank=4), small.save(tmp_path / "b.safetensors")]
     real = fusing._fused
 
-    def slightly_wrong(plan: Any, slot: Any, spectra: Any) -> Any:
-        pair = real(plan, slot, spectra)
-        return change(*pair) if slot.name == key else pair
+    def slightly_wrong(plan: Any, slot: Any) -> Any:
+        pair, about = real(plan, slot)
+        return change(*pair) if slot.name == key else pair, about
 
     monkeypatch.setattr(fusing, "_fused", slightly_wrong)
     plan_fuse(FuseRequest([str(sources[1])], out=tmp_path / "out.safetensors", **options))

@@ -13,7 +13,8 @@ from texforce_cli.core.lora_algebra import (
     balance,
     concatenate,
     distance,
-    probe,
+    sketch,
+    sketched_distance,
     squared_norm,
     term_scale,
     truncate,
@@ -98,15 +99,27 @@ def test_norms_and_distances() -> None:
     exact = np.sum((dense(one) - 0.5 * dense(two)) ** 2)
     assert distance(one, [(two, 0.5)]) == pytest.approx(exact, rel=1e-9)
     assert distance(one, [(one, 1.0)]) <= 1e-20 * exact
-    found = np.mean([probe(one, [(two, 0.5)], seed) for seed in range(800)])
-    assert found == pytest.approx(exact, rel=0.05)
-    assert probe(one, [(one, 1.0)], 0) == 0
     rows = (np.array([[3.0, 4.0], [1.0, 0.0]]), np.array([[2.0, 0.0], [0.0, 7.0]]))
     assert term_scale(rows) == 25 * 4 + 1 * 49
 
 
-def test_one_wrong_number_is_seen() -> None:
+def test_a_sketch_estimates_a_distance_and_is_linear() -> None:
+    ratios = []
+    for seed in range(800):
+        one, two = pair(2 * seed, 4, 30, 20), pair(2 * seed + 1, 2, 30, 20)
+        estimate = sketched_distance(sketch([(one, 1.0)]), sketch([(two, 0.5)]))
+        ratios.append(estimate / np.sum((dense(one) - 0.5 * dense(two)) ** 2))
+    assert np.mean(ratios) == pytest.approx(1, rel=0.05)
+    assert np.std(ratios) < 0.75
+    assert np.allclose(sketch([(one, 1.0), (two, -3.0)]), sketch([(one, 1.0)]) - 3 * sketch([(two, 1.0)]))
+    assert sketched_distance(np.zeros((8, 8)), np.eye(8)) == 8 / 64
+
+
+@given(st.integers(0, 3), st.integers(0, 299))
+def test_one_wrong_number_is_seen(row: int, column: int) -> None:
     one = pair(5, 4, 300, 200)
     wrong = one[0].copy()
-    wrong[2, 7] += 1e-3
-    assert (probe((wrong, one[1]), [(one, 1.0)], 0) / term_scale(one)) ** 0.5 > 1e-5
+    wrong[row, column] += 1e-3
+    off = sketched_distance(sketch([((wrong, one[1]), 1.0)]), sketch([(one, 1.0)]))
+    exact = (1e-3 * np.linalg.norm(one[1][:, row])) ** 2
+    assert 0.1 * exact < off < 10 * exact

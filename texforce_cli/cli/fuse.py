@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -82,6 +83,8 @@ def fuse(
     json: Json = False,
 ) -> None:
     """Combine LoRAs of any format into one, exactly, without training; convert, rescale and inspect them."""
+    if not extract:  # many small products, several at a time: a thread each; it is read when numpy is imported
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from texforce_cli.cli.console import write_json
     from texforce_cli.errors import UsageError
     from texforce_cli.workflows.fuse import FuseRequest, plan_fuse

@@ -21,7 +21,7 @@ import numpy as np
 from texforce_cli.core.lora_algebra import Pair, balance
 from texforce_cli.errors import TexforceError, UsageError
 from texforce_cli.files import atomic_path, parents_of, write_error, write_text
-from texforce_cli.lora.names import COMPONENTS, kohya_name, peft_name
+from texforce_cli.lora.names import kohya_name, peft_name
 from texforce_cli.lora.read import PEFT_CONFIG, PEFT_NAME
 from texforce_cli.tensorfile import Array, TensorWriter, write_tensors
 
@@ -197,18 +197,19 @@ def write_lora(
     place: Path,
     layout: Layout,
     slots: Sequence[Slot],
-    pair_of: Callable[[Slot], Pair],
+    pairs: Iterator[Pair],
     metadata: Callable[[], Mapping[str, str]],
 ) -> None:
-    """Write each module as `pair_of` makes it, one in memory at a time; `metadata` is asked at the end.
+    """Write the modules as `pairs` gives them, in the order of `slots`; `metadata` is asked at the end.
 
     The metadata may grow by 4 KB from what it is at the beginning. `place` is a file, or an empty folder for PEFT's form.
+    `slots` have one component after the other.
     """
     with ExitStack() as files:
         if layout.format == "peft":
-            writers = _peft_folders(files, place, layout, slots, pair_of, metadata)
+            writers = _peft_folders(files, place, layout, slots, pairs, metadata)
         else:
-            writers = [_tensors(files.enter_context(place.open("wb")), layout, slots, pair_of, metadata)]
+            writers = [_tensors(files.enter_context(place.open("wb")), layout, slots, pairs, metadata)]
         for writer in writers:  # when every module is made, so that each file tells of the whole
             writer.finish({"format": "pt", **metadata()})
 
@@ -218,10 +219,10 @@ def _peft_folders(
     place: Path,
     layout: Layout,
     slots: Sequence[Slot],
-    pair_of: Callable[[Slot], Pair],
+    pairs: Iterator[Pair],
     metadata: Callable[[], Mapping[str, str]],
 ) -> list[TensorWriter]:
-    components = [name for name in COMPONENTS if any(slot.component == name for slot in slots)]
+    components = list(dict.fromkeys(slot.component for slot in slots))
     writers = []
     for component in components:
         alone = len(components) == 1 and component != "text_encoder_2"  # whose keys do not tell it from the first
@@ -230,13 +231,13 @@ def _peft_folders(
         own = [slot for slot in slots if slot.component == component]
         ranks: dict[str, int] = {}
 
-        def counted(slot: Slot, ranks: dict[str, int] = ranks) -> Pair:
-            pair = pair_of(slot)
-            ranks[layout.peft_name(slot).removeprefix("base_model.model.")] = len(pair[0])
-            return pair
+        def counted(own: Sequence[Slot] = own, ranks: dict[str, int] = ranks) -> Iterator[Pair]:
+            for slot, pair in zip(own, pairs):
+                ranks[layout.peft_name(slot).removeprefix("base_model.model.")] = len(pair[0])
+                yield pair
 
         handle = files.enter_context((folder / PEFT_NAME).open("wb"))
-        writers.append(_tensors(handle, layout, own, counted, metadata))
+        writers.append(_tensors(handle, layout, own, counted(), metadata))
         write_text(folder / PEFT_CONFIG, json.dumps(_peft_config(ranks), indent=2) + "\n")
     return writers
 
@@ -245,14 +246,14 @@ def _tensors(
     handle: BinaryIO,
     layout: Layout,
     slots: Sequence[Slot],
-    pair_of: Callable[[Slot], Pair],
+    pairs: Iterator[Pair],
     metadata: Callable[[], Mapping[str, str]],
 ) -> TensorWriter:
     writer = TensorWriter(handle, layout.planned(slots), {"format": "pt", **metadata(), "room": " " * 4096})
     for slot in slots:
         try:
             with np.errstate(over="ignore", invalid="ignore"):  # what does not fit is told once, by the layout
-                for key, value in layout.tensors(slot, pair_of(slot)):
+                for key, value in layout.tensors(slot, next(pairs)):
                     writer.write(key, value)
         except np.linalg.LinAlgError as error:  # a decomposition that met infinity
             raise TexforceError(f"'{slot.name}' holds numbers that are too large", "use smaller weights") from error

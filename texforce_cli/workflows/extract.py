@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,12 +89,13 @@ def extract(request: ExtractRequest, listener: Listener = silent) -> ExtractResu
         layout = Layout.of(slots, request.format, request.precision, sdxl=bases == {"SDXL"})
         dropped: dict[str, float] = {}
 
-        def pair_of(slot: Slot) -> Pair:
-            stop.check()
-            pair, spectrum = truncated_svd(_difference(base, tuned, slot), request.rank)
-            dropped[slot.name] = spectrum.dropped
-            listener(Progressed("decomposing", len(dropped), len(slots)))
-            return pair
+        def pairs() -> Iterator[Pair]:
+            for slot in slots:
+                stop.check()
+                pair, spectrum = truncated_svd(_difference(base, tuned, slot), request.rank)
+                dropped[slot.name] = spectrum.dropped
+                listener(Progressed("decomposing", len(dropped), len(slots)))
+                yield pair
 
         about = {
             "base": Path(request.base).name,
@@ -116,7 +117,7 @@ def extract(request: ExtractRequest, listener: Listener = silent) -> ExtractResu
             return {"texforce.extract": json.dumps({**about, "relative_error": error, "texforce": __version__}), **keys}
 
         with new_lora(request.out, request.format, force=request.force) as temporary:
-            write_lora(temporary, layout, slots, pair_of, header)
+            write_lora(temporary, layout, slots, pairs(), header)
             measured = _verify(request, temporary, base, tuned, slots, dropped, stop, listener)
             size = size_of(temporary)
     errors = {name: math.sqrt(off / change.modules[f"{name}.weight"]) for name, off in measured.items()}

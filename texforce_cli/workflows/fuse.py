@@ -9,14 +9,27 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from texforce_cli import __version__
-from texforce_cli.core.lora_algebra import Pair, concatenate, distance, double, probe, term_scale, truncate
+from texforce_cli.core.lora_algebra import (
+    Array,
+    Pair,
+    Spectrum,
+    concatenate,
+    distance,
+    double,
+    sketch,
+    sketched_distance,
+    term_scale,
+    truncate,
+)
 from texforce_cli.errors import TexforceError, UsageError
 from texforce_cli.lora.header import model_keys, shared_training
 from texforce_cli.lora.lora import Lora, LoraModule, common_bases
@@ -24,6 +37,7 @@ from texforce_cli.lora.names import COMPONENTS, is_convolution
 from texforce_cli.lora.read import FILE_NAME, PEFT_CONFIG, PEFT_NAME, read_lora
 from texforce_cli.lora.spec import LoraSpec, parse_lora
 from texforce_cli.lora.write import STORAGE_ERROR, Format, Layout, Precision, Slot, new_lora, size_of, write_lora
+from texforce_cli.threads import ahead
 from texforce_cli.workflows.events import Listener, Progressed, Warned, silent
 from texforce_cli.workflows.stopping import StopRequest
 
@@ -120,19 +134,20 @@ class FuseResult:
     bytes: int
 
 
-@dataclass
-class _Spectra:
-    """What truncations have left out so far, in all and by module, and the rank of each module that is done."""
+@dataclass(frozen=True)
+class _Done:
+    """What stays known of a module when its factors are written: its rank, what its truncation left out, and, of the sum of
+    its sources, the sketch and the squared size of what rounding can change."""
 
-    total: float = 0.0
-    dropped: float = 0.0
-    by_module: dict[str, float] = field(default_factory=dict)
-    worst: tuple[str, float] = ("", 0.0)
-    ranks: list[int] = field(default_factory=list)
+    rank: int
+    spectrum: Spectrum
+    sketch: Array
+    size: float
 
     @property
     def error(self) -> float:
-        return math.sqrt(self.dropped / self.total) if self.total else 0.0
+        """The relative error of the truncation."""
+        return _relative(self.spectrum.dropped, self.spectrum.total)
 
 
 def plan_fuse(request: FuseRequest) -> FusePlan:
@@ -179,41 +194,47 @@ def fuse(plan: FusePlan, listener: Listener = silent) -> FuseResult:
     """
     for text in plan.warnings:
         listener(Warned(text))
-    stop, spectra = StopRequest(), _Spectra()
-    sources = [_provenance(spec, lora) for spec, lora in plan.loras]
+    stop, done = StopRequest(), dict[str, _Done]()
+    sources = list(ahead(lambda source: _provenance(*source), plan.loras))
 
-    def pair_of(slot: Slot) -> Pair:
-        stop.check()
-        pair = _fused(plan, slot, spectra)
-        spectra.ranks.append(len(pair[0]))
-        listener(Progressed("fusing", len(spectra.ranks), len(plan.slots)))
-        return pair
+    def pairs() -> Iterator[Pair]:
+        for slot, (pair, about) in zip(plan.slots, ahead(lambda slot: _fused(plan, slot), plan.slots)):
+            stop.check()
+            done[slot.name] = about
+            listener(Progressed("fusing", len(done), len(plan.slots)))
+            yield pair
 
     with stop.listening(), new_lora(plan.out, plan.layout.format, force=plan.request.force) as temporary:
-        write_lora(temporary, plan.layout, plan.slots, pair_of, lambda: _header(plan, sources, spectra))
-        measured = _verify(plan, temporary, spectra, stop, listener)
+        write_lora(temporary, plan.layout, plan.slots, pairs(), lambda: _header(plan, sources, done))
+        measured = _verify(plan, temporary, done, stop, listener)
         size = size_of(temporary)
-    ranks = (min(spectra.ranks), max(spectra.ranks))
-    return FuseResult(plan.out, len(plan.slots), ranks, spectra.error, measured, spectra.worst, size)
+    ranks = [about.rank for about in done.values()]
+    worst = max(((name, about.error) for name, about in done.items()), key=lambda item: item[1])
+    return FuseResult(plan.out, len(done), (min(ranks), max(ranks)), _truncation_error(done), measured, worst, size)
 
 
-def _fused(plan: FusePlan, slot: Slot, spectra: _Spectra) -> Pair:
+def _relative(off: float, whole: float) -> float:
+    """The relative error of two squared norms."""
+    return math.sqrt(off / whole) if whole else 0.0
+
+
+def _truncation_error(done: Mapping[str, _Done]) -> float:
+    spectra = [about.spectrum for about in done.values()]
+    return _relative(sum(spectrum.dropped for spectrum in spectra), sum(spectrum.total for spectrum in spectra))
+
+
+@np.errstate(over="ignore", invalid="ignore")  # what does not fit is told once, by the layout
+def _fused(plan: FusePlan, slot: Slot) -> tuple[Pair, _Done]:
     terms = [((module.a(), module.b()), weight) for module, weight in plan.terms[slot.name]]
-    pair = concatenate(terms)
-    if plan.method == "cat":
-        return pair
-    limit = plan.request.max_error
-    pair, spectrum = truncate(pair, rank=plan.request.rank, max_error=_EXACT if limit is None else limit)
-    spectra.total += spectrum.total
-    spectra.dropped += spectrum.dropped
-    spectra.by_module[slot.name] = spectrum.dropped
-    error = math.sqrt(spectrum.dropped / spectrum.total) if spectrum.total else 0.0
-    if error > spectra.worst[1]:
-        spectra.worst = (slot.name, error)
-    return pair
+    pair, spectrum = concatenate(terms), Spectrum(0.0, 0.0)
+    if plan.method == "svd":
+        limit = plan.request.max_error
+        pair, spectrum = truncate(pair, rank=plan.request.rank, max_error=_EXACT if limit is None else limit)
+    size = sum(weight**2 * term_scale(term) for term, weight in terms)
+    return pair, _Done(len(pair[0]), spectrum, sketch(terms), size)
 
 
-def _verify(plan: FusePlan, written: Path, spectra: _Spectra, stop: StopRequest, listener: Listener) -> float:
+def _verify(plan: FusePlan, written: Path, done: Mapping[str, _Done], stop: StopRequest, listener: Listener) -> float:
     """The relative error of what is on the disk, through our own reader; a module that is off by more than it may be is an
     error: by more than storing its factors brings, and, truncated, than what was left out."""
     again = read_lora(str(written)).modules
@@ -221,24 +242,29 @@ def _verify(plan: FusePlan, written: Path, spectra: _Spectra, stop: StopRequest,
     if missing or len(again) != len(plan.slots):
         raise TexforceError(f"'{plan.out}' was not written whole ('{(missing or ['?'])[0]}')", "report this as a bug")
     bound = STORAGE_ERROR[plan.layout.precision]
-    difference = scale = 0.0
-    for index, slot in enumerate(plan.slots):
-        stop.check()
-        a, b = _doubles(again[slot.name])
-        own = (a, b * again[slot.name].scale)
+
+    def distance_of(slot: Slot) -> float:
+        module = again[slot.name]
+        own = _doubles(module)
+        if plan.method == "cat":
+            return sketched_distance(sketch([(own, module.scale)]), done[slot.name].sketch)
         terms = [(_doubles(term), weight) for term, weight in plan.terms[slot.name]]
-        size = sum(weight**2 * term_scale(pair) for pair, weight in terms)
-        off = probe(own, terms, seed=index) if plan.method == "cat" else distance(own, terms)
-        allowed = math.sqrt(spectra.by_module.get(slot.name, 0.0)) + bound * math.sqrt(size)
+        return distance((own[0], own[1] * module.scale), terms)
+
+    difference = scale = 0.0
+    for index, (slot, off) in enumerate(zip(plan.slots, ahead(distance_of, plan.slots))):
+        stop.check()
+        about = done[slot.name]
+        allowed = math.sqrt(about.spectrum.dropped) + bound * math.sqrt(about.size)
         if not math.sqrt(off) <= allowed:
             raise TexforceError(
                 f"'{slot.name}' in '{plan.out}' would differ from the sum of its sources by {math.sqrt(off):.2e}, "
                 f"{allowed:.2e} is allowed",
                 "try --dtype fp32",
             )
-        difference, scale = difference + off, scale + size
+        difference, scale = difference + off, scale + about.size
         listener(Progressed("checking", index + 1, len(plan.slots)))
-    return math.sqrt(difference / scale) if scale else 0.0
+    return _relative(difference, scale)
 
 
 def _doubles(module: LoraModule) -> Pair:
@@ -363,18 +389,18 @@ def _short_lineage(about: Any, depth: int = 0) -> Any:
     return about if isinstance(about, str | int | float | bool | None) else None
 
 
-def _header(plan: FusePlan, sources: Sequence[Mapping[str, Any]], spectra: _Spectra) -> dict[str, str]:
+def _header(plan: FusePlan, sources: Sequence[Mapping[str, Any]], done: Mapping[str, _Done]) -> dict[str, str]:
     about = {
         "sources": sources,
         "method": plan.method,
         "rank": plan.request.rank,
         "max_error": plan.request.max_error,
-        "relative_error": spectra.error,
+        "relative_error": _truncation_error(done),
         "dtype": plan.layout.precision,
         "texforce": __version__,
     }
     title = " + ".join(f"{spec.weights} {source['name']}" for (spec, _), source in zip(plan.loras, sources))
-    rank = max(spectra.ranks, default=int(plan.layout.alpha))
+    rank = max((about.rank for about in done.values()), default=int(plan.layout.alpha))
     alpha = plan.layout.alpha if plan.layout.format == "kohya" else rank
     keys = model_keys(
         plan.bases,

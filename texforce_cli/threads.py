@@ -1,0 +1,34 @@
+"""Work in threads, for what waits for a disk or computes outside Python's lock."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+MOST = 8
+
+
+def ahead(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """The results of `work` in the order of `items`, a few of them computed before they are asked for.
+
+    At most two results for each thread wait at any time, so that memory does not grow with the number of items. What
+    `work` raises is raised in its turn; what was not begun by then is never done.
+    """
+    threads = min(MOST, os.cpu_count() or 1)
+    waiting: deque[Future[R]] = deque()
+    pool = ThreadPoolExecutor(threads)
+    try:
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) > 2 * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
