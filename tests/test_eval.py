@@ -438,6 +438,7 @@ def test_votes_are_one_more_judge(prompts: str, lora: str, capsys: Any) -> None:
         ({**document, "data": "0"}, "are about other pictures"),
         ({**document, "texforce_votes": 2}, "holds no votes"),
         ({**document, "votes": [{"prompt": 1}]}, "holds no votes"),
+        ({**document, "votes": [{**cast[0], "seed": float("inf")}]}, "holds no votes"),
         ([], "holds no votes"),
     ):
         Path("wrong.json").write_text(json.dumps(wrong))
@@ -522,6 +523,24 @@ def test_separators_survive_paths(tmp_path: Path) -> None:
         parse_variant("x=sd15+text-encoder=")
 
 
+@pytest.mark.parametrize(
+    ("parts", "description"),
+    [
+        ("runs/unet-11/checkpoints/epoch_0010:0.5", "unet-11/epoch_0010:0.5"),
+        ("/home/someone/runs/tex-12/checkpoints/epoch_0010/pytorch_lora_weights.safetensors", "tex-12/epoch_0010:1"),
+        ("lora-out/checkpoint-500", "lora-out/checkpoint-500:1"),
+        ("runs/tex-12/adapter", "tex-12:1"),
+        ("runs/tex-12", "tex-12:1"),
+        ("runs/tex.safetensors", "tex.safetensors:1"),
+        ("epoch_0010", "epoch_0010:1"),
+        ("unet=refl/checkpoint-9/unet/diffusion_pytorch_model.safetensors", "unet refl/checkpoint-9"),
+        ("unet=unet", "unet unet"),
+    ],
+)
+def test_a_description_tells_the_checkpoints_of_two_runs_apart(parts: str, description: str) -> None:
+    assert parse_variant(f"x=sd15+{parts}").description == f"sd15 + {description}"
+
+
 def test_variants_of_a_file(tmp_path: Path) -> None:
     path = tmp_path / "v.toml"
     path.write_text(
@@ -559,6 +578,11 @@ def test_a_picture_is_read_as_rgb_on_white_and_a_broken_one_is_told(tmp_path: Pa
     for name, sentence in (("no.png", "no whole picture"), ("none.png", "is missing")):
         with pytest.raises(TexforceError, match=sentence):
             read_picture(tmp_path / name)
+
+
+def test_sixteen_bits_of_grey_are_read_as_eight(tmp_path: Path) -> None:
+    Image.fromarray(np.array([[0, 25_700, 65_535]], dtype=np.uint16)).save(tmp_path / "deep.png")
+    assert read_picture(tmp_path / "deep.png")[0, :, 0].tolist() == [0, 100, 255]
 
 
 def test_cells_are_distinct_and_their_noise_is_fixed() -> None:
@@ -841,6 +865,23 @@ def test_processes_that_begin_at_different_times_share_out_the_same_batches(tmp_
     assert (len(other.batches), other.batches[0]) == (4, tuple(item.name for item in items[:4]))
 
 
+def test_constant_scores_and_a_constant_difference_are_numbers_or_null(capsys: Any) -> None:
+    elsewhere("a", dict.fromkeys(GREYS, 51))
+    elsewhere("b", dict.fromkeys(GREYS, 102))
+    elsewhere("c", dict.fromkeys(GREYS, 51), variant="c")
+    written("x\ny\n")
+    assert compared(*BRIGHT, images=("a", "b", "c")) == 0
+    found = json.loads(Path("out/summary.json").read_text(), parse_constant=pytest.fail)
+    better, same = row(found, "b", "brightness"), row(found, "c", "brightness")
+    assert (better["effect"], better["detectable"], better["win_rate"]) == (None, 0, 1)
+    assert better["difference_low"] == better["difference"] == better["difference_high"] == pytest.approx(0.2)
+    assert (same["difference"], same["effect"], same["p"]) == (0, 0, 1)
+    capsys.readouterr()
+    assert compared(*BRIGHT, prompts=written("x\n"), seeds="0") == 0
+    shown = capsys.readouterr().out
+    assert "none" in shown and "inf" not in shown
+
+
 def test_equal_pictures_have_exactly_the_same_score(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     for seed in range(5):
@@ -1031,6 +1072,40 @@ def test_one_model_at_a_time_is_in_memory(prompts: str, lora: str, monkeypatch: 
     assert len(loaded) == 3
 
 
+def test_whole_weights_of_a_component_are_put_in_the_place_of_the_models(prompts: str) -> None:
+    pipeline = load_pipeline(resolve_model("tiny"), device=torch.device("cpu"), precision="fp32")
+    for name in ("unet", "text_encoder"):
+        component = getattr(pipeline, name)
+        component.save_pretrained(f"same/{name}")
+        for parameter in component.parameters():
+            parameter.data *= 1.1
+        component.save_pretrained(f"other/{name}")
+    Path("v.toml").write_text(
+        "".join(
+            f'[[variants]]\nname = "{kind}-{name}"\nmodel = "tiny"\n{name} = "{kind}/{name}"\n'
+            for kind in ("same", "other")
+            for name in ("unet", "text_encoder")
+        )
+    )
+    one = ["--variant", "base=tiny", "--variants", "v.toml", "--seeds", "0", "--images-only"]
+    assert evaluate(prompts, *one) == 0
+    pixels = {
+        folder.name: [picture_hash(read_picture(path)) for path in sorted(folder.glob("*.png"))]
+        for folder in Path("out/pictures").iterdir()
+    }
+    assert pixels["same-unet"] == pixels["same-text_encoder"] == pixels["base"]
+    assert len({tuple(pixels[name]) for name in ("base", "other-unet", "other-text_encoder")}) == 3
+
+
+def test_a_folder_that_cannot_be_is_one_sentence(capsys: Any) -> None:
+    elsewhere("a", GREYS)
+    written("x\ny\n")
+    Path("out").write_text("")
+    assert compared(*BRIGHT, images=("a",)) == 1
+    error = capsys.readouterr().err
+    assert "'out/.lock' could not be written" in error and len(error.strip().splitlines()) == 1
+
+
 def test_two_evaluations_do_not_work_in_one_folder(capsys: Any) -> None:
     elsewhere("a", GREYS)
     written("x\ny\n")
@@ -1049,6 +1124,15 @@ def test_prompts_may_all_be_unseen_and_none_is_both(capsys: Any) -> None:
     written("".join(json.dumps(r) + "\n" for r in [*rows, {"prompt": "x"}]), "p.jsonl")
     assert compared(*BRIGHT, images=("a",), prompts="p.jsonl") == 2
     assert "'x' is seen and unseen in 'p.jsonl'" in capsys.readouterr().err
+
+
+def test_a_category_that_is_called_as_a_group_has_rows_of_its_own() -> None:
+    elsewhere("a", GREYS)
+    rows = [{"prompt": "x", "category": "all"}, {"prompt": "y", "category": "seen"}]
+    written("".join(json.dumps(r) + "\n" for r in rows), "p.jsonl")
+    assert compared(*BRIGHT, images=("a",), prompts="p.jsonl") == 0
+    counted = {r["group"]: r["prompts"] for r in summary()["rows"] if r["metric"] == "brightness"}
+    assert counted == {"all": 2, "category all": 1, "category seen": 1}
 
 
 def test_every_score_is_in_a_table(prompts: str) -> None:

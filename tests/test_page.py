@@ -23,6 +23,7 @@ from texforce_cli.core.comparison import win_matrix
 from texforce_cli.errors import TexforceError
 from texforce_cli.report import page as page_module
 from texforce_cli.report.page import Page, PageVariant, Picture, Row, Tab, pictures_hash, write_page
+from texforce_cli.report.verdicts import ranking_tabs
 
 SECTIONS = ("summary", "differences", "wins", "scores", "gains", "pictures", "blind")
 
@@ -314,6 +315,23 @@ def test_another_command_can_add_a_section(tmp_path: Path) -> None:
     page = small_page(tmp_path, extra_tabs=[Tab("rank", "Ranking <1>", "<h2 id='mine'>Ranks</h2>")])
     parsed = Parsed(write_page(page, tmp_path / "out"))
     assert ("h2", {"id": "mine"}) in parsed.elements and "Ranking <1>" in "".join(parsed.text)
+
+
+def test_rankings_of_names_that_differ_in_signs_alone_have_a_section_each(tmp_path: Path) -> None:
+    summary = {
+        **{key: [] for key in ("models", "absent", "warnings", "criteria")},
+        **{"judge": "clip", "mode": "pairwise", "rounds": 1, "answered": 0, "questions": 0, "pictures": ""},
+        **{"spent": {}, "missing_by_variant": {}, "results": {}},
+    }
+    for name in ("clip-pairwise", "clip.pairwise", "clip pairwise"):
+        folder = tmp_path / "ranks" / name
+        folder.mkdir(parents=True)
+        (folder / "summary.json").write_text(json.dumps(summary))
+        (folder / "verdicts.jsonl").write_text("")
+    page = dataclasses.replace(small_page(tmp_path), extra_tabs=ranking_tabs(tmp_path))
+    assert len(page.extra_tabs) == 3
+    text = write_page(page, tmp_path / "out").read_text(encoding="utf-8")
+    assert text.count('role="tab" id="tab-more-') == 3
 
 
 def test_progress_is_told(tmp_path: Path) -> None:
@@ -772,6 +790,19 @@ def test_blind_votes_are_kept_undone_and_downloaded(
 
 
 @in_browser
+def test_arrow_keys_vote_once_the_tab_was_pressed_with_a_pointer(browser: Browser, example: tuple[Page, Path]) -> None:
+    browser.open(example[1])
+    browser.section("blind")
+    ready(browser)
+    browser.press("\ue012")  # left
+    assert browser.one("#blind").is_displayed()
+    assert browser.texts("#blind .count")[0].startswith("1 of ")
+    browser.run("document.getElementById('tab-blind').focus()")
+    browser.press("\ue012")  # by keys alone one walks on
+    assert browser.one("#pictures").is_displayed()
+
+
+@in_browser
 def test_the_questions_of_a_vote_are_fair(browser: Browser, example: tuple[Page, Path]) -> None:
     """Sides by chance, every question once, and each prompt before any comes again."""
     page, path = example
@@ -826,6 +857,33 @@ def test_no_section_is_wider_than_the_screen(
 
 
 @in_browser
+@pytest.mark.parametrize(
+    ("text", "width", "is_cut"),
+    [
+        ("seven words that fit on any screen", 360, False),
+        ("word " * 50, 360, True),
+        ("word " * 50, 1280, False),
+        ("word " * 120, 1280, True),
+    ],
+)
+def test_a_prompt_that_is_cut_can_be_read_whole(
+    browser: Browser, tmp_path: Path, text: str, width: int, is_cut: bool
+) -> None:
+    page = small_page(tmp_path)
+    prompts = [dataclasses.replace(prompt, text=text) for prompt in page.prompts]
+    browser.size(width, 900)
+    browser.open(write_page(dataclasses.replace(page, prompts=prompts), tmp_path / "out"))
+    browser.section("blind")
+    ready(browser)
+    hidden = "const text = document.querySelector('#blind .text'); return text.scrollHeight > text.clientHeight"
+    browser.wait(lambda: browser.one("#blind .more").is_displayed() == is_cut)
+    assert browser.run(hidden) == is_cut
+    if is_cut:
+        browser.click("#blind .more")
+        assert not browser.run(hidden) and browser.one("#blind .more").text == "Show less"
+
+
+@in_browser
 def test_a_single_file_works_alone(browser: Browser, tmp_path: Path) -> None:
     page = small_page(tmp_path)
     made = write_page(page, tmp_path / "out", single_file=True)
@@ -854,7 +912,7 @@ def test_a_script_of_another_section_is_blocked(started: tuple[Browser, Path], t
 def test_a_page_with_almost_nothing_opens(browser: Browser, tmp_path: Path, metrics: Any) -> None:
     page = small_page(tmp_path, variants=VARIANTS[:1], rows=(), wins={}, pictures={}, metrics=metrics)
     browser.open(write_page(page, tmp_path / "out"))
-    for name in SECTIONS:
+    for name in SECTIONS if metrics else ("summary", "pictures", "blind"):
         browser.section(name)
         assert browser.one(f"#{name}").is_displayed()
 

@@ -18,6 +18,7 @@ def test_results_come_in_order_though_the_first_takes_longest() -> None:
 
     assert list(ahead(work, range(20))) == [number * number for number in range(20)]
     assert list(ahead(work, [])) == []
+    assert list(ahead(pow, [2, 3], [3, 2])) == [8, 9]
 
 
 def test_no_more_than_a_few_are_made_before_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

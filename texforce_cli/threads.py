@@ -6,16 +6,15 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
-T = TypeVar("T")
 R = TypeVar("R")
 
 MOST = 8
 
 
-def ahead(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """The results of `work` in the order of `items`, a few of them computed before they are asked for.
+def ahead(work: Callable[..., R], *items: Iterable[Any]) -> Iterator[R]:
+    """What `map(work, *items)` gives, in its order, a few of the results computed in threads before they are asked for.
 
     At most two results for each thread wait at any time, so that memory does not grow with the number of items. What
     `work` raises is raised in its turn; what was not begun by then is never done.
@@ -24,8 +23,8 @@ def ahead(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     waiting: deque[Future[R]] = deque()
     pool = ThreadPoolExecutor(threads)
     try:
-        for item in items:
-            waiting.append(pool.submit(work, item))
+        for arguments in zip(*items):
+            waiting.append(pool.submit(work, *arguments))
             if len(waiting) > 2 * threads:
                 yield waiting.popleft().result()
         while waiting:

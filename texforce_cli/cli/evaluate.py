@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -52,7 +53,8 @@ def evaluate(
     variants: Annotated[
         Optional[Path],
         typer.Option(
-            help="A TOML file of \\[\\[variants]]: name, model, unet, text_encoder, loras.", rich_help_panel=_WHAT
+            help="A TOML file of \\[\\[variants]]: name, model, unet, text_encoder, loras, images.",
+            rich_help_panel=_WHAT,
         ),
     ] = None,
     images: Annotated[
@@ -95,10 +97,17 @@ def evaluate(
         bool, typer.Option("--score-only", help="Draw nothing: score, then the report.", rich_help_panel=_STAGES)
     ] = False,
     report_only: Annotated[
-        bool, typer.Option("--report-only", help="Draw and score nothing.", rich_help_panel=_STAGES)
+        bool,
+        typer.Option(
+            "--report-only", help="Draw and score nothing: the report of what is there.", rich_help_panel=_STAGES
+        ),
     ] = False,
     out: Annotated[
-        Path, typer.Option(help="Folder; given alone, what was begun there goes on.", rich_help_panel=_OUT)
+        Path,
+        typer.Option(
+            help="Folder of pictures, scores.jsonl and .csv, summary.json and .csv, report; alone: go on there.",
+            rich_help_panel=_OUT,
+        ),
     ] = Path("evals/latest"),
     single_file: Annotated[
         bool, typer.Option("--single-file", help="The report as one file to send.", rich_help_panel=_OUT)
@@ -230,6 +239,10 @@ def _show(summary: Summary) -> None:
 def _against(row: Any) -> tuple[str, str, str, str]:
     if row.difference is None:
         return "", "", "", ""
+    if isfinite(row.difference_low) and isfinite(row.difference_high):
+        between = f"{row.difference_low:+.4g} to {row.difference_high:+.4g}"
+    else:  # of a single prompt or seed
+        between = "none"
     wins = "" if row.win_rate is None else f"{row.win_rate:.0%}"
     p = "" if row.p_holm is None else "<0.001" if row.p_holm < 0.001 else f"{row.p_holm:.3f}"
-    return f"{row.difference:+.4g}", f"{row.difference_low:+.4g} to {row.difference_high:+.4g}", wins, p
+    return f"{row.difference:+.4g}", between, wins, p

@@ -40,7 +40,7 @@ def read_votes(path: Path, data: str) -> list[Vote]:
             for v in document["votes"]
         ]
         about = document["data"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise UsageError(
             f"'{path}' holds no votes ({str(error)[:100]})", "save them on the page's blind tab"
         ) from error

@@ -13,12 +13,10 @@ import hashlib
 import io
 import json
 import math
-import os
 import re
 import statistics
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,8 @@ from PIL import Image
 
 from texforce_cli.errors import TexforceError
 from texforce_cli.files import write_bytes, write_text
+from texforce_cli.report.pictures import flattened
+from texforce_cli.threads import ahead
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _SCRIPTS = ("data", "tabs", "summary", "plots", "pictures", "gains", "grid", "zoom", "blind", "start")
@@ -212,11 +212,10 @@ def _media(
     make = functools.partial(_inline, folder) if single_file else functools.partial(_filed, folder)
     made = {}
     # Pillow encodes outside Python's lock
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for sha256, media in zip(different, pool.map(make, different.values(), different)):
-            made[sha256] = media
-            if progress:
-                progress(len(made), len(different))
+    for sha256, media in zip(different, ahead(make, different.values(), different)):
+        made[sha256] = media
+        if progress:
+            progress(len(made), len(different))
     return made
 
 
@@ -254,7 +253,7 @@ def _opened(path: Path) -> Image.Image:
 def _webp(picture: Image.Image, path: Path, limit: int, quality: int) -> bytes:
     """The picture as WebP, at most `limit` pixels wide and high; one of few pixels keeps each of them as it is."""
     try:
-        flat = _flat(picture)
+        flat = Image.merge("RGB", flattened(picture).split())  # without a profile or text chunks
     except (OSError, SyntaxError, ValueError) as error:
         raise _unreadable(path) from error
     if max(flat.size) > limit:
@@ -262,14 +261,6 @@ def _webp(picture: Image.Image, path: Path, limit: int, quality: int) -> bytes:
     buffer = io.BytesIO()
     flat.save(buffer, "WEBP", lossless=max(flat.size) <= _PIXELS, quality=quality, method=4)
     return buffer.getvalue()
-
-
-def _flat(picture: Image.Image) -> Image.Image:
-    """RGB without a profile or text chunks; what is transparent is white."""
-    if "A" not in picture.getbands() and "transparency" not in picture.info:
-        return Image.merge("RGB", picture.convert("RGB").split())
-    layers = picture.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", layers.size, "white"), layers).convert("RGB")
 
 
 def _unreadable(path: Path) -> TexforceError:

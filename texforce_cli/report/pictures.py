@@ -32,6 +32,16 @@ def save_png(path: Path, picture: Image.Image, texts: Mapping[str, str]) -> None
         picture.save(temporary, "PNG", pnginfo=chunks)
 
 
+def flattened(picture: Image.Image) -> Image.Image:
+    """As RGB: what is transparent is white, palettes and grey have three channels, 16 bits of grey become 8."""
+    if picture.mode.startswith("I;16"):  # Pillow would make all of it white
+        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB")
+    if "A" not in picture.getbands() and "transparency" not in picture.info:
+        return picture.convert("RGB")
+    ground = Image.new("RGBA", picture.size, "white")
+    return Image.alpha_composite(ground, picture.convert("RGBA")).convert("RGB")
+
+
 def read_picture(path: Path) -> NDArray[np.uint8]:
     """uint8 [height, width, 3]; transparency on white, palettes and grey as RGB.
 
@@ -43,10 +53,7 @@ def read_picture(path: Path) -> NDArray[np.uint8]:
             if max(opened.size) > _LARGEST_SIDE:
                 raise TexforceError(f"'{path.name}' has {opened.width} x {opened.height} pixels", "it is too large")
             opened.load()
-            if opened.mode in ("RGBA", "LA", "PA") or "transparency" in opened.info:
-                ground = Image.new("RGBA", opened.size, (255, 255, 255, 255))
-                return np.asarray(Image.alpha_composite(ground, opened.convert("RGBA")).convert("RGB"))
-            return np.asarray(opened.convert("RGB"))
+            return np.asarray(flattened(opened))
     except FileNotFoundError as error:
         raise TexforceError(f"'{path.name}' is missing") from error
     except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:

@@ -30,7 +30,7 @@ def ranking_tabs(folder: Path, data: str = "") -> tuple[Tab, ...]:
             summary = json.loads(path.read_text(encoding="utf-8"))
             lines = (path.parent / "verdicts.jsonl").read_text(encoding="utf-8").split("\n")
             verdicts = [json.loads(line) for line in lines if line]
-            tab_id = "rank-" + re.sub("[^a-z0-9]+", "-", path.parent.name.lower()).strip("-")
+            tab_id = "rank-" + re.sub("[^a-z0-9-]", lambda found: f"-{ord(found[0]):x}", path.parent.name)
             ", ".join(summary["models"])
             _html(summary, verdicts, data, {})  # a summary of another version does not break the page
         except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, TemplateError):

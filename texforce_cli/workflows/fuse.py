@@ -195,7 +195,7 @@ def fuse(plan: FusePlan, listener: Listener = silent) -> FuseResult:
     for text in plan.warnings:
         listener(Warned(text))
     stop, done = StopRequest(), dict[str, _Done]()
-    sources = list(ahead(lambda source: _provenance(*source), plan.loras))
+    sources = list(ahead(_provenance, *zip(*plan.loras)))
 
     def pairs() -> Iterator[Pair]:
         for slot, (pair, about) in zip(plan.slots, ahead(lambda slot: _fused(plan, slot), plan.slots)):

@@ -81,6 +81,9 @@ function keyOf(vote) {
 
 // the section
 
+// whoever pressed the tab with a pointer votes with the arrow keys; by keys alone they go on to the next tab
+byId("tab-blind").addEventListener("click", (event) => event.detail && event.currentTarget.blur());
+
 section("blind", () => {
   const content = part("blind", "content");
   readVotes();

@@ -47,15 +47,21 @@ function caption(variant, prompt, seed, metric) {
   return line;
 }
 
-/** A prompt, cut after some lines by the style sheet, with a button for the rest where there may be one. */
+// how many letters fit depends on the screen and on the script: it is measured
+const cut = new ResizeObserver((seen) => {
+  for (const { target } of seen) if (!target.classList.contains("whole")) target.nextElementSibling.hidden = target.scrollHeight <= target.clientHeight;
+});
+
+/** A prompt, cut after some lines by the style sheet, with a button for the rest where there is one. */
 function promptText(prompt) {
   const text = el("div", { class: "text", dir: "auto" }, prompts[prompt].text || "(empty prompt)");
-  if (prompts[prompt].text.length < 260) return text;
+  if (prompts[prompt].text.length < 20) return text;
   const button = el(
     "button",
     {
       type: "button",
       class: "more",
+      hidden: true,
       "aria-expanded": "false",
       onclick: () => {
         const whole = text.classList.toggle("whole");
@@ -66,6 +72,7 @@ function promptText(prompt) {
     },
     "Show all",
   );
+  cut.observe(text);
   return el("div", {}, text, button);
 }
 

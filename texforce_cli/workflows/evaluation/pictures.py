@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from texforce_cli.errors import TexforceError, UsageError
 from texforce_cli.prompts import Prompt
 from texforce_cli.report.pictures import read_picture, save_png
 from texforce_cli.rewards.builtin.scores_file import picture_hash
+from texforce_cli.threads import ahead
 from texforce_cli.workflows.evaluation.variants import Variant
 
 _ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
@@ -187,23 +186,22 @@ def collect(
     `settings` by variant are those that its pictures must have been drawn with; None where that is not known.
     """
     found: dict[str, dict[Item, Found]] = {}
-    # Pillow and hashlib work outside Python's lock
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for variant in variants:
-            found[variant.name] = {}
-            paths: list[Path | None]
-            if variant.images:
-                foreign = foreign_pictures(variant, items)
-                paths = [foreign.get(item) for item in items]
+    for variant in variants:
+        found[variant.name] = {}
+        paths: list[Path | None]
+        if variant.images:
+            foreign = foreign_pictures(variant, items)
+            paths = [foreign.get(item) for item in items]
+        else:
+            paths = [picture_path(folder, variant.name, item) for item in items]
+        drawn = settings.get(variant.name)
+        keys = [None if drawn is None else picture_key(drawn, item) for item in items]
+        # Pillow and hashlib work outside Python's lock
+        for item, result in zip(items, ahead(_look, paths, keys)):
+            if isinstance(result, Found):
+                found[variant.name][item] = result
             else:
-                paths = [picture_path(folder, variant.name, item) for item in items]
-            drawn = settings.get(variant.name)
-            keys = [None if drawn is None else picture_key(drawn, item) for item in items]
-            for item, result in zip(items, pool.map(_look, paths, keys)):
-                if isinstance(result, Found):
-                    found[variant.name][item] = result
-                else:
-                    missing(variant.name, item, result)
+                missing(variant.name, item, result)
     return found
 
 

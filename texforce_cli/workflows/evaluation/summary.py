@@ -147,7 +147,8 @@ def _groups(items: Sequence[Item], unseen: frozenset[str]) -> dict[str, set[str]
         if category := _category(item):
             categories.setdefault(category, set()).add(item.text)
     if len(categories) > 1:
-        groups |= {name: members for name, members in sorted(categories.items()) if name not in groups}
+        taken = ("all", "seen", "unseen")
+        groups |= {f"category {n}" if n in taken else n: members for n, members in sorted(categories.items())}
     return groups
 
 

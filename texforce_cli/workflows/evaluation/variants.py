@@ -14,6 +14,11 @@ from texforce_cli.lora.spec import parse_lora
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,59}")
 _COMPONENTS = {"unet": "unet", "text-encoder": "text_encoder"}
+_UNTELLING = re.compile(
+    r"(model|(diffusion_)?pytorch_model|pytorch_lora_weights|adapter_model)\.\w+|adapter|checkpoints|unet|text_encoder"
+)
+"""Names that are the same in every run or model."""
+_CHECKPOINT = re.compile(r"(epoch_|checkpoint-)\d+")
 _FIELDS = {"name": str, "model": str, "unet": str, "text_encoder": str, "loras": list, "images": str}
 
 
@@ -38,10 +43,9 @@ class Variant:
         """What it is, in a line, without the folders of this machine."""
         if self.images:
             return f"pictures of {Path(self.images).name}"
-        parts = [_last(self.model), *(f"{name} {_last(path)}" for name, path in self.replaced.items())]
-        for text in self.loras:
-            spec = parse_lora(text)
-            parts.append(f"{_last(spec.source)}:{spec.weights}")
+        parts = [Path(self.model).name or self.model]
+        parts += [f"{name} {_telling(path)}" for name, path in self.replaced.items()]
+        parts += [f"{_telling(spec.source)}:{spec.weights}" for spec in map(parse_lora, self.loras)]
         return " + ".join(parts)
 
 
@@ -165,5 +169,11 @@ def _component(piece: str) -> tuple[str, str]:
     return (_COMPONENTS[name], path) if equals and name in _COMPONENTS else ("", piece)
 
 
-def _last(text: str) -> str:
-    return Path(text).name or text
+def _telling(text: str) -> str:
+    """The last name of a path that tells it from others; a checkpoint's with that of its run before it."""
+    path = Path(text)
+    while _UNTELLING.fullmatch(path.name) and path.parent.name:
+        path = path.parent
+    if _CHECKPOINT.fullmatch(path.name) and path.parent.name:
+        return f"{_telling(str(path.parent))}/{path.name}"
+    return path.name or text
