@@ -22,14 +22,15 @@ def test_results_come_in_order_though_the_first_takes_longest() -> None:
 
 
 def test_no_more_than_a_few_are_made_before_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(threads.os, "cpu_count", lambda: 2)
-    begun: list[int] = []
-    results = ahead(begun.append, range(100))
-    next(results)
-    time.sleep(0.2)
-    assert len(begun) == 5  # the one that was asked for, and two for each thread
-    results.close()
-    assert len(begun) == 5
+    monkeypatch.setattr(threads.os, "cpu_count", lambda: 64)
+    for most, threads_of_them in ((1, 1), (2, 2), (50, 8)):
+        begun: list[int] = []
+        results = ahead(begun.append, range(100), most=most)
+        next(results)
+        time.sleep(0.2)
+        assert len(begun) == 1 + 2 * threads_of_them  # the one that was asked for, and two for each thread
+        results.close()
+        assert len(begun) == 1 + 2 * threads_of_them
 
 
 def test_an_error_comes_in_its_turn_and_ends_the_work() -> None:

@@ -13,13 +13,13 @@ R = TypeVar("R")
 MOST = 8
 
 
-def ahead(work: Callable[..., R], *items: Iterable[Any]) -> Iterator[R]:
+def ahead(work: Callable[..., R], *items: Iterable[Any], most: int = MOST) -> Iterator[R]:
     """What `map(work, *items)` gives, in its order, a few of the results computed in threads before they are asked for.
 
-    At most two results for each thread wait at any time, so that memory does not grow with the number of items. What
-    `work` raises is raised in its turn; what was not begun by then is never done.
+    A thread for each processor, 8 or `most` at most, and two results for each wait at any time: memory does not grow with the
+    number of items. What `work` raises is raised in its turn; what was not begun by then is never done.
     """
-    threads = min(MOST, os.cpu_count() or 1)
+    threads = min(most, MOST, os.cpu_count() or 1)
     waiting: deque[Future[R]] = deque()
     pool = ThreadPoolExecutor(threads)
     try:

@@ -1,6 +1,6 @@
 """`texforce fuse`: the weighted sum of LoRAs as one LoRA, exact or of the lowest rank, written module by module and checked.
 
-Nothing here imports torch: the work is numpy's, one module in memory at a time.
+Nothing here imports torch: the work is numpy's, a few modules in memory at a time.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
@@ -198,7 +199,7 @@ def fuse(plan: FusePlan, listener: Listener = silent) -> FuseResult:
     sources = list(ahead(_provenance, *zip(*plan.loras)))
 
     def pairs() -> Iterator[Pair]:
-        for slot, (pair, about) in zip(plan.slots, ahead(lambda slot: _fused(plan, slot), plan.slots)):
+        for slot, (pair, about) in zip(plan.slots, ahead(partial(_fused, plan), plan.slots, most=_threads(plan))):
             stop.check()
             done[slot.name] = about
             listener(Progressed("fusing", len(done), len(plan.slots)))
@@ -211,6 +212,12 @@ def fuse(plan: FusePlan, listener: Listener = silent) -> FuseResult:
     ranks = [about.rank for about in done.values()]
     worst = max(((name, about.error) for name, about in done.items()), key=lambda item: item[1])
     return FuseResult(plan.out, len(done), (min(ranks), max(ranks)), _truncation_error(done), measured, worst, size)
+
+
+def _threads(plan: FusePlan) -> int:
+    """As many as keep what is in memory, some ten times the factors of a module for each thread, within 200 MB."""
+    largest = max(slot.rank * (slot.inputs + slot.outputs) for slot in plan.slots) * np.dtype(np.float64).itemsize
+    return max(1, int(200e6 / (10 * largest)))
 
 
 def _relative(off: float, whole: float) -> float:
@@ -252,7 +259,7 @@ def _verify(plan: FusePlan, written: Path, done: Mapping[str, _Done], stop: Stop
         return distance((own[0], own[1] * module.scale), terms)
 
     difference = scale = 0.0
-    for index, (slot, off) in enumerate(zip(plan.slots, ahead(distance_of, plan.slots))):
+    for index, (slot, off) in enumerate(zip(plan.slots, ahead(distance_of, plan.slots, most=_threads(plan)))):
         stop.check()
         about = done[slot.name]
         allowed = math.sqrt(about.spectrum.dropped) + bound * math.sqrt(about.size)
