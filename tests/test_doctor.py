@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ def test_a_machine_that_is_well_is_told_so_in_two_lines(tmp_path: Path, capsys: 
     shown = capsys.readouterr()
     assert shown.out.splitlines()[-2:] == ["ready: training will work here", "begin with: texforce demo"]
     assert "preflight: max |ratio - 1| = 0.0e+00 in fp32" in shown.out
+    names = [line.partition(":")[0] for line in shown.out.splitlines()]
+    assert {"versions", "devices", "memory", "disk here", "plugins", "model", "preflight"} <= set(names)
+    assert f"torch {version('torch')}" in shown.out
     assert "warning" not in shown.err
     assert list(tmp_path.iterdir()) == []  # it only looks
 
@@ -40,6 +44,23 @@ def test_a_full_disk_is_trouble(monkeypatch: pytest.MonkeyPatch, capsys: Any) ->
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage)
     assert run(["doctor", "--model", "tiny", "--device", "cpu", "--json"]) == 1
     assert "make room" in findings(capsys)["disk here"]["trouble"]
+
+
+def test_a_folder_that_may_not_be_written_is_trouble(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(doctor.os, "access", lambda path, mode: False)
+    assert run(["doctor", "--model", "nowhere", "--json"]) == 1
+    assert "cannot be written" in findings(capsys)["disk here"]["trouble"]
+
+
+def test_a_ratio_that_is_not_one_is_trouble(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    from texforce_cli.algorithms.ddpo import DDPO
+
+    log_prob = DDPO._log_prob
+    monkeypatch.setattr(DDPO, "_log_prob", lambda *about: (log_prob(*about)[0] + 0.01, log_prob(*about)[1]))
+    assert run(["doctor", "--model", "tiny", "--device", "cpu"]) == 1
+    shown = capsys.readouterr()
+    assert shown.err.splitlines()[-1].endswith("preflight: train with a larger --clip-range")  # it is fp32 already
+    assert shown.out.splitlines()[-2:] == ["not ready: mend what the warnings say", "then ask again: texforce doctor"]
 
 
 def test_a_broken_plugin_is_told_and_stops_nothing(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

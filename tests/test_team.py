@@ -136,6 +136,50 @@ def stop(place: Processes) -> None:
     place.leave(Interrupted("stopped", exit_code=143))
 
 
+def die_in_a_sum(place: Processes) -> None:
+    place.compute("cpu", 60)
+    place.each(None)
+    place.each(None)  # the others count on this process from here on
+    os._exit(1)
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_within_a_sum_is_named_where_only_its_launcher_sees_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("texforce_cli.team._PULSE", 0.2)
+    with team(2, "cpu", die_in_a_sum) as ours:
+        assert isinstance(ours, Processes)
+        ours.compute("cpu", 60)
+        ours._ended = list
+        with pytest.raises(TexforceError, match=r"process 1 of 2 ended or hangs \("):
+            ours.total([torch.zeros(3)])
+
+
+def test_of_those_left_in_a_broken_sum_the_silent_ones_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("texforce_cli.team._PULSE", 0.1)
+    store = Missing()
+    ours, other = (Processes(store, lambda: None, rank, 4) for rank in (0, 2))
+    with contextlib.closing(ours), contextlib.closing(other):
+        store.kept["pulse/1"] = pickle.dumps("17")  # and process 3 never showed any
+        assert ours._silent() == [1, 3]
+
+
+def test_a_full_disk_where_the_processes_meet_is_no_process_that_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Path, data: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    with contextlib.closing(Processes(Folder(tmp_path), lambda: None, 0, 2)) as ours:
+        monkeypatch.setattr(Path, "write_bytes", full)
+        with pytest.raises(TexforceError, match=r"No space left on device.*TMPDIR"):
+            ours.each(None)
+        ours.leave(TexforceError("the others cannot be told"))
+    with pytest.raises(RuntimeError, match="cannot be written"):  # the leader took the folder with it
+        Folder(tmp_path / "gone").set("1/0", b"")
+
+
 @pytest.mark.parametrize(
     ("follower", "patience", "kind", "says"),
     [

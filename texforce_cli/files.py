@@ -15,6 +15,10 @@ from typing import Any, Literal
 from texforce_cli.errors import TexforceError
 
 
+class NotWritten(TexforceError):
+    """A file could not be written: the disk is full, or the folder may not be changed."""
+
+
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
     """Hold `folder` for this process alone while the block runs, by a lock that ends with the process.
@@ -153,17 +157,13 @@ def contents_hash(place: str) -> str:
     return hashlib.sha256(json.dumps(listed).encode("utf-8")).hexdigest()[:16]
 
 
-def write_error(path: Path, error: OSError) -> TexforceError:
+def write_error(path: Path, error: OSError) -> NotWritten:
     """The sentence for a failed write: which file, why, and what to do."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return TexforceError(
-            f"no space left on the disk to write '{path}'", "free some space and run the command again"
-        )
+        return NotWritten(f"no space left on the disk to write '{path}'", "free some space and run the command again")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return TexforceError(f"'{path.parent}' cannot be written", "choose another folder with --out")
-    return TexforceError(
-        f"'{path}' could not be written ({error.strerror or error})", "choose another folder with --out"
-    )
+        return NotWritten(f"'{path.parent}' cannot be written", "choose another folder with --out")
+    return NotWritten(f"'{path}' could not be written ({error.strerror or error})", "choose another folder with --out")
 
 
 def user_folder(kind: Literal["cache", "data"]) -> Path:

@@ -115,6 +115,11 @@ class Folder:
             new.write_bytes(value)
             new.replace(place)
         except OSError as error:
+            if self.path.is_dir():  # no process has gone: the disk is full
+                raise TexforceError(
+                    f"'{place}' cannot be written ({error.strerror})",
+                    "make room there, or name another folder with TMPDIR, then go on with --resume",
+                ) from error
             raise RuntimeError(f"'{place}' cannot be written: {error.strerror}") from error
 
     def get(self, key: str) -> bytes:
@@ -208,7 +213,7 @@ class Processes(Team):
             try:
                 dist.all_reduce(flat)
             except RuntimeError as error:
-                raise self._lost(self._ended(), _first_line(error)) from error
+                raise self._lost(self._ended() or self._silent(), _first_line(error)) from error
         for tensor, summed in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
             tensor.copy_(summed.view_as(tensor))
 
@@ -229,12 +234,12 @@ class Processes(Team):
 
     def leave(self, error: BaseException) -> None:
         if not self.told:
-            with contextlib.suppress(RuntimeError):
+            with contextlib.suppress(RuntimeError, TexforceError):
                 self._set(f"left/{self.rank}", _told(error))
 
     def part(self) -> None:
         """The job is done. The leader goes last, for it may hold the store."""
-        with contextlib.suppress(RuntimeError):
+        with contextlib.suppress(RuntimeError, TexforceError):
             if self.rank:
                 self._set(f"done/{self.rank}", None)
                 return
@@ -272,7 +277,7 @@ class Processes(Team):
                 now = time.monotonic()
                 try:
                     self._see_who_left()
-                    shown = self._get(f"pulse/{rank}") if self._store.check([f"pulse/{rank}"]) else ""
+                    shown = self._shown(rank)
                 except RuntimeError:
                     raise self._gone(error) from error
                 pulse, alive = (shown, now) if shown != pulse else (pulse, alive)
@@ -292,6 +297,21 @@ class Processes(Team):
                     raise Interrupted(message, hint, exit_code=exit_code)
                 raise TexforceError(message if rank == 0 else f"process {rank}: {message}", hint)
 
+    def _shown(self, rank: int) -> str:
+        """The last sign of life of process `rank`; "" before the first."""
+        key = f"pulse/{rank}"
+        return str(self._get(key)) if self._store.check([key]) else ""
+
+    def _silent(self) -> list[int]:
+        """The others that show no life while three pulses go by: a broken sum does not say whose fault it was."""
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        try:
+            before = [self._shown(rank) for rank in others]
+            time.sleep(3 * _PULSE)
+            return [rank for rank, shown in zip(others, before) if self._shown(rank) == shown]
+        except RuntimeError:  # the leader held the store
+            return [0] if self.rank else []
+
     def _lost(self, ranks: Sequence[int], how: str = "") -> TexforceError:
         which = f"process {', '.join(map(str, ranks))} of {self.size}" if ranks else "another process"
         return TexforceError(
@@ -307,7 +327,7 @@ class Processes(Team):
         count = 0
         while True:
             count += 1
-            with contextlib.suppress(RuntimeError):  # the disk may be full for a moment only
+            with contextlib.suppress(RuntimeError, TexforceError):  # the disk may be full for a moment only
                 self._set(f"pulse/{self.rank}", str(count))
             if self._stopped.wait(_PULSE):
                 return

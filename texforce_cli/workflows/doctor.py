@@ -112,4 +112,5 @@ def _model(wanted: dict[str, Any]) -> list[Finding]:
     finally:
         rewards.close()
     value = f"max |ratio - 1| = {result.ratio_error:.1e} in {config.precision}, limit {result.limit:.1e}"
-    return [*found, Finding("preflight", value, "" if result.ok else "train with --precision fp32")]
+    remedy = "train with a larger --clip-range" + ("" if config.precision == "fp32" else ", or with --precision fp32")
+    return [*found, Finding("preflight", value, "" if result.ok else remedy)]

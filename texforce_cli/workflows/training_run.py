@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import shlex
@@ -17,6 +18,7 @@ from texforce_cli.algorithms.base import EpochReport, Phase, Preflight
 from texforce_cli.config import DIVERSITY
 from texforce_cli.diffusion.models import fingerprint
 from texforce_cli.errors import Interrupted, TexforceError
+from texforce_cli.files import NotWritten, write_text
 from texforce_cli.report.curve import reward_curve
 from texforce_cli.team import Team
 from texforce_cli.workflows import checkpoint as checkpoints
@@ -120,24 +122,26 @@ class TrainingRun:
         try:
             with self.stop.listening():
                 self._train()
+            self.write_record(status="finished", reason=self._ended_early())
         except Interrupted as stop:
-            self.write_record(status="interrupted")
+            self._record_end("interrupted")
             text = f"stopped; {self.epoch} of {total} epochs are saved in '{self.folder.path}'"
-            command = f"texforce train --resume {shlex.quote(str(self.folder.path))}"
-            raise Interrupted(text, f"go on with: {command}", exit_code=stop.exit_code) from None
+            raise Interrupted(text, f"go on with: {self._resuming}", exit_code=stop.exit_code) from None
+        except NotWritten as error:  # "run the command again" would begin another run
+            self._record_end("failed", reason=error.message)
+            raise TexforceError(error.message, f"when that is mended, go on with: {self._resuming}") from error
         except TexforceError as error:
-            self.write_record(status="failed", reason=str(error))
+            self._record_end("failed", reason=str(error))
             raise
         except torch.OutOfMemoryError as error:
-            self.write_record(status="failed", reason="out of memory")
+            self._record_end("failed", reason="out of memory")
             raise TexforceError(
                 f"the memory of {self.config.device} is full, even for few images at once",
                 f"begin a new run with --config {shlex.quote(str(self.folder.config))} and {self._less_memory()}",
             ) from error
         except BaseException as error:
-            self.write_record(status="failed", reason=type(error).__name__)
+            self._record_end("failed", reason=type(error).__name__)
             raise
-        self.write_record(status="finished", reason=self._ended_early())
         result = TrainResult(
             self.folder.path,
             self.folder.adapter,
@@ -148,6 +152,15 @@ class TrainingRun:
         )
         self.learner.end(result)
         return result
+
+    @property
+    def _resuming(self) -> str:
+        return f"texforce train --resume {shlex.quote(str(self.folder.path))}"
+
+    def _record_end(self, status: str, reason: str | None = None) -> None:
+        """run.json where it can be written: a full disk must not hide why the run ends."""
+        with contextlib.suppress(TexforceError):
+            self.write_record(status, reason)
 
     def _less_memory(self) -> str:
         """Options that take less memory; they change the result, so a run is not resumed with them."""
@@ -294,12 +307,20 @@ class TrainingRun:
 
     def _save(self, row: dict[str, Any], state: Mapping[str, torch.Tensor]) -> None:
         """The finished epoch on disk; from here on nothing of it can be lost."""
+        if not self.folder.prompts.is_file():
+            self._warn(f"'{self.folder.path}' was removed or emptied: what the run still knows is written again")
+            write_text(self.folder.prompts, self.plan.prompts.to_jsonl())
+            self._write_evaluations()
         write_rows(self.folder.metrics, [*self.rows, row])
         numbers = {**self.learner.numbers(), "flat_epochs": self.flat_epochs}
         lora = model_card.adapter_bytes(self.learner.adapter.export(), self.plan, row["images"])
         checkpoints.save(self.folder.checkpoints, Checkpoint(row["epoch"], state, numbers), lora)
         self.epoch = row["epoch"]
         self.rows.append(row)
+
+    def _write_evaluations(self) -> None:
+        if self.heldout.history:
+            write_rows(self.folder.evaluations, [dataclasses.asdict(e) for e in self.heldout.history])
 
     def _conclude(self) -> None:
         """Measure the epoch where that is due, and write what people look at."""
@@ -308,7 +329,7 @@ class TrainingRun:
         images = self.epoch * self.config.samples_per_epoch
         if self._evaluation_is_due():
             evaluation = self.learner.measure(self.epoch, images)
-            write_rows(self.folder.evaluations, [dataclasses.asdict(e) for e in self.heldout.history])
+            self._write_evaluations()
             self.heldout.save_pictures(self._pictures, PICTURES, f"{self.rewards} after {images} images")
             self.listener(Evaluated(evaluation))
         evaluations = self.heldout.history
