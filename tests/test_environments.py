@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ import pytest
 
 from texforce_cli.cli.app import run
 from texforce_cli.errors import TexforceError, UsageError
-from texforce_cli.rewards import environments
+from texforce_cli.rewards import environments, isolation
 from texforce_cli.rewards.registry import load_registry
 from texforce_cli.rewards.scaffold import write_plugin
 from texforce_cli.rewards.terms import RewardSet, parse_terms
@@ -105,6 +106,23 @@ def test_removing_one_leaves_the_others_and_refuses_what_is_in_use() -> None:
         environments.remove("one")
 
 
+def test_removing_by_the_name_of_a_reward_is_confirmed(capfd: pytest.CaptureFixture[str]) -> None:
+    manifest("one", "a-one")
+    assert run(["rewards", "remove", "a-one"]) == 2
+    assert "Delete the environment of 'one'?" in capfd.readouterr().err
+    assert load_registry().find("a-one")
+    assert run(["rewards", "remove", "a-one", "--yes"]) == 0
+    assert environments.installed() == ([], {})
+
+
+def test_an_environment_can_be_blocked_even_a_damaged_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest("good", "glow")
+    manifest("bad", "gloom").write_text("{")
+    monkeypatch.setenv("TEXFORCE_BLOCK_PLUGINS", "good, bad")
+    registry = load_registry()
+    assert "glow" not in registry.names and registry.broken == {}
+
+
 @pytest.mark.parametrize("package", ["", ".", "..", "../data", ".new-1", "/", "ABSOLUTE"])
 def test_remove_touches_nothing_but_an_environment(package: str, tmp_path: Path) -> None:
     manifest("one", "a-one")
@@ -127,6 +145,16 @@ def test_what_no_manifest_names_is_swept_away_unless_the_manifest_cannot_be_read
         "torn/env-0",
         "torn/env-old",
     ]
+
+
+def test_an_environment_that_was_replaced_stays_while_a_run_uses_it() -> None:
+    folder = manifest("one", "a-one").parent / "env-old"
+    folder.mkdir()
+    with environments._lock(folder, shared=True):
+        environments._sweep()
+        assert folder.exists()
+    environments._sweep()
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize(
@@ -170,6 +198,11 @@ def test_names_of_ours_come_from_the_table_and_strangers_are_strangers(tmp_path:
             "WARNING: Retrying ... NewConnectionError ... \nERROR: Could not find a version that satisfies x",
             r"index could not be reached \(ERROR: Could not find a version",
         ),
+        ("error: Failed to write to the distribution cache\n  Caused by: No space ... (os error 28)", "no space left"),
+        (
+            "error: Failed to fetch: `https://x/simple/y/`\n  Caused by: dns error: failed to lookup address",
+            r"index could not be reached \(error: Failed to fetch",
+        ),
         ("ERROR: nope from https://me:secret@host/simple", r"refused: ERROR: nope from https://\*\*\*@host"),
         ("", "refused: no output"),
     ],
@@ -201,6 +234,36 @@ def test_nothing_half_made_stays(tmp_path: Path, body: str, sentence: str) -> No
     with pytest.raises(TexforceError, match=sentence):
         environments.install_isolated(source, python=python, variant="cpu", say=lambda text: None)
     assert list(environments.root().iterdir()) == []
+
+
+def test_no_space_for_the_manifest_leaves_the_environment_before_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, content: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = manifest("one", "a-one").read_bytes()
+    reward = {"name": "a-one", "factory": "x:Y", "api_version": 1}
+    monkeypatch.setattr(environments, "write_json", full)
+    for package in ("one", "another"):
+        told = {"rewards": [{**reward, "distribution": package}], "python": "3.11.7"}
+        monkeypatch.setattr(isolation, "ask_once", lambda place, header, told=told: told)
+        folder = environments.root() / ".new-1" / "env-1"
+        folder.mkdir(parents=True, exist_ok=True)
+        with pytest.raises(TexforceError, match="no space left on the disk"):
+            environments._adopt(folder, "")
+    assert sorted(path.name for path in environments.root().iterdir()) == [".new-1", "one"]
+    assert sorted(path.name for path in (environments.root() / "one").iterdir()) == ["env-0", "manifest.json"]
+    assert (environments.root() / "one" / "manifest.json").read_bytes() == before
+
+
+def test_beside_texforce_a_package_is_installed_with_what_it_requires(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, asked = write_plugin("sharp-edges", tmp_path / "p"), []
+    monkeypatch.setattr(environments._Installer, "_run", lambda self, command: asked.append(command))
+    environments.install_here(environments.resolve(str(folder)), lambda text: None)
+    ((python, *words),) = asked
+    assert (python, words[:3], words[-1]) == (sys.executable, ["-m", "pip", "install"], str(folder))
+    assert "--no-deps" not in words
 
 
 def test_an_install_that_was_killed_is_swept_away_by_the_next(tmp_path: Path) -> None:
@@ -243,6 +306,39 @@ def test_a_lock_says_which_pythons_it_is_for(tmp_path: Path, line: str, fits: bo
             environments._check_python(lock, tmp_path)
 
 
+def test_a_variant_has_its_lock_or_that_of_the_cpu(tmp_path: Path) -> None:
+    locks = tmp_path / "lib" / "python3.11" / "site-packages" / "texforce_x" / "locks"
+    assert environments._find_lock(tmp_path, "cuda") is None
+    locks.mkdir(parents=True)
+    (locks / "cpu.txt").write_text("# python >=3.11\nnumpy==2.0\ntorch==2.13.0\n")
+    assert environments._find_lock(tmp_path, "cuda") == environments._find_lock(tmp_path, "cpu") == locks / "cpu.txt"
+    (locks / "cuda.txt").write_text("nvidia-cublas==13.0\ntorch==2.13.0\n")
+    assert environments._find_lock(tmp_path, "cuda") == locks / "cuda.txt"
+    # only a lock without CUDA's packages leaves it to torch to name them
+    assert [environments._torch(locks / f"{name}.txt") for name in ("cpu", "cuda")] == ["torch==2.13.0", ""]
+
+
+@pytest.mark.parametrize("written", ["texforce_x", "Texforce.X", "texforce-x"])
+def test_the_version_is_found_however_the_package_writes_its_name(tmp_path: Path, written: str) -> None:
+    for name in (f"{written}-1.2", "texforce_x_more-3.4"):
+        (tmp_path / "lib" / "python3.11" / "site-packages" / f"{name}.dist-info").mkdir(parents=True)
+    assert environments._version(tmp_path, "texforce-x") == "1.2"
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--variant", "tpu"], "--variant 'tpu' is none of auto, cpu, cuda"),
+        (["--here", "--python", "3.11"], "--python goes with --isolated"),
+    ],
+)
+def test_options_of_install_that_cannot_be_are_refused(
+    options: list[str], sentence: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["rewards", "install", "hand", *options]) == 2
+    assert sentence in capfd.readouterr().err
+
+
 # the whole way, with pip --------------------------------------------------------------------------------------------
 
 
@@ -272,6 +368,16 @@ def test_a_new_plugin_installs_scores_and_goes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_without_a_network_pip_itself_is_understood_and_nothing_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    nowhere = {"INDEX_URL": "http://127.0.0.1:9", "EXTRA_INDEX_URL": "", "FIND_LINKS": "", "RETRIES": "1"}
+    for name, value in {"CONFIG_FILE": os.devnull, **nowhere}.items():
+        monkeypatch.setenv(f"PIP_{name}", value)
+    with pytest.raises(TexforceError, match="the package index could not be reached"):
+        install("nothing-here-at-all")
+    assert not list(environments.root().glob("*"))
+
+
+@pytest.mark.slow
 def test_a_package_without_a_reward_is_refused(tmp_path: Path) -> None:
     folder = write_plugin("nothing", tmp_path / "p")
     (folder / "texforce_nothing" / "__init__.py").write_text("")
@@ -296,7 +402,12 @@ def test_the_written_plugin_passes_its_own_tests(tmp_path: Path) -> None:
     assert "2 passed" in done.stdout, done.stdout + done.stderr
 
 
-def test_a_package_that_lives_from_its_lock_is_not_installed_here(tmp_path: Path) -> None:
+def test_a_package_that_lives_from_its_lock_is_not_installed_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "nameless-1.0.dist-info").mkdir()
+    (tmp_path / "nameless-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))  # which must not matter
     folder = write_plugin("sharp-edges", tmp_path / "p")
     source = environments.resolve(str(folder))
     lock = folder / "texforce_sharp_edges" / "locks" / "cpu.txt"

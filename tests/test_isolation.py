@@ -205,8 +205,10 @@ def test_a_slow_start_is_waited_for_and_one_that_never_ends_is_not(make: Make) -
 
 
 def test_a_worker_that_ends_while_it_starts_is_named(make: Make) -> None:
+    begun = time.monotonic()
     with pytest.raises(TexforceError, match=r"ended with exit code 5, 3 times in a row"):
         make(MEAN, start="os._exit(5)")
+    assert time.monotonic() - begun > 0.5 + 2.0  # it waits longer before each new try
     with pytest.raises(TexforceError, match=r"could not start: ImportError: no such thing"):
         make(MEAN, start="raise ImportError('no such thing')")
     with pytest.raises(TexforceError, match=r"it has no option 'nmber'; its options: mark, number"):

@@ -121,9 +121,8 @@ def test_each_package_passes_its_own_tests_in_its_own_environment(package: str, 
     """With pytest beside it, for the length of the test; without those of full size, which want 8 GB of memory."""
     (found,) = [found for found in environments.installed()[0] if found.package == package]
     beside = tmp_path / "pytest"
-    subprocess.run(
-        [found.python, "-m", "pip", "install", "-q", "--target", beside, "pytest"], check=True, capture_output=True
-    )
+    pip = [sys.executable, "-m", "pip", "--python", found.python, "install", "-q"]  # uv's environments have none
+    subprocess.run([*pip, "--target", beside, "pytest"], check=True, capture_output=True)
     done = subprocess.run(
         [
             found.python,

@@ -159,6 +159,10 @@ def test_what_our_packages_share_is_the_same_file(name: str) -> None:
     assert len({path.read_bytes() for path in copies}) == 1
 
 
+FOR_PHOTOGRAPHS = {"face-iqa": ("face", "photo"), "hand": ("hand", "photo")}
+"""Reward -> the prompts that a run takes with it, and what it was made for; the others have neither."""
+
+
 @pytest.mark.parametrize("package", sorted(set(environments.OURS.values())))
 def test_every_package_of_ours_registers_what_the_table_says_and_depends_on_pluggy_alone(
     package: str, monkeypatch: pytest.MonkeyPatch
@@ -172,6 +176,7 @@ def test_every_package_of_ours_registers_what_the_table_says_and_depends_on_plug
     for name in (name for name, owner in environments.OURS.items() if owner == package):
         info = check_registration(module, name)
         assert info.licence
+        assert (info.prompts, info.domain) == FOR_PHOTOGRAPHS.get(name, ("", ""))
     for variant in ("cpu", "cuda"):
         lines = (folder / module / "locks" / f"{variant}.txt").read_text().splitlines()
         assert lines[0].startswith("# python ")

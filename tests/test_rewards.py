@@ -21,8 +21,11 @@ from PIL import Image
 
 from texforce_cli.errors import TexforceError, UsageError
 from texforce_cli.rewards.hookspecs import hookimpl
+from texforce_cli.rewards.isolation import WorkerSettings
+from texforce_cli.rewards.places import Place
 from texforce_cli.rewards.registry import Registry, RewardInfo, load_registry
 from texforce_cli.rewards.terms import RewardSet, TermSpec, parse_hosts, parse_terms
+from texforce_cli.workflows import assembly
 from texforce_cli.workflows.plan import plan
 
 
@@ -150,18 +153,28 @@ def test_a_plugin_is_found_and_stays_lazy(plugins: Callable[..., None]) -> None:
 
 
 def test_broken_plugins_break_only_themselves(plugins: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    plugins("good", registers("fine", something_of_a_later_version=1))
     plugins("broken-import", ImportError("no module named moon"))
     plugins("too-new", registers("future", api_version=2))
     plugins("no-version", lambda register: register("x", "y:Z"))
     plugins("taken", registers("brightness"))
+    plugins("taken-too", registers("fine"))
     plugins("misspelt", registers("y"), attribute="texforce_register_reward")
     plugins("mistyped", registers("z", higher_is_beter=False))
-    plugins("good", registers("fine", something_of_a_later_version=1))
     registry = load_registry()
     assert registry.find("fine").origin == "good"
     assert registry.find("brightness").origin == "texforce"
-    assert set(registry.broken) == {"broken-import", "too-new", "no-version", "taken", "misspelt", "mistyped"}
+    assert set(registry.broken) == {
+        "broken-import",
+        "too-new",
+        "no-version",
+        "taken",
+        "taken-too",
+        "misspelt",
+        "mistyped",
+    }
     assert "both 'texforce' and 'taken'" in registry.broken["taken"]
+    assert "both 'good' and 'taken-too'" in registry.broken["taken-too"]
     assert "is 'higher_is_better' meant?" in registry.broken["mistyped"]
     assert "API version 2" in registry.broken["too-new"]
     with pytest.raises(UsageError, match="no module named moon"):
@@ -171,6 +184,61 @@ def test_broken_plugins_break_only_themselves(plugins: Callable[..., None], monk
     monkeypatch.setenv("TEXFORCE_STRICT_PLUGINS", "1")
     with pytest.raises(TexforceError, match="plugin 'too-new' is broken"):
         load_registry()
+
+
+FINE = {
+    "METADATA": b"Metadata-Version: 2.1\nName: The.Thing\nVersion: 1.0\n",
+    "entry_points.txt": b"[texforce]\nthing=thing\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("files", "origin", "why"),
+    [
+        ({}, "the-thing 1.0", ""),
+        ({"METADATA": b"Metadata-Version: 2.1\nVersion: 1.0\n"}, "thing 1.0", ""),
+        ({"METADATA": b"Metadata-Version: 2.1\nName: thing\n"}, "thing ", ""),
+        ({"METADATA": b""}, "thing ", ""),
+        ({"METADATA": b"Name: \xe9\nVersion: 1.0\n"}, "thing ", ""),
+        ({"entry_points.txt": b"[texforce]\nthing=a b\n"}, "the-thing", "AttributeError"),
+        ({"entry_points.txt": b"[texforce]\nthing=nowhere_at_all\n"}, "the-thing", "No module named 'nowhere_at_all'"),
+        ({"entry_points.txt": b"[texforce]\nthing=thing:nothing\n"}, "the-thing", "no attribute 'nothing'"),
+        ({"entry_points.txt": b"[texforce]\nthing\n"}, "the-thing", "its entry_points.txt cannot be read: TypeError"),
+        ({"entry_points.txt": b"\xff\xfe"}, "the-thing", "its entry_points.txt cannot be read: UnicodeDecodeError"),
+    ],
+)
+def test_a_distribution_whose_files_are_damaged_breaks_at_most_itself(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, files: dict[str, bytes], origin: str, why: str
+) -> None:
+    for name, contents in (("thing", FINE | files), ("good", {"entry_points.txt": b"[texforce]\ngood=good\n"})):
+        (tmp_path / f"{name}.py").write_text(
+            "import pluggy\n\n@pluggy.HookimplMarker('texforce')\ndef texforce_register_rewards(register):\n"
+            f"    register('a-{name}', 'x:Y', api_version=1)\n"
+        )
+        (tmp_path / f"{name}-1.0.dist-info").mkdir()
+        for file, content in contents.items():
+            (tmp_path / f"{name}-1.0.dist-info" / file).write_bytes(content)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    try:
+        registry = load_registry()
+    finally:
+        sys.modules.pop("thing", None), sys.modules.pop("good", None)
+    assert registry.find("a-good").origin == "good"
+    if why:
+        assert list(registry.broken) == [origin] and why in registry.broken[origin]
+    else:
+        found = registry.find("a-thing")
+        assert f"{found.origin} {found.version}" == origin and registry.broken == {}
+
+
+def test_a_second_folder_of_one_distribution_is_passed_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for folder in ("twice-1.0.dist-info", "~wice-0.9.dist-info"):  # the latter as an interrupted uninstall leaves it
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "METADATA").write_text("Metadata-Version: 2.1\nName: twice\nVersion: 1.0\n")
+        (tmp_path / folder / "entry_points.txt").write_text("[texforce]\ntwice = json\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert load_registry().broken == {}
 
 
 @pytest.mark.parametrize("problem", [RuntimeError("out of luck"), SystemExit(0), KeyError("x")])
@@ -385,6 +453,16 @@ def test_hosts_belong_to_a_reward_or_to_all_isolated_ones() -> None:
     assert [(place.host, place.python) for place in hosts[""]] == [("bob@two", "python3")]
     with pytest.raises(UsageError, match=r"'c=x' belongs to no reward of this run; add --reward c"):
         parse_hosts(["c=x"], terms)
+
+
+def test_what_a_run_says_of_workers_and_hosts_reaches_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(assembly, "RewardSet", lambda terms, registry, **settings: given.update(settings))
+    numbers = {"reward_timeout": 9.0, "reward_workers": 3, "reward_memory": 8.0}
+    made = plan({"reward": ["brightness"], "model": "tiny", "reward_host": ["brightness=ann@far:/x"], **numbers})
+    assembly.make_rewards(made.config, load_registry())
+    assert given["workers"] == WorkerSettings(timeout=9, workers=3, memory_gb=8)
+    assert given["hosts"] == {"brightness": [Place("/x", "ann@far")]}
 
 
 def test_a_reward_has_several_backends_under_one_name(plugins: Callable[..., None]) -> None:

@@ -397,8 +397,15 @@ def _pinned_elsewhere(folder: Path) -> list[str]:
         for line in lock.read_text(encoding="utf-8").splitlines()
         if "==" in line
     ]
-    here = {normal(found.name) for found in importlib.metadata.distributions()}
-    return [name for name in pins if normal(name) not in here]
+    return [name for name in pins if not _is_here(name)]
+
+
+def _is_here(distribution: str) -> bool:
+    try:
+        importlib.metadata.distribution(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _check_python(lock: Path, folder: Path) -> None:
@@ -429,9 +436,10 @@ def _count(lock: Path) -> int:
 
 
 def _version(folder: Path, package: str) -> str:
-    pattern = package.replace("-", "[-_.]")
-    for path in folder.glob(f"[Ll]ib*/**/site-packages/{pattern}-*.dist-info"):
-        return path.name.removesuffix(".dist-info").rpartition("-")[2]
+    for path in folder.glob("[Ll]ib*/**/site-packages/*.dist-info"):
+        name, _, version = path.name.removesuffix(".dist-info").rpartition("-")
+        if normal(name) == package:
+            return version
     return ""
 
 

@@ -283,7 +283,8 @@ def load_registry() -> Registry:
             registry.slow[plugin.origin] = seconds
     environments, damaged = installed()
     for package, reason in damaged.items():
-        _broken(registry, package, ValueError(reason))
+        if package not in _blocked():
+            _broken(registry, package, ValueError(reason))
     for environment in environments:
         if environment.package in _blocked():
             continue
@@ -303,24 +304,65 @@ def _broken(registry: Registry, origin: str, error: BaseException) -> None:
 REWARDS, JUDGES = "texforce_register_rewards", "texforce_register_judges"
 
 
+class Loads(Protocol):
+    """What brings a plugin's module: an entry point, or what stands in for one that cannot be read."""
+
+    def load(self) -> Any:
+        """The module, or the object, that it names."""
+        ...
+
+
 @dataclass(frozen=True)
 class Plugin:
     """An installed distribution that offers something, not loaded yet."""
 
     origin: str
     version: str
-    entry: importlib.metadata.EntryPoint
+    entry: Loads
+
+
+@dataclass(frozen=True)
+class _Unreadable:
+    """In the place of entry points that cannot be read: the plugin is broken, and says why."""
+
+    name: str
+    dist: importlib.metadata.Distribution
+    why: str
+
+    def load(self) -> Any:
+        raise ValueError(f"its entry_points.txt cannot be read: {self.why}")
 
 
 def plugins() -> list[Plugin]:
     """The entry points of the group `texforce`, without those that TEXFORCE_BLOCK_PLUGINS names."""
-    found = []
-    for entry in importlib.metadata.entry_points(group=hookspecs.PROJECT):
-        about = entry.dist.metadata if entry.dist else None  # once: each time it is parsed anew, with the whole README
-        origin = normal(about["Name"]) if about else entry.name
-        if not {entry.name, origin} & _blocked():
-            found.append(Plugin(origin, about["Version"] if about else "", entry))
+    found: dict[tuple[str, str], Plugin] = {}
+    for entry in _entries():
+        origin, version = _distribution(entry)
+        if not {entry.name, origin} & _blocked():  # an interrupted uninstall leaves a second folder of one distribution
+            found.setdefault((origin, entry.name), Plugin(origin, version, entry))
+    return list(found.values())
+
+
+def _entries() -> Sequence[importlib.metadata.EntryPoint | _Unreadable]:
+    with contextlib.suppress(Exception):  # one distribution may spoil it for all
+        return tuple(importlib.metadata.entry_points(group=hookspecs.PROJECT))
+    found: list[importlib.metadata.EntryPoint | _Unreadable] = []
+    for dist in importlib.metadata.distributions():
+        try:
+            found += dist.entry_points.select(group=hookspecs.PROJECT)
+        except Exception as error:
+            found.append(_Unreadable("a distribution without a name", dist, worker.describe(error)))
     return found
+
+
+def _distribution(entry: importlib.metadata.EntryPoint | _Unreadable) -> tuple[str, str]:
+    """Name and version of what an entry point comes from; its own name, and "", where the metadata cannot be read."""
+    try:
+        about = entry.dist.metadata if entry.dist else None  # once: each time it is parsed anew, with the whole README
+        known = {key: about[key] for key in ("Name", "Version") if key in about} if about else {}
+    except Exception:
+        known = {}
+    return normal(known.get("Name") or entry.name), known.get("Version") or ""
 
 
 def plugin_manager() -> pluggy.PluginManager:
