@@ -115,6 +115,24 @@ def test_removing_by_the_name_of_a_reward_is_confirmed(capfd: pytest.CaptureFixt
     assert environments.installed() == ([], {})
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a terminal of its own")
+@pytest.mark.parametrize(("answer", "code", "stays"), [("n", 1, True), ("", 1, True), ("y", 0, False)])
+def test_on_a_terminal_yes_has_to_be_said(answer: str, code: int, stays: bool) -> None:
+    import pty
+
+    manifest("one", "a-one")
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "texforce_cli", "rewards", "remove", "a-one"]
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs) as asked:
+        os.close(theirs)
+        os.write(ours, f"{answer}\n".encode())
+        assert asked.wait(60) == code
+    said = os.read(ours, 10_000).decode()
+    os.close(ours)
+    assert "Delete the environment of 'one'? [y/N]" in said and "Traceback" not in said
+    assert bool(environments.installed()[0]) == stays
+
+
 def test_an_environment_can_be_blocked_even_a_damaged_one(monkeypatch: pytest.MonkeyPatch) -> None:
     manifest("good", "glow")
     manifest("bad", "gloom").write_text("{")
