@@ -535,6 +535,8 @@ def test_separators_survive_paths(tmp_path: Path) -> None:
         ("epoch_0010", "epoch_0010:1"),
         ("unet=refl/checkpoint-9/unet/diffusion_pytorch_model.safetensors", "unet refl/checkpoint-9"),
         ("unet=unet", "unet unet"),
+        ("../adapter", "adapter:1"),
+        ("../epoch_0010", "epoch_0010:1"),
     ],
 )
 def test_a_description_tells_the_checkpoints_of_two_runs_apart(parts: str, description: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -188,6 +189,26 @@ def test_a_fusion_fused_again_keeps_its_lineage(tmp_path: Path) -> None:
     assert json.loads(header["texforce"]) == {"base": "tiny", "base_kind": "tiny", "seed": 1}
     assert {"modelspec.sai_model_spec", "modelspec.title", "ss_network_dim", "ss_network_alpha"} <= header.keys()
     assert str(tmp_path) not in json.dumps(header)
+
+
+def test_what_a_truncation_left_out_is_said_and_nothing_where_it_was_nothing(tmp_path: Path, capsys: Any) -> None:
+    source = str(simple(tmp_path / "a.safetensors", rank=4))
+    for rank, sentence in ((9, "nothing was left out"), (1, "of the change; most in unet.")):
+        command = ["fuse", source, "--rank", str(rank), "--out", str(tmp_path / f"{rank}.safetensors")]
+        assert app.run(command) == 0
+        assert sentence in " ".join(capsys.readouterr().err.split())
+
+
+def test_large_modules_are_worked_on_by_fewer_threads(tmp_path: Path) -> None:
+    """By what is read, not by what is left of it: 200 MB over six times 8 bytes for each of the stacked numbers."""
+    sources = [str(simple(tmp_path / f"{name}.safetensors", rank=4)) for name in "ab"]
+    plan = plan_fuse(FuseRequest(sources, out=tmp_path / "out.safetensors", rank=1))
+    largest = max(8 * (slot.inputs + slot.outputs) for slot in plan.slots)
+    assert fusing._threads(plan) == int(200e6 / (48 * largest))
+    module, weight = plan.terms[plan.slots[0].name][0]
+    huge = dataclasses.replace(module, rank=4096)
+    large = dataclasses.replace(plan, terms={**plan.terms, plan.slots[0].name: ((huge, weight),)})
+    assert fusing._threads(large) == max(1, int(200e6 / (48 * 4096 * (module.inputs + module.outputs))))
 
 
 def test_svd_gives_the_rank_or_the_error_that_was_asked_for(tmp_path: Path) -> None:

@@ -203,8 +203,8 @@ FINE = {
         ({"entry_points.txt": b"[texforce]\nthing=a b\n"}, "the-thing", "AttributeError"),
         ({"entry_points.txt": b"[texforce]\nthing=nowhere_at_all\n"}, "the-thing", "No module named 'nowhere_at_all'"),
         ({"entry_points.txt": b"[texforce]\nthing=thing:nothing\n"}, "the-thing", "no attribute 'nothing'"),
-        ({"entry_points.txt": b"[texforce]\nthing\n"}, "the-thing", "its entry_points.txt cannot be read: TypeError"),
-        ({"entry_points.txt": b"\xff\xfe"}, "the-thing", "its entry_points.txt cannot be read: UnicodeDecodeError"),
+        ({"entry_points.txt": b"[texforce]\nthing\n"}, "the-thing", "its entry_points.txt is damaged: TypeError"),
+        ({"entry_points.txt": b"\xff\xfe"}, "the-thing", "its entry_points.txt is damaged: UnicodeDecodeError"),
     ],
 )
 def test_a_distribution_whose_files_are_damaged_breaks_at_most_itself(

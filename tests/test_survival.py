@@ -261,6 +261,24 @@ def test_a_folder_that_is_removed_in_mid_run_is_made_again(
     assert made(Path("a")) == left
 
 
+def test_stopping_a_run_whose_folder_is_gone_does_not_say_how_to_resume_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    progress, removed = TrainingRun._progress, []
+
+    def remove(self: TrainingRun, phase: str, done: int, total: int, **reward: float) -> None:
+        if self.epoch == 1 and phase == "sampling" and not removed:
+            removed.append(1)
+            shutil.rmtree("a")
+            os.kill(os.getpid(), signal.SIGTERM)
+        progress(self, phase, done, total, **reward)
+
+    monkeypatch.setattr(TrainingRun, "_progress", remove)
+    train("--out", "a", epochs=3, code=143)
+    said = said_by(capsys)
+    assert "stopped: 'a' was removed, with all that was saved in it; begin again" in said and "--resume" not in said
+
+
 @pytest.mark.parametrize("jump", [-3600.0, pytest.param(3600.0, marks=pytest.mark.slow)])
 def test_a_clock_that_is_set_in_mid_run_changes_nothing(
     jump: float, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

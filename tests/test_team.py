@@ -163,6 +163,9 @@ def test_of_those_left_in_a_broken_sum_the_silent_ones_are_named(monkeypatch: py
     with contextlib.closing(ours), contextlib.closing(other):
         store.kept["pulse/1"] = pickle.dumps("17")  # and process 3 never showed any
         assert ours._silent() == [1, 3]
+        other.leave(TexforceError("process 3 of 4 ended or hangs"))  # it knows better
+        with pytest.raises(TexforceError, match="process 2: process 3 of 4 ended or hangs"):
+            raise ours._broken(RuntimeError("connection closed by peer"))
 
 
 def test_a_full_disk_where_the_processes_meet_is_no_process_that_ended(

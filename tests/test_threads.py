@@ -16,21 +16,29 @@ def test_results_come_in_order_though_the_first_takes_longest() -> None:
         time.sleep(0.05 if number == 0 else 0)
         return number * number
 
-    assert list(ahead(work, range(20))) == [number * number for number in range(20)]
-    assert list(ahead(work, [])) == []
-    assert list(ahead(pow, [2, 3], [3, 2])) == [8, 9]
+    with ahead(work, range(20)) as results:
+        assert list(results) == [number * number for number in range(20)]
+    with ahead(work, []) as results:
+        assert list(results) == []
+    with ahead(pow, [2, 3], [3, 2]) as results:
+        assert list(results) == [8, 9]
 
 
-def test_no_more_than_a_few_are_made_before_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("most", "used"), [(1, 1), (2, 2), (50, 8)])
+def test_no_more_than_a_few_are_made_before_they_are_asked_for(
+    most: int, used: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(threads.os, "cpu_count", lambda: 64)
-    for most, threads_of_them in ((1, 1), (2, 2), (50, 8)):
-        begun: list[int] = []
-        results = ahead(begun.append, range(100), most=most)
+    begun: list[int] = []
+    expected = 1 + 2 * used  # the one that was asked for, and two for each thread
+    with ahead(begun.append, range(100), most=most) as results:
         next(results)
-        time.sleep(0.2)
-        assert len(begun) == 1 + 2 * threads_of_them  # the one that was asked for, and two for each thread
-        results.close()
-        assert len(begun) == 1 + 2 * threads_of_them
+        deadline = time.monotonic() + 30
+        while len(begun) < expected and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        assert len(begun) == expected
+    assert len(begun) == expected
 
 
 def test_an_error_comes_in_its_turn_and_ends_the_work() -> None:
@@ -43,9 +51,16 @@ def test_an_error_comes_in_its_turn_and_ends_the_work() -> None:
         done.append(number)
         return number
 
-    results = ahead(work, range(1000))
-    assert [next(results) for _ in range(3)] == [0, 1, 2]
-    with pytest.raises(ValueError, match="three"):
+    with pytest.raises(ValueError, match="three"), ahead(work, range(1000)) as results:
+        assert [next(results) for _ in range(3)] == [0, 1, 2]
         next(results)
     assert len(done) < 100
+    assert threading.active_count() == alive
+
+
+def test_no_thread_is_left_when_the_block_is_broken_off() -> None:
+    alive = threading.active_count()
+    with pytest.raises(KeyboardInterrupt), ahead(time.sleep, [0.01] * 1000) as results:
+        for _ in results:
+            raise KeyboardInterrupt
     assert threading.active_count() == alive

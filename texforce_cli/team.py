@@ -115,7 +115,7 @@ class Folder:
             new.write_bytes(value)
             new.replace(place)
         except OSError as error:
-            if self.path.is_dir():  # no process has gone: the disk is full
+            if os.path.lexists(self.path):  # no process has gone: the disk is full
                 raise TexforceError(
                     f"'{place}' cannot be written ({error.strerror})",
                     "make room there, or name another folder with TMPDIR, then go on with --resume",
@@ -213,7 +213,7 @@ class Processes(Team):
             try:
                 dist.all_reduce(flat)
             except RuntimeError as error:
-                raise self._lost(self._ended() or self._silent(), _first_line(error)) from error
+                raise self._broken(error) from error
         for tensor, summed in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
             tensor.copy_(summed.view_as(tensor))
 
@@ -301,6 +301,15 @@ class Processes(Team):
         """The last sign of life of process `rank`; "" before the first."""
         key = f"pulse/{rank}"
         return str(self._get(key)) if self._store.check([key]) else ""
+
+    def _broken(self, error: RuntimeError) -> TexforceError:
+        """Who broke a sum: what one of the others says of it goes before what is seen from here."""
+        with contextlib.suppress(RuntimeError):
+            self._see_who_left()
+        ranks = self._ended() or self._silent()
+        with contextlib.suppress(RuntimeError):
+            self._see_who_left()
+        return self._lost(self._ended() or ranks, _first_line(error))
 
     def _silent(self) -> list[int]:
         """The others that show no life while three pulses go by: a broken sum does not say whose fault it was."""

@@ -6,6 +6,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 R = TypeVar("R")
@@ -13,21 +14,26 @@ R = TypeVar("R")
 MOST = 8
 
 
-def ahead(work: Callable[..., R], *items: Iterable[Any], most: int = MOST) -> Iterator[R]:
+@contextmanager
+def ahead(work: Callable[..., R], *items: Iterable[Any], most: int = MOST) -> Iterator[Iterator[R]]:
     """What `map(work, *items)` gives, in its order, a few of the results computed in threads before they are asked for.
 
     A thread for each processor, 8 or `most` at most, and two results for each wait at any time: memory does not grow with the
-    number of items. What `work` raises is raised in its turn; what was not begun by then is never done.
+    number of items. What `work` raises is raised in its turn; what was not begun when the block ends is never done.
     """
     threads = min(most, MOST, os.cpu_count() or 1)
-    waiting: deque[Future[R]] = deque()
     pool = ThreadPoolExecutor(threads)
-    try:
+
+    def results() -> Iterator[R]:
+        waiting: deque[Future[R]] = deque()
         for arguments in zip(*items):
             waiting.append(pool.submit(work, *arguments))
             if len(waiting) > 2 * threads:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+
+    try:
+        yield results()
     finally:
         pool.shutdown(cancel_futures=True)

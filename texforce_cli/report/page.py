@@ -212,10 +212,11 @@ def _media(
     make = functools.partial(_inline, folder) if single_file else functools.partial(_filed, folder)
     made = {}
     # Pillow encodes outside Python's lock
-    for sha256, media in zip(different, ahead(make, different.values(), different)):
-        made[sha256] = media
-        if progress:
-            progress(len(made), len(different))
+    with ahead(make, different.values(), different) as results:
+        for sha256, media in zip(different, results):
+            made[sha256] = media
+            if progress:
+                progress(len(made), len(different))
     return made
 
 

@@ -34,8 +34,8 @@ def save_png(path: Path, picture: Image.Image, texts: Mapping[str, str]) -> None
 
 def flattened(picture: Image.Image) -> Image.Image:
     """As RGB: what is transparent is white, palettes and grey have three channels, 16 bits of grey become 8."""
-    if picture.mode.startswith("I;16"):  # Pillow would make all of it white
-        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB")
+    if picture.mode.startswith("I"):  # I;16, or I before Pillow 10.3; Pillow would make all of it white
+        return Image.fromarray(np.clip(np.asarray(picture) >> 8, 0, 255).astype(np.uint8)).convert("RGB")
     if "A" not in picture.getbands() and "transparency" not in picture.info:
         return picture.convert("RGB")
     ground = Image.new("RGBA", picture.size, "white")

@@ -330,7 +330,7 @@ class _Unreadable:
     why: str
 
     def load(self) -> Any:
-        raise ValueError(f"its entry_points.txt cannot be read: {self.why}")
+        raise ValueError(f"whether it is a plugin cannot be read, its entry_points.txt is damaged: {self.why}")
 
 
 def plugins() -> list[Plugin]:
@@ -347,8 +347,12 @@ def _entries() -> Sequence[importlib.metadata.EntryPoint | _Unreadable]:
     with contextlib.suppress(Exception):  # one distribution may spoil it for all
         return tuple(importlib.metadata.entry_points(group=hookspecs.PROJECT))
     found: list[importlib.metadata.EntryPoint | _Unreadable] = []
+    seen: set[str] = set()
     for dist in importlib.metadata.distributions():
         try:
+            if dist.name and dist.name in seen:  # an older copy, further down the path
+                continue
+            seen.add(dist.name)
             found += dist.entry_points.select(group=hookspecs.PROJECT)
         except Exception as error:
             found.append(_Unreadable("a distribution without a name", dist, worker.describe(error)))

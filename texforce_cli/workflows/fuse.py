@@ -196,28 +196,32 @@ def fuse(plan: FusePlan, listener: Listener = silent) -> FuseResult:
     for text in plan.warnings:
         listener(Warned(text))
     stop, done = StopRequest(), dict[str, _Done]()
-    sources = list(ahead(_provenance, *zip(*plan.loras)))
+    with ahead(_provenance, *zip(*plan.loras)) as hashed:
+        sources = list(hashed)
 
     def pairs() -> Iterator[Pair]:
-        for slot, (pair, about) in zip(plan.slots, ahead(partial(_fused, plan), plan.slots, most=_threads(plan))):
+        for slot, (pair, about) in zip(plan.slots, fused):
             stop.check()
             done[slot.name] = about
             listener(Progressed("fusing", len(done), len(plan.slots)))
             yield pair
 
     with stop.listening(), new_lora(plan.out, plan.layout.format, force=plan.request.force) as temporary:
-        write_lora(temporary, plan.layout, plan.slots, pairs(), lambda: _header(plan, sources, done))
+        with ahead(partial(_fused, plan), plan.slots, most=_threads(plan)) as fused:
+            write_lora(temporary, plan.layout, plan.slots, pairs(), lambda: _header(plan, sources, done))
         measured = _verify(plan, temporary, done, stop, listener)
         size = size_of(temporary)
     ranks = [about.rank for about in done.values()]
-    worst = max(((name, about.error) for name, about in done.items()), key=lambda item: item[1])
+    errors = [(name, about.error) for name, about in done.items() if about.error]
+    worst = max(errors, key=lambda item: item[1], default=("", 0.0))
     return FuseResult(plan.out, len(done), (min(ranks), max(ranks)), _truncation_error(done), measured, worst, size)
 
 
 def _threads(plan: FusePlan) -> int:
-    """As many as keep what is in memory, some ten times the factors of a module for each thread, within 200 MB."""
-    largest = max(slot.rank * (slot.inputs + slot.outputs) for slot in plan.slots) * np.dtype(np.float64).itemsize
-    return max(1, int(200e6 / (10 * largest)))
+    """As many as keep what is in memory, for each some six times the stacked factors of a module in float64, within 200 MB."""
+    ranks = {name: sum(module.rank for module, _ in terms) for name, terms in plan.terms.items()}
+    largest = max(ranks[slot.name] * (slot.inputs + slot.outputs) for slot in plan.slots)
+    return max(1, int(200e6 / (6 * largest * np.dtype(np.float64).itemsize)))
 
 
 def _relative(off: float, whole: float) -> float:
@@ -259,18 +263,19 @@ def _verify(plan: FusePlan, written: Path, done: Mapping[str, _Done], stop: Stop
         return distance((own[0], own[1] * module.scale), terms)
 
     difference = scale = 0.0
-    for index, (slot, off) in enumerate(zip(plan.slots, ahead(distance_of, plan.slots, most=_threads(plan)))):
-        stop.check()
-        about = done[slot.name]
-        allowed = math.sqrt(about.spectrum.dropped) + bound * math.sqrt(about.size)
-        if not math.sqrt(off) <= allowed:
-            raise TexforceError(
-                f"'{slot.name}' in '{plan.out}' would differ from the sum of its sources by {math.sqrt(off):.2e}, "
-                f"{allowed:.2e} is allowed",
-                "try --dtype fp32",
-            )
-        difference, scale = difference + off, scale + about.size
-        listener(Progressed("checking", index + 1, len(plan.slots)))
+    with ahead(distance_of, plan.slots, most=_threads(plan)) as distances:
+        for index, (slot, off) in enumerate(zip(plan.slots, distances)):
+            stop.check()
+            about = done[slot.name]
+            allowed = math.sqrt(about.spectrum.dropped) + bound * math.sqrt(about.size)
+            if not math.sqrt(off) <= allowed:
+                raise TexforceError(
+                    f"'{slot.name}' in '{plan.out}' would differ from the sum of its sources by {math.sqrt(off):.2e}, "
+                    f"{allowed:.2e} is allowed",
+                    "try --dtype fp32",
+                )
+            difference, scale = difference + off, scale + about.size
+            listener(Progressed("checking", index + 1, len(plan.slots)))
     return _relative(difference, scale)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import os
 import shlex
 import time
 from collections.abc import Mapping
@@ -124,6 +125,9 @@ class TrainingRun:
                 self._train()
             self.write_record(status="finished", reason=self._ended_early())
         except Interrupted as stop:
+            if not os.path.lexists(self.folder.prompts):
+                text = f"stopped; '{self.folder.path}' was removed, with all that was saved in it"
+                raise Interrupted(text, "begin again", exit_code=stop.exit_code) from None
             self._record_end("interrupted")
             text = f"stopped; {self.epoch} of {total} epochs are saved in '{self.folder.path}'"
             raise Interrupted(text, f"go on with: {self._resuming}", exit_code=stop.exit_code) from None
@@ -307,10 +311,11 @@ class TrainingRun:
 
     def _save(self, row: dict[str, Any], state: Mapping[str, torch.Tensor]) -> None:
         """The finished epoch on disk; from here on nothing of it can be lost."""
-        if not self.folder.prompts.is_file():
+        if not os.path.lexists(self.folder.prompts):
             self._warn(f"'{self.folder.path}' was removed or emptied: what the run still knows is written again")
             write_text(self.folder.prompts, self.plan.prompts.to_jsonl())
             self._write_evaluations()
+            self.write_record(status="running")
         write_rows(self.folder.metrics, [*self.rows, row])
         numbers = {**self.learner.numbers(), "flat_epochs": self.flat_epochs}
         lora = model_card.adapter_bytes(self.learner.adapter.export(), self.plan, row["images"])

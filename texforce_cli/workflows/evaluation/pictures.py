@@ -197,11 +197,12 @@ def collect(
         drawn = settings.get(variant.name)
         keys = [None if drawn is None else picture_key(drawn, item) for item in items]
         # Pillow and hashlib work outside Python's lock
-        for item, result in zip(items, ahead(_look, paths, keys)):
-            if isinstance(result, Found):
-                found[variant.name][item] = result
-            else:
-                missing(variant.name, item, result)
+        with ahead(_look, paths, keys) as results:
+            for item, result in zip(items, results):
+                if isinstance(result, Found):
+                    found[variant.name][item] = result
+                else:
+                    missing(variant.name, item, result)
     return found
 
 

@@ -172,8 +172,8 @@ def _component(piece: str) -> tuple[str, str]:
 def _telling(text: str) -> str:
     """The last name of a path that tells it from others; a checkpoint's with that of its run before it."""
     path = Path(text)
-    while _UNTELLING.fullmatch(path.name) and path.parent.name:
+    while _UNTELLING.fullmatch(path.name) and path.parent.name not in ("", ".."):
         path = path.parent
-    if _CHECKPOINT.fullmatch(path.name) and path.parent.name:
+    if _CHECKPOINT.fullmatch(path.name) and path.parent.name not in ("", ".."):
         return f"{_telling(str(path.parent))}/{path.name}"
     return path.name or text
