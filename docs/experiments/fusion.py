@@ -35,9 +35,10 @@ def scores(folder: Path) -> dict[str, dict[str, float]]:
     for path in sorted(folder.glob("*-seed*.png")):
         with Image.open(path) as picture:
             prompt = picture.text["prompt"]  # type: ignore[attr-defined]
-            pixels = np.asarray(picture.convert("RGB"))[None]
+            given = picture.convert("RGB")
         for name, reward in rewards.items():
-            found[name][prompt] += list(reward.score(pixels, [prompt], [{}]))
+            images = np.asarray(given)[None] if getattr(reward, "input", "pil") == "uint8" else [given]
+            found[name][prompt] += list(reward.score(images, [prompt], [{}]))  # type: ignore[attr-defined]
     return {name: {prompt: float(np.mean(values)) for prompt, values in rows.items()} for name, rows in found.items()}
 
 
