@@ -80,6 +80,19 @@ def around_the_second(what: str, block: Callable[[], AbstractContextManager[None
     patch.setattr(owner, name, called)
 
 
+def in_mid_run(epochs: int, do: Callable[[], None], patch: pytest.MonkeyPatch) -> None:
+    """Let a run do this once, while it draws the pictures of the next epoch after so many."""
+    progress, done_already = TrainingRun._progress, list[bool]()
+
+    def progressed(self: TrainingRun, phase: str, done: int, total: int, **reward: float) -> None:
+        if self.epoch == epochs and phase == "sampling" and not done_already:
+            done_already.append(True)
+            do()
+        progress(self, phase, done, total, **reward)
+
+    patch.setattr(TrainingRun, "_progress", progressed)
+
+
 def is_whole(folder: Path, epoch: int) -> None:
     """The checkpoint of this epoch is the last one, and nothing half written lies about."""
     found, damaged = load_latest(folder / "checkpoints")
@@ -201,20 +214,18 @@ def test_a_folder_that_may_not_be_written_is_one_sentence(
 def test_a_full_disk_does_not_hide_why_a_run_ends(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    progress, write_record, ending = TrainingRun._progress, training_run.RunFolder.write_record, []
+    write_record, ending = training_run.RunFolder.write_record, list[int]()
 
-    def asked(self: TrainingRun, phase: str, done: int, total: int, **reward: float) -> None:
-        if self.epoch == 1 and not ending:
-            ending.append(1)
-            os.kill(os.getpid(), signal.SIGTERM)
-        progress(self, phase, done, total, **reward)
+    def ask_to_end() -> None:
+        ending.append(1)
+        os.kill(os.getpid(), signal.SIGTERM)
 
     def full(self: training_run.RunFolder, record: Any) -> None:
         if ending:
             raise write_error(self.record, OSError(errno.ENOSPC, "No space left on device"))
         write_record(self, record)
 
-    monkeypatch.setattr(TrainingRun, "_progress", asked)
+    in_mid_run(1, ask_to_end, monkeypatch)
     monkeypatch.setattr(training_run.RunFolder, "write_record", full)
     train("--out", "a", epochs=9, code=143)
     assert "1 of 9 epochs are saved in 'a'; go on with: texforce train --resume a" in said_by(capsys)
@@ -241,16 +252,8 @@ def test_a_disk_that_is_full_at_the_very_end_says_how_to_go_on(
 def test_a_folder_that_is_removed_in_mid_run_is_made_again(
     whole: dict[str, bytes], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    progress, removed = TrainingRun._progress, []
-
-    def remove(self: TrainingRun, phase: str, done: int, total: int, **reward: float) -> None:
-        if self.epoch == 2 and phase == "sampling" and not removed:
-            removed.append(1)
-            shutil.rmtree("a")
-        progress(self, phase, done, total, **reward)
-
     with monkeypatch.context() as patch:
-        patch.setattr(TrainingRun, "_progress", remove)
+        in_mid_run(2, lambda: shutil.rmtree("a"), patch)
         train("--out", "a", epochs=3)
     assert "'a' was removed or emptied" in said_by(capsys)
     assert [row["epoch"] for row in rows("a")] == [1, 2, 3]
@@ -264,16 +267,11 @@ def test_a_folder_that_is_removed_in_mid_run_is_made_again(
 def test_stopping_a_run_whose_folder_is_gone_does_not_say_how_to_resume_it(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    progress, removed = TrainingRun._progress, []
+    def remove_and_stop() -> None:
+        shutil.rmtree("a")
+        os.kill(os.getpid(), signal.SIGTERM)
 
-    def remove(self: TrainingRun, phase: str, done: int, total: int, **reward: float) -> None:
-        if self.epoch == 1 and phase == "sampling" and not removed:
-            removed.append(1)
-            shutil.rmtree("a")
-            os.kill(os.getpid(), signal.SIGTERM)
-        progress(self, phase, done, total, **reward)
-
-    monkeypatch.setattr(TrainingRun, "_progress", remove)
+    in_mid_run(1, remove_and_stop, monkeypatch)
     train("--out", "a", epochs=3, code=143)
     said = said_by(capsys)
     assert "stopped: 'a' was removed, with all that was saved in it; begin again" in said and "--resume" not in said
