@@ -406,6 +406,22 @@ def test_a_gradient_that_is_not_finite_is_passed_over_and_five_in_a_row_end_the_
     assert parameter.tolist() == moved
 
 
+def test_lost_gradients_are_counted_on_after_a_resume() -> None:
+    def made() -> tuple[torch.nn.Parameter, Optimisation]:
+        parameter = torch.nn.Parameter(torch.ones(3))
+        return parameter, Optimisation([parameter], OptimiserSettings(learning_rate=0.1, updates=50))
+
+    parameter, before = made()
+    for _ in range(MOST_LOST - 1):
+        parameter.grad = torch.full((3,), math.nan)
+        before.step()
+    parameter, after = made()
+    after.load(before.tensors(), before.numbers())
+    parameter.grad = torch.full((3,), math.nan)
+    with pytest.raises(TexforceError, match="5 gradients in a row were not finite"):
+        after.step()
+
+
 def test_an_epoch_counts_the_updates_that_it_passed_over(pipeline: Any) -> None:
     algorithm = make(pipeline, update_batch=4)
     real, calls = algorithm.optimisation.step, []

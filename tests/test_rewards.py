@@ -200,7 +200,11 @@ FINE = {
         ({"METADATA": b"Metadata-Version: 2.1\nName: thing\n"}, "thing ", ""),
         ({"METADATA": b""}, "thing ", ""),
         ({"METADATA": b"Name: \xe9\nVersion: 1.0\n"}, "thing ", ""),
-        ({"entry_points.txt": b"[texforce]\nthing=a b\n"}, "the-thing", "AttributeError"),
+        (
+            {"entry_points.txt": b"[texforce]\nthing=a b\n"},
+            "the-thing",
+            "its entry point 'thing = a b' names no module",
+        ),
         ({"entry_points.txt": b"[texforce]\nthing=nowhere_at_all\n"}, "the-thing", "No module named 'nowhere_at_all'"),
         ({"entry_points.txt": b"[texforce]\nthing=thing:nothing\n"}, "the-thing", "no attribute 'nothing'"),
         ({"entry_points.txt": b"[texforce]\nthing\n"}, "the-thing", "its entry_points.txt is damaged: TypeError"),

@@ -61,11 +61,22 @@ def atomic_path(path: Path) -> Iterator[Path]:
                 with temporary.open("rb+") as handle:
                     os.fsync(handle.fileno())
                 temporary.replace(path)
+                settle(path.parent)
             finally:
                 with contextlib.suppress(OSError):
                     temporary.unlink(missing_ok=True)
     except OSError as error:
         raise write_error(path, error) from error
+
+
+def settle(folder: Path) -> None:
+    """Bring the names in `folder` to the disk, so that a rename outlives a power failure, where the system can do that."""
+    with contextlib.suppress(OSError):  # Windows opens no folder, some network file systems sync none
+        place = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(place)
+        finally:
+            os.close(place)
 
 
 @contextlib.contextmanager

@@ -144,12 +144,18 @@ class Optimisation:
 
     def numbers(self) -> dict[str, Any]:
         """The rest of the state, plain JSON values."""
-        return {"updates": self.updates, "base_rate": self.base_rate, "loss_scale": self.loss_scale}
+        return {
+            "updates": self.updates,
+            "base_rate": self.base_rate,
+            "loss_scale": self.loss_scale,
+            "lost": self._lost,
+        }
 
     def load(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         """Continue from `tensors()` and `numbers()`."""
         self.updates, self.base_rate = int(numbers["updates"]), float(numbers["base_rate"])
         self.loss_scale = float(numbers["loss_scale"])
+        self._lost = int(numbers.get("lost", 0))  # absent in checkpoints of before it was kept
         for index, parameter in enumerate(self.parameters):
             prefix = f"adam.{index}."
             state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}

@@ -66,7 +66,7 @@ def load_judges() -> tuple[dict[str, JudgeInfo], dict[str, str]]:
     for plugin in plugins():
         try:
             with to_stderr():
-                calls = plugin_calls(manager, plugin.entry.load(), plugin.origin, JUDGES)
+                calls = plugin_calls(manager, plugin.load(), plugin.origin, JUDGES)
             _add(judges, calls, plugin.origin, plugin.version)
         except (Exception, SystemExit) as error:  # one broken plugin must not take the others with it
             broken[plugin.origin] = worker.describe(error)

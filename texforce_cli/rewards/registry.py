@@ -275,7 +275,7 @@ def load_registry() -> Registry:
         begun = time.perf_counter()
         try:
             with to_stderr():
-                calls = plugin_calls(manager, plugin.entry.load(), plugin.origin, REWARDS)
+                calls = plugin_calls(manager, plugin.load(), plugin.origin, REWARDS)
             registry.add(calls, plugin.origin, plugin.version)
         except (Exception, SystemExit) as error:  # one broken plugin must not take the others with it
             _broken(registry, plugin.origin, error)
@@ -319,6 +319,17 @@ class Plugin:
     origin: str
     version: str
     entry: Loads
+
+    def load(self) -> Any:
+        """What its entry point names.
+
+        Raises:
+            ValueError: the entry point is none; and whatever the module raises when it is imported.
+        """
+        entry = self.entry
+        if isinstance(entry, importlib.metadata.EntryPoint) and not entry.pattern.match(entry.value):
+            raise ValueError(f"its entry point '{entry.name} = {entry.value}' names no module")
+        return entry.load()
 
 
 @dataclass(frozen=True)

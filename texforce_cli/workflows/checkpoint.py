@@ -14,7 +14,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from texforce_cli.files import sha256, write_bytes, write_error, write_json
+from texforce_cli.files import settle, sha256, write_bytes, write_error, write_json
 from texforce_cli.lora.read import FILE_NAME
 
 _STATE, _TENSORS = "state.json", "state.safetensors"
@@ -46,6 +46,7 @@ def save(folder: Path, checkpoint: Checkpoint, lora: bytes) -> None:
         if final.exists():
             shutil.rmtree(final)
         temporary.replace(final)
+        settle(folder)
     except OSError as error:
         raise write_error(final, error) from error
     finally:
