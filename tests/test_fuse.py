@@ -92,6 +92,26 @@ def test_every_format_goes_into_every_format(name: str, form: Any, tmp_path: Pat
         assert close(fused(out, path, format=form, precision=precision, force=True), wanted, bound)
 
 
+@pytest.mark.skipif(os.name != "posix", reason="a file keeps its number when it is renamed")
+@pytest.mark.parametrize("form", ["diffusers", "peft"])
+def test_the_weights_are_on_the_disk_before_they_have_their_name(
+    form: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, _ = FORMATS["diffusers"](tmp_path / "x")
+    out = tmp_path / ("out" if form == "peft" else "out.safetensors")
+    real, synced = os.fsync, set[int]()
+
+    def fsync(descriptor: int) -> None:
+        if not out.exists():
+            synced.add(os.fstat(descriptor).st_ino)
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    fuse(plan_fuse(FuseRequest([str(path)], out=out, format=form)))
+    files = [file for file in (out, *out.rglob("*")) if file.is_file()]
+    assert files and {file.stat().st_ino for file in files} <= synced
+
+
 COMFYUI = {  # spelled out from ComfyUI's published map (comfy/lora.py, comfy/utils.py: unet_to_diffusers)
     "lora_te1_text_model_encoder_layers_1_self_attn_q_proj",
     "lora_te2_text_model_encoder_layers_1_self_attn_q_proj",

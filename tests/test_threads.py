@@ -8,7 +8,7 @@ import time
 import pytest
 
 from texforce_cli import threads
-from texforce_cli.threads import ahead
+from texforce_cli.threads import ahead, beside
 
 
 def test_results_come_in_order_though_the_first_takes_longest() -> None:
@@ -64,3 +64,27 @@ def test_no_thread_is_left_when_the_block_is_broken_off() -> None:
         for _ in results:
             raise KeyboardInterrupt
     assert threading.active_count() == alive
+
+
+def test_what_is_done_beside_a_block_has_ended_with_it_and_raises_there() -> None:
+    begun, go, seen = threading.Event(), threading.Event(), list[str]()
+
+    def work() -> None:
+        begun.set()
+        assert go.wait(10)
+        seen.append("work")
+
+    with beside(work):
+        assert begun.wait(10)  # while the block runs
+        seen.append("block")
+        go.set()
+    assert seen == ["block", "work"]
+
+    def fails(text: str) -> None:
+        raise OSError(text)
+
+    with pytest.raises(OSError, match="full"), beside(fails, "full"):
+        seen.append("whole")
+    assert seen[-1] == "whole"
+    with pytest.raises(ZeroDivisionError), beside(fails, "full"):  # the block's own error comes first
+        raise ZeroDivisionError

@@ -58,8 +58,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         with parents_of(path):
             try:
                 yield temporary
-                with temporary.open("rb+") as handle:
-                    os.fsync(handle.fileno())
+                flush(temporary)
                 temporary.replace(path)
                 settle(path.parent)
             finally:
@@ -67,6 +66,18 @@ def atomic_path(path: Path) -> Iterator[Path]:
                     temporary.unlink(missing_ok=True)
     except OSError as error:
         raise write_error(path, error) from error
+
+
+def flush(place: Path) -> None:
+    """Bring the contents of a file, or of every file in a folder, to the disk.
+
+    Raises:
+        OSError: they do not fit, or the disk has failed.
+    """
+    for path in [place] if place.is_file() else place.rglob("*"):
+        if path.is_file():
+            with path.open("rb+") as handle:
+                os.fsync(handle.fileno())
 
 
 def settle(folder: Path) -> None:

@@ -15,6 +15,18 @@ MOST = 8
 
 
 @contextmanager
+def beside(work: Callable[..., object], *arguments: Any) -> Iterator[None]:
+    """Do `work` in a thread while the block runs, and wait for it; what it raises is raised at the end of the block."""
+    pool = ThreadPoolExecutor(1)
+    begun = pool.submit(work, *arguments)
+    try:
+        yield
+    finally:
+        pool.shutdown()
+    begun.result()
+
+
+@contextmanager
 def ahead(work: Callable[..., R], *items: Iterable[Any], most: int = MOST) -> Iterator[Iterator[R]]:
     """What `map(work, *items)` gives, in its order, a few of the results computed in threads before they are asked for.
 

@@ -103,7 +103,7 @@ def squared_norm(pair: Pair) -> float:
 def term_scale(pair: Pair) -> float:
     """Sum over the rank of |b_k|^2 |a_k|^2: the squared size of what rounding the factors can change in B A."""
     a, b = double(pair)
-    return float(np.square(a).sum(axis=1) @ np.square(b).sum(axis=0))
+    return float(np.einsum("ri,ri->r", a, a) @ np.einsum("or,or->r", b, b))
 
 
 def distance(pair: Pair, terms: Sequence[tuple[Pair, float]]) -> float:

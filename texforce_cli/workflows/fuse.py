@@ -32,13 +32,14 @@ from texforce_cli.core.lora_algebra import (
     truncate,
 )
 from texforce_cli.errors import TexforceError, UsageError
+from texforce_cli.files import flush
 from texforce_cli.lora.header import model_keys, shared_training
 from texforce_cli.lora.lora import Lora, LoraModule, common_bases
 from texforce_cli.lora.names import COMPONENTS, is_convolution
 from texforce_cli.lora.read import FILE_NAME, PEFT_CONFIG, PEFT_NAME, read_lora
 from texforce_cli.lora.spec import LoraSpec, parse_lora
 from texforce_cli.lora.write import STORAGE_ERROR, Format, Layout, Precision, Slot, new_lora, size_of, write_lora
-from texforce_cli.threads import ahead
+from texforce_cli.threads import ahead, beside
 from texforce_cli.workflows.events import Listener, Progressed, Warned, silent
 from texforce_cli.workflows.stopping import StopRequest
 
@@ -209,7 +210,8 @@ def fuse(plan: FusePlan, listener: Listener = silent) -> FuseResult:
     with stop.listening(), new_lora(plan.out, plan.layout.format, force=plan.request.force) as temporary:
         with ahead(partial(_fused, plan), plan.slots, most=_threads(plan)) as fused:
             write_lora(temporary, plan.layout, plan.slots, pairs(), lambda: _header(plan, sources, done))
-        measured = _verify(plan, temporary, done, stop, listener)
+        with beside(flush, temporary):
+            measured = _verify(plan, temporary, done, stop, listener)
         size = size_of(temporary)
     ranks = [about.rank for about in done.values()]
     errors = [(name, about.error) for name, about in done.items() if about.error]
@@ -241,8 +243,9 @@ def _fused(plan: FusePlan, slot: Slot) -> tuple[Pair, _Done]:
     if plan.method == "svd":
         limit = plan.request.max_error
         pair, spectrum = truncate(pair, rank=plan.request.rank, max_error=_EXACT if limit is None else limit)
-    size = sum(weight**2 * term_scale(term) for term, weight in terms)
-    return pair, _Done(len(pair[0]), spectrum, sketch(terms), size)
+    doubles = [(double(term), weight) for term, weight in terms]
+    size = sum(weight**2 * term_scale(term) for term, weight in doubles)
+    return pair, _Done(len(pair[0]), spectrum, sketch(doubles), size)
 
 
 def _verify(plan: FusePlan, written: Path, done: Mapping[str, _Done], stop: StopRequest, listener: Listener) -> float:
