@@ -1,6 +1,6 @@
 """The command line: one thin file a subcommand, errors as one sentence, exit codes in one place.
 
-0 done, 1 a handled failure, 2 wrong use, 130 interrupted, 143 terminated.
+0 done, 1 a handled failure, 2 wrong use, 3 something is missing (eval, gpt4v-rank), 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
