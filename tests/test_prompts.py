@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import urllib.request
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -266,3 +268,17 @@ def test_without_a_network_the_sentence_says_what_to_fetch(tmp_path: Path, monke
     with pytest.raises(TexforceError, match="could not be fetched"):
         load_prompts("imagereward-train", "sd")
     assert not list(tmp_path.rglob("*.json"))
+
+
+def test_the_file_that_the_sentence_asks_for_is_found_where_it_says(
+    remote: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(TexforceError, match="HF_HUB_OFFLINE") as caught:
+        load_prompts("hpsv2-test-50", "sd")
+    said = re.search(r"fetch (\S+) where there is a network and save it as '(.+)'", str(caught.value))
+    assert said
+    place = Path(said[2])
+    place.parent.mkdir(parents=True)
+    place.write_bytes(urllib.request.urlopen(said[1]).read())
+    assert [prompt.text for prompt in load_prompts("hpsv2-test-50", "sd").seen] == ["d"] * 50

@@ -133,7 +133,10 @@ class TrainConfig:
     adv_clip: float = option(5.0, LEARNING, "Advantages are clipped to +- this.", _positive)
     normalize_rewards: bool = option(False, LEARNING, "Standardise each reward over the epoch before weighting.")
     micro_batch: int = option(
-        8, LEARNING, "Images in one pass through the U-Net; auto: what fits into a GPU.", _positive
+        8,
+        LEARNING,
+        "Images in one pass through the U-Net; auto (the default for Stable Diffusion on a GPU): what fits.",
+        _positive,
     )
     fit_micro_batch: bool = option(
         False, LEARNING, "What --micro-batch auto stands for: start from the preset's and double it."

@@ -153,7 +153,7 @@ def _from_github(name: str, source: _Source, file: _File) -> list[Prompt]:
     if cached.is_file():
         return _checked(source, file, cached.read_bytes(), f"'{cached}'", "delete it, and it is fetched again")
     url = f"{_RAW}/{source.repository}/{source.commit}/{file.path}"
-    data = _download(name, url)
+    data = _download(name, url, cached)
     prompts = _checked(source, file, data, f"what came from {url}", "see whether a proxy stands between")
     write_bytes(cached, data)  # only what is whole is kept
     return prompts
@@ -164,7 +164,7 @@ def _from_hub(name: str, source: _Source, file: _File) -> list[Prompt]:
 
     remedy = (
         f"run `hf download {source.repository} {shlex.quote(file.path)} --repo-type dataset --revision {source.commit}` "
-        "where there is a network, or use --prompts FILE"
+        "where there is a network, and copy that machine's cache of the Hub"
     )
     try:
         found = hf_hub_download(source.repository, file.path, repo_type="dataset", revision=source.commit)
@@ -197,8 +197,8 @@ def _checked(source: _Source, file: _File, data: bytes, what: str, remedy: str) 
     return [replace(prompt, metadata={**prompt.metadata, **file.metadata}) for prompt in prompts]
 
 
-def _download(name: str, url: str) -> bytes:
-    remedy = f"fetch {url} on a machine with a network and use --prompts FILE"
+def _download(name: str, url: str, cached: Path) -> bytes:
+    remedy = f"fetch {url} where there is a network and save it as '{cached}'"
     if os.environ.get("HF_HUB_OFFLINE") == "1":
         raise TexforceError(f"the prompts '{name}' are not on this machine and HF_HUB_OFFLINE is set", remedy)
     try:

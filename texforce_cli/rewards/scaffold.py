@@ -63,7 +63,7 @@ class {cls}:
 '''
 
 _TEST = '''\
-"""Run with: pip install pytest numpy pillow . texforce; pytest"""
+"""Run with: pip install pytest -e . where texforce is installed; pytest"""
 
 import numpy as np
 import pytest
@@ -78,10 +78,8 @@ def test_half_of_the_pixels_are_bright():
 
 
 def test_it_keeps_the_contract_of_texforce():
-    pytest.importorskip("texforce_cli").__version__
-    from texforce_cli.testing import check_reward
-
-    check_reward("{module}", "{name}")
+    testing = pytest.importorskip("texforce_cli.testing")
+    testing.check_reward("{module}", "{name}")
 '''
 
 _README = """\
