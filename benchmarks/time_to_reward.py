@@ -1,16 +1,20 @@
 """Time to the same reward: how long each arm trains until its held-out pictures are as good as those of the plain way.
 
-python benchmarks/time_to_reward.py --out FILE.json
+python benchmarks/time_to_reward.py --out FILE.json --figure FILE.png
 
 The reference is the textbook form of DDPO (PlainDDPO) with the default preset of the embedded model, for its whole budget. The held-out
 difference that it ends with is the goal; an arm's time is that of its first measurement at or above the goal, the reference's as
 well. Arms take turns epoch by epoch in one process; only drawing, scoring and learning count, measuring does not. All arms
-are measured alike: the same prompts, noise and number of denoising steps, whatever they train with.
+are measured alike: the same prompts, noise and number of denoising steps, whatever they train with. The file is written after every seed, and begun again with the same options the seeds in it are not repeated.
+
+The figure has the means of the seeds against images and against seconds. `default` is exact: its gradient is the reference's.
+The others learn from fewer steps (`window`, `six-steps`), from smaller groups (`groups-of-8`), or all of that (`fast`).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import sys
@@ -40,8 +44,11 @@ ARMS: dict[str, tuple[type[DDPO], dict[str, Any]]] = {
     REFERENCE: (PlainDDPO, {"preset": "tiny"}),
     "default": (DDPO, {"preset": "tiny"}),
     "window": (DDPO, {"preset": "tiny", "train_steps": "window:3"}),
+    "six-steps": (DDPO, {"preset": "tiny", "steps": 6}),
+    "groups-of-8": (DDPO, {"preset": "tiny", "group_size": 8}),
     "fast": (DDPO, {"preset": "fast"}),
 }
+COLOURS = dict(zip(ARMS, ("#1c1917", "#c2410c", "#1d4ed8", "#0f766e", "#a16207", "#7e22ce")))
 
 
 @dataclass
@@ -93,7 +100,42 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p.add_argument("--pairs", type=int, default=64, help="held-out (prompt, seed) pairs (64)")
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--out", type=Path, help="JSON file for everything that was measured")
+    p.add_argument("--figure", type=Path, help="PNG of the curves")
     return p.parse_args(argv)
+
+
+def earlier(path: Path | None, about: dict[str, Any]) -> list[dict[str, Any]]:
+    """The runs that a file holds already, if they were made with the same options."""
+    if not path or not path.exists():
+        return []
+    held: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if any(held.get(key) != value for key, value in about.items()):
+        sys.exit(f"'{path}' holds runs with other options: name another file")
+    return list(held["runs"])
+
+
+def draw_curves(runs: Sequence[dict[str, Any]], names: Sequence[str], path: Path) -> None:
+    """Held-out difference against images, and against seconds of training: the mean of the seeds, and each seed faintly."""
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    made = Figure(figsize=(10, 4.2), layout="constrained")
+    for axes, (column, label) in zip(made.subplots(1, 2, sharey=True), ((0, "images"), (1, "seconds of training"))):
+        for name in names:
+            curves = [np.array([[0, 0, 0, 0], *run["points"][name]], float) for run in runs]
+            for curve in curves:
+                axes.plot(curve[:, column], curve[:, 2], color=COLOURS[name], alpha=0.25, linewidth=0.7)
+            ends = min(curve[-1, column] for curve in curves)
+            places = np.linspace(0, ends, 60)
+            mean = np.mean([np.interp(places, curve[:, column], curve[:, 2]) for curve in curves], axis=0)
+            axes.plot(places, mean, color=COLOURS[name], linewidth=1.8, label=name)
+        axes.axhline(0, color="#57534e", linewidth=0.8)
+        axes.set_xlabel(label)
+        axes.grid(alpha=0.25, linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    made.axes[0].set_ylabel("held-out reward above the base")
+    made.legend(*made.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(names), frameon=False)
+    made.savefig(path, dpi=110)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -101,8 +143,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     a = arguments(argv)
     torch.set_num_threads(a.threads)
     names = [REFERENCE, *(name for name in a.arms if name != REFERENCE)]
-    runs: list[dict[str, Any]] = []
+    about = {
+        "benchmark": "time_to_reward",
+        "reward": a.reward,
+        "epochs": a.epochs,
+        "pairs": a.pairs,
+        "threads": a.threads,
+    }
+    about["arms"] = {name: {**ARMS[name][1], "algorithm": ARMS[name][0].__name__} for name in names}
+    runs = earlier(a.out, about)
     for seed in a.seeds:
+        if seed in (run["seed"] for run in runs):
+            continue
         tracks = {name: make_track(name, seed, a) for name in names}
         reference = tracks[REFERENCE]
         while len(reference.points) < a.epochs:
@@ -118,14 +170,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name in names:
             ratio = f"{took[REFERENCE] / took[name]:.2f} times as fast" if took[name] else "never"  # type: ignore[operator]
             print(f"seed {seed}: {name} reaches {goal:+.3f} after {took[name] or 0:.0f} s: {ratio}")
+        if a.out:
+            write_json(a.out, {**about, "cpu": cpu_model(), "versions": versions(), "runs": runs})
     for name in names[1:]:
         ratios = [run["seconds"][REFERENCE] / run["seconds"][name] for run in runs if run["seconds"][name]]
         print(f"{name}: {len(ratios)} of {len(runs)} seeds; ratios {', '.join(f'{r:.2f}' for r in ratios)}", end="")
         print(f"; median {statistics.median(ratios):.2f}" if ratios else "")
-    if a.out:
-        about = {"benchmark": "time_to_reward", "reward": a.reward, "pairs": a.pairs, "threads": a.threads}
-        arms = {name: {**ARMS[name][1], "algorithm": ARMS[name][0].__name__} for name in names}
-        write_json(a.out, {**about, "arms": arms, "cpu": cpu_model(), "versions": versions(), "runs": runs})
+    if a.figure:
+        draw_curves(runs, names, a.figure)
 
 
 if __name__ == "__main__":
