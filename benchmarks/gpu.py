@@ -22,6 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from benchmarks.floor import Floor
 from texforce_cli.config import TrainConfig, resolve
+from texforce_cli.devices import claim, same_bits
 from texforce_cli.files import write_json
 from texforce_cli.presets import computed_memory_gb
 from texforce_cli.prompts import Prompt
@@ -75,7 +76,8 @@ def pipeline_of(size: str, device: torch.device, dtype: torch.dtype) -> StableDi
     for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         part.requires_grad_(False).eval()
     pipeline.vae.enable_slicing()
-    pipeline.unet.to(memory_format=torch.channels_last)
+    for part in (pipeline.unet, pipeline.vae):
+        part.to(memory_format=torch.channels_last)
     return pipeline
 
 
@@ -117,7 +119,7 @@ def measured(pipeline: StableDiffusionPipeline, config: TrainConfig, rounds: int
         micro_batch=config.micro_batch,
         steps=config.steps,
         trained=trained,
-        branches=(2, 2),
+        branches=config.branches,
     )
     floor.run()
     floors = [floor.run() for _ in range(rounds)]
@@ -132,14 +134,14 @@ def measured(pipeline: StableDiffusionPipeline, config: TrainConfig, rounds: int
         "share_of_peak": work / total / peak,
         "memory_gb": memory,
         "predicted_memory_gb": computed_memory_gb(
-            config.precision, config.micro_batch, config.guidance != 1, images, config.steps, size
+            config.precision, config.micro_batch, config.branches[1], images, config.kept_latents, size
         ),
     }
 
 
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -154,6 +156,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     p.add_argument("--out", type=Path, help="JSON file for everything that was measured")
     a = p.parse_args(argv)
     device, dtype = torch.device(a.device), _PRECISIONS[a.precision]
+    if device.type == "cuda":  # as a run does
+        claim(a.device)
+        same_bits()
     peak = peak_teraflops(device, dtype, 8192 if device.type == "cuda" else 512)
     rows: list[Mapping[str, Any]] = []
     print(

@@ -148,10 +148,10 @@ def test_only_what_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_computed_memory_by_hand() -> None:
     # fp16: 2.14 GB of weights, 2 images * 2 branches * 2.4 GB, 2 * 10 images * 51 latents * 64 kB
     expected = 2.14 + 9.6 + 2 * 10 * 51 * 16384 * 4 / 1e9
-    assert computed_memory_gb("fp16", 2, True, 10, 50, 512) == pytest.approx(expected)
-    assert computed_micro_batch(80, "bf16", True, 512, 50, 512) == 8
-    assert computed_micro_batch(24, "bf16", True, 512, 50, 512) == 2
-    assert computed_micro_batch(8, "bf16", True, 512, 50, 512) == 1
+    assert computed_memory_gb("fp16", 2, 2, 10, 51, 512) == pytest.approx(expected)
+    assert computed_micro_batch(80, "bf16", 2, 512, 51, 512) == 8
+    assert computed_micro_batch(24, "bf16", 2, 512, 51, 512) == 2
+    assert computed_micro_batch(8, "bf16", 2, 512, 51, 512) == 1
 
 
 def test_the_computed_work_by_hand() -> None:

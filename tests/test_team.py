@@ -323,7 +323,10 @@ def test_a_store_that_is_gone_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> 
 def test_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
     with contextlib.closing(alone_with(Missing(), rank=1)) as ours:
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
         assert [ours.device(name) for name in ("cuda", "cuda:0", "cpu")] == ["cuda:1", "cuda:1", "cpu"]
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # a scheduler shows it its own alone
+        assert [ours.device(name) for name in ("cuda", "cpu")] == ["cuda:0", "cpu"]
     assert Team().device("cuda:0") == "cuda:0"
 
 

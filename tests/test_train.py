@@ -339,6 +339,17 @@ def test_a_dry_run_loads_nothing_and_writes_nothing(capsys: pytest.CaptureFixtur
     assert not list(Path().iterdir())
 
 
+@pytest.mark.parametrize(("train", "branches"), [("text-encoder", 1), ("unet", 2)])
+def test_a_dry_run_counts_the_branch_that_is_kept_from_drawing_once(
+    train: str, branches: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = "train --reward brightness --model sd15 --prompts color --dry-run --json --device cpu".split()
+    assert run([*command, "--uncond-embedding", "snapshot", "--train", train]) == 0
+    cost = json.loads(capsys.readouterr().out)["plan"]["cost"]
+    assert cost["unet_calls_sampling"] == 50 * 512 * 50 * 2
+    assert cost["unet_calls_training"] == 50 * 512 * 25 * branches
+
+
 def test_a_log_for_tensorboard(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("tensorboard")
     train("--out", "a", "--log", "tensorboard", epochs=1)

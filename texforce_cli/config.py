@@ -222,6 +222,22 @@ class TrainConfig:
         return self.inner_epochs * -(-self.samples_per_epoch // self.update_batch)
 
     @property
+    def reuses_unconditional(self) -> bool:
+        """Whether learning takes the unconditional branch from drawing: it trains one branch, and keeps another output a step."""
+        return self.guidance != 1 and self.uncond_embedding != "trained" and self.train == "text-encoder"
+
+    @property
+    def branches(self) -> tuple[int, int]:
+        """Passes of the U-Net for an image and a step: in drawing, and in learning."""
+        drawing = 1 if self.guidance == 1 else 2
+        return drawing, 1 if self.reuses_unconditional else drawing
+
+    @property
+    def kept_latents(self) -> int:
+        """Latents of an image that are kept from drawing to learning."""
+        return self.steps + 1 + (self.steps if self.reuses_unconditional else 0)
+
+    @property
     def watched_rewards(self) -> list[str]:
         """Those of --watch that are rewards."""
         return [name for name in self.watch if name != DIVERSITY]

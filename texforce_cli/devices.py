@@ -1,7 +1,11 @@
-"""Which device to compute on."""
+"""Which device to compute on, and what devices and libraries have each their own way for."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from texforce_cli.errors import UsageError
@@ -14,20 +18,83 @@ def resolve_device(name: str) -> torch.device:
     """`auto` is CUDA/ROCm, then Apple's GPU, then the CPU.
 
     Raises:
-        UsageError: a device that torch does not know or this machine does not have.
+        UsageError: a device that torch does not know, that this machine does not have, or that torch cannot compute on.
     """
     import torch
 
+    asked = name
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.ones(1, device=device).item()  # to hold numbers is not enough: a GPU may be too old for this torch
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(f"the device '{name}' is not available here", "use cpu or auto") from error
+        there = asked == "auto" or (name.startswith("cuda") and torch.cuda.is_available())
+        reason, others = (f" ({_first_line(error)})", "cpu") if there else ("", "cpu or auto")
+        raise UsageError(f"the device '{name}' is not available here{reason}", f"use {others}") from error
+    if name == "cuda" and (own := torch.cuda.current_device()):
+        return torch.device("cuda", own)  # by its number: for another thread of this process `cuda` is the first GPU
     return device
+
+
+def claim(name: str) -> None:
+    """From here on `cuda` without a number is this GPU, in this thread; nothing where `name` has no number."""
+    import torch
+
+    if name.startswith("cuda:"):
+        torch.cuda.set_device(name)
+
+
+def claimed() -> str:
+    """The GPU that `cuda` without a number is in this thread; "" where there is none."""
+    import torch
+
+    return f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else ""
+
+
+def same_bits() -> None:
+    """The same command, the same bits, as far as CUDA has kernels for it that cost little: the gradient of fused attention
+    has none.
+    """
+    import torch
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # what is never read need not be filled
+    warnings.filterwarnings(
+        "ignore", r"(Flash|Memory Efficient) attention defaults to a non-deterministic", UserWarning
+    )
+
+
+_FULL = (
+    "out of memory",  # Apple's GPU
+    "unable to find an engine",  # cuDNN: no algorithm has found room for its workspace
+    "STATUS_ALLOC_FAILED",  # cuDNN, cuBLAS
+    "can't allocate memory",  # the CPU
+)
+
+
+@contextlib.contextmanager
+def full_memory() -> Iterator[None]:
+    """Within this block a memory that is full is torch.OutOfMemoryError, whatever a device or library calls it."""
+    import torch
+
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or not any(sign in str(error) for sign in _FULL):
+            raise
+        raise torch.OutOfMemoryError(str(error)) from error
+
+
+def release(device: torch.device) -> None:
+    """Give the memory that torch keeps for later back, so that other processes find it."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
 
 
 def present() -> list[str]:
@@ -36,8 +103,12 @@ def present() -> list[str]:
 
     found = []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        free, total = (number / 1e9 for number in torch.cuda.mem_get_info(index))
-        found.append(f"cuda:{index} ({torch.cuda.get_device_name(index)}, {free:.1f} of {total:.1f} GB free)")
+        try:
+            free, total = (number / 1e9 for number in torch.cuda.mem_get_info(index))
+            memory = f"{free:.1f} of {total:.1f} GB free"
+        except RuntimeError as error:  # it may belong to another process alone
+            memory = _first_line(error)
+        found.append(f"cuda:{index} ({torch.cuda.get_device_name(index)}, {memory})")
     return [*found, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
 
 
@@ -48,3 +119,7 @@ def device_memory_gb(device: torch.device) -> float | None:
     if device.type != "cuda" or not torch.cuda.is_available():
         return None
     return float(torch.cuda.get_device_properties(device).total_memory) / 1e9
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -86,22 +86,25 @@ def computed_petaflop(sampling_calls: float, training_calls: float, size: int) -
     return (sampling_calls + 2 * training_calls) * TFLOP_PER_CALL * (size / 512) ** 2 / 1000
 
 
-def computed_memory_gb(precision: str, micro_batch: int, guided: bool, samples: int, steps: int, size: int) -> float:
-    """GPU memory on SD 1.x, computed and not measured: weights, activations of one training call, and trajectories.
+def computed_memory_gb(precision: str, micro_batch: int, branches: int, samples: int, latents: int, size: int) -> float:
+    """GPU memory on SD 1.x, computed and not measured: weights, activations of one pass of training through `branches`, and
+    trajectories of `latents` an image.
 
     1.07 G parameters; 2.4 GB of fp16 activations a branch and image of 512 pixels, without gradient checkpointing; the
     latents of an epoch in fp32, twice while they are joined.
     """
     number = 4 if precision == "fp32" else 2
     pixels = (size / 512) ** 2
-    activations = 1.2 * number * micro_batch * (2 if guided else 1) * pixels
-    trajectories = 2 * samples * (steps + 1) * 16384 * pixels * 4 / 1e9
+    activations = 1.2 * number * micro_batch * branches * pixels
+    trajectories = 2 * samples * latents * 16384 * pixels * 4 / 1e9
     return 1.07 * number + activations + trajectories
 
 
-def computed_micro_batch(memory_gb: float, precision: str, guided: bool, samples: int, steps: int, size: int) -> int:
+def computed_micro_batch(memory_gb: float, precision: str, branches: int, samples: int, latents: int, size: int) -> int:
     """The largest micro-batch of 8, 4, 2, 1 whose computed memory fits into 90 % of `memory_gb`."""
-    fits = [n for n in (8, 4, 2) if computed_memory_gb(precision, n, guided, samples, steps, size) < 0.9 * memory_gb]
+    fits = [
+        n for n in (8, 4, 2) if computed_memory_gb(precision, n, branches, samples, latents, size) < 0.9 * memory_gb
+    ]
     return max(fits, default=1)
 
 

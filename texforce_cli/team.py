@@ -179,6 +179,8 @@ class Processes(Team):
         cuda = device.startswith("cuda")
         if cuda:
             torch.cuda.set_device(self.device(device))
+            # a sum that fails is an error here, as of gloo; else NCCL's watchdog ends the process without a sentence
+            os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
         self.each(None)  # all are here: what follows does not wait for anyone
         try:
             dist.init_process_group(
@@ -196,7 +198,14 @@ class Processes(Team):
             ) from error
 
     def device(self, name: str) -> str:
-        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name.startswith("cuda") else name
+        import torch
+
+        if not name.startswith("cuda"):
+            return name
+        seen = torch.cuda.device_count()
+        return (
+            f"cuda:{0 if seen == 1 else os.environ.get('LOCAL_RANK', '0')}"  # a scheduler may show each its own alone
+        )
 
     def be_patient(self, seconds: float) -> None:
         self.each(None)
@@ -386,7 +395,7 @@ def team(count: int, device: str, follow: Callable[[Processes], Any]) -> Iterato
     if count == size == 1:
         yield Team()
         return
-    _refuse_device(device, int(os.environ.get("LOCAL_WORLD_SIZE", size)) if size > 1 else count)
+    _refuse_device(device, int(os.environ.get("LOCAL_WORLD_SIZE", size)) if size > 1 else count, each_its_own=size > 1)
     if size > 1:
         with contextlib.closing(joined()) as place:
             yield place
@@ -396,15 +405,15 @@ def team(count: int, device: str, follow: Callable[[Processes], Any]) -> Iterato
             yield place
 
 
-def _refuse_device(device: str, here: int) -> None:
+def _refuse_device(device: str, here: int, *, each_its_own: bool) -> None:
+    """`each_its_own`: a scheduler may show every process a GPU of its own and no other; NCCL tells where they share one."""
     import torch
 
     if device not in ("cuda", "cuda:0", "cpu"):
         raise UsageError(f"several processes cannot share '{device}'", "give --device cuda or cpu")
-    if device != "cpu" and here > torch.cuda.device_count():
-        raise UsageError(
-            f"{here} processes are more than the {torch.cuda.device_count()} GPUs of this machine", "give fewer"
-        )
+    seen = torch.cuda.device_count() if device != "cpu" else here
+    if here > seen and not (each_its_own and seen == 1):
+        raise UsageError(f"{here} processes are more than the {seen} GPUs of this machine", "give fewer")
 
 
 @contextlib.contextmanager

@@ -6,14 +6,15 @@ from sampling, a KL term to the base, a learning rate steered by approx_kl.
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -26,11 +27,14 @@ from texforce_cli.core import advantages as adv
 from texforce_cli.core.ppo import Diagnostics, clipped_surrogate, reference_kl, steered_learning_rate
 from texforce_cli.core.seeds import derive
 from texforce_cli.core.train_steps import TrainSteps
+from texforce_cli.devices import full_memory, release
 from texforce_cli.diffusion.policy import Embeddings, Policy
 from texforce_cli.diffusion.sampler import Trajectory, rollout, too_full
 from texforce_cli.prompts import Prompt
 from texforce_cli.rewards.terms import RewardSet, Scores
 from texforce_cli.team import Team
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,8 @@ class DDPO:
 
         Of several processes the worst result counts, and the pass that all have room for.
         """
+        with full_memory():
+            room = self._room_of_an_epoch()
         if self._fit or self._fold:
             self._fit_pass()
         found = self._measured()
@@ -117,13 +123,26 @@ class DDPO:
             self.timestep_batch = 1
             found = self._measured()
         self._fit = self._fold = False
+        del room
+        self._empty()
         return found
+
+    def _room_of_an_epoch(self) -> Tensor:
+        """As much memory as an epoch's trajectories take: what fits beside it fits when they are there.
+
+        Raises:
+            torch.OutOfMemoryError: there is no room for them, which would be found out when all of them are drawn.
+        """
+        images, steps = -(-self.settings.samples // self.team.size), len(self.policy.schedule)
+        states = steps + 1 + (steps if self.policy.reuses_unconditional else 0)
+        shape, device = (states, images, *self.policy.latent_shape), self.policy.device
+        whole, _ = (torch.empty(shape, device=device) for _ in range(2))  # both at once, as when batches are joined
+        return whole
 
     def _measured(self) -> Preflight:
         found = None
         while found is None:  # after fitting: what is measured has the shape that trains
-            with self._room_for(self.micro_batch, self.timestep_batch):
-                found = self._preflight()
+            found = self._tried(self._preflight, self.micro_batch, self.timestep_batch)
         return Preflight.worst(self.team.each(found))
 
     def _fit_pass(self) -> None:
@@ -148,8 +167,9 @@ class DDPO:
         step = torch.full((steps, images), self.policy.schedule.stochastic[0], device=self.policy.device)
         room = True
         try:
-            for _ in self._accumulate(drawn, where, step, torch.zeros(images, device=where.device), 1.0):
-                pass
+            with full_memory():
+                for _ in self._accumulate(drawn, where, step, torch.zeros(images, device=where.device), 1.0):
+                    pass
         except torch.OutOfMemoryError:
             room = False
         self._empty()
@@ -158,10 +178,11 @@ class DDPO:
         return room
 
     def _empty(self) -> None:
-        """Free what a pass has filled; to be called outside the handler of its error, which holds it."""
+        """Free what passes have filled, for rewards in processes of their own too; outside the handler of an error, which holds
+        it.
+        """
         self.optimisation.forget()
-        if self.policy.device.type == "cuda":
-            torch.cuda.empty_cache()
+        release(self.policy.device)
 
     def _preflight(self) -> Preflight:
         size = self.micro_batch
@@ -174,9 +195,8 @@ class DDPO:
             embeddings = self.policy.embed([prompts[i] for i in images.tolist()])
             for several in torch.tensor(schedule.stochastic, device=images.device).split(self.timestep_batch):
                 steps, places = several.repeat_interleave(len(images)), images.repeat(len(several))
-                log_prob, _ = self._log_prob(drawn, places, steps, embeddings.leaf().repeat(len(several)))
-                error = torch.expm1(log_prob.detach() - drawn.log_probs[steps, places]).abs().view(len(several), -1)
-                for index, worst in zip(several.tolist(), error.amax(dim=1).tolist()):
+                error = self._ratio_error(drawn, places, steps, embeddings.leaf().repeat(len(several)))
+                for index, worst in zip(several.tolist(), error.view(len(several), -1).amax(dim=1).tolist()):
                     errors[index] = max(errors[index], worst) if math.isfinite(worst) else math.inf
         shares = dict(zip(schedule.stochastic, self.settings.train_steps.shares(len(schedule.stochastic))))
         return Preflight(
@@ -196,6 +216,11 @@ class DDPO:
             timestep_batch=self.timestep_batch,
             gradient_error=self._gradient_error(drawn, order[:size]) if self.policy.compiled else None,
         )
+
+    def _ratio_error(self, drawn: Trajectory, images: Tensor, steps: Tensor, embeddings: Embeddings) -> Tensor:
+        """|ratio - 1| [n] with unchanged weights. What the gradients would need is free again when this returns."""
+        log_prob, _ = self._log_prob(drawn, images, steps, embeddings)
+        return torch.expm1(log_prob.detach() - drawn.log_probs[steps, images]).abs()
 
     def _gradient_error(self, drawn: Trajectory, images: Tensor) -> float:
         """How far the compiled network's gradient is from that of the same network uncompiled: |g - g'| / |g|."""
@@ -238,6 +263,7 @@ class DDPO:
         learning_rate = self.optimisation.learning_rate
         with self._timed("training"):
             updates = [] if flat else list(self._learn(epoch, rollouts, advantages))
+            self._empty()
         halved = dict.fromkeys(text for texts in self.team.each(self._halved) for text in texts)
         self._halved = []
         skipped = sum(not math.isfinite(update.grad_norm) for update in updates)
@@ -354,10 +380,12 @@ class DDPO:
 
     def _draw_first(self, epoch: int, images: Sequence[int], prompts: Sequence[Prompt]) -> Trajectory:
         """A micro-batch of `images`, as many of the first as there is room for."""
-        while True:
+        drawn = None
+        while drawn is None:
             indices = images[: self.micro_batch]
-            with self._room_for(len(indices)):
-                return self._draw(epoch, indices, [prompts[i].text for i in indices])
+            texts = [prompts[i].text for i in indices]
+            drawn = self._tried(functools.partial(self._draw, epoch, indices, texts), len(indices))
+        return drawn
 
     def _draw(self, epoch: int, indices: Sequence[int], prompts: Sequence[str]) -> Trajectory:
         seeds = [derive(self.seed, "image", epoch, index) for index in indices]
@@ -384,7 +412,7 @@ class DDPO:
         else:
             values = adv.batch_advantages(rewards)
         clipped = np.clip(values, -self.settings.advantage_clip, self.settings.advantage_clip)
-        return torch.from_numpy(clipped).to(self.policy.device, torch.float32)
+        return torch.from_numpy(clipped).float().to(self.policy.device)  # Apple's GPU has no fp64
 
     def _learn(self, epoch: int, rollouts: Rollouts, advantages: Tensor) -> Iterator[Update]:
         images, size = len(advantages), self.settings.update_batch
@@ -410,16 +438,10 @@ class DDPO:
         count = len(chosen) * len(steps)
         mine = chosen[rollouts.places[chosen] >= 0]
         learnt = None
+        gather = functools.partial(self._gather, rollouts, mine, steps, advantages, 1 / count)
         while learnt is None:
             self.optimisation.forget()
-            with self._room_for(self.micro_batch, self.timestep_batch):
-                learnt = [
-                    one
-                    for part in (mine.split(self.micro_batch) if len(mine) else ())
-                    for one in self._accumulate(
-                        rollouts.trajectory, rollouts.places[part], steps[:, part], advantages[part], 1 / count
-                    )
-                ]
+            learnt = self._tried(gather, self.micro_batch, self.timestep_batch)
         log_ratios = torch.cat([advantages[:0], *(log_ratio for log_ratio, _ in learnt)])
         every = self.team.each((log_ratios.cpu(), sum(penalty for _, penalty in learnt)))
         return Update(
@@ -427,6 +449,18 @@ class DDPO:
             self.optimisation.step(),
             sum(penalty for _, penalty in every) / count,
         )
+
+    def _gather(
+        self, rollouts: Rollouts, mine: Tensor, steps: Tensor, advantages: Tensor, scale: float
+    ) -> list[tuple[Tensor, float]]:
+        """`_accumulate` of all images of this process, a micro-batch at a time."""
+        return [
+            one
+            for part in (mine.split(self.micro_batch) if len(mine) else ())
+            for one in self._accumulate(
+                rollouts.trajectory, rollouts.places[part], steps[:, part], advantages[part], scale
+            )
+        ]
 
     def _accumulate(
         self, drawn: Trajectory, images: Tensor, steps: Tensor, advantages: Tensor, scale: float
@@ -523,17 +557,16 @@ class DDPO:
                     "they use the statistics of the epoch (more images a prompt, or --advantages group)"
                 )
 
-    @contextmanager
-    def _room_for(self, images: int, steps: int = 1) -> Iterator[None]:
-        """Where the memory is too full for `images` at `steps` of theirs at once, the steps in a pass are halved, else the
-        micro-batch, and the block is left unfinished.
+    def _tried(self, work: Callable[[], R], images: int, steps: int = 1) -> R | None:
+        """What `work` gives. Where the memory is too full for `images` at `steps` of theirs at once, None, and the steps in a
+        pass are halved, else the micro-batch.
 
         Raises:
             torch.OutOfMemoryError: one image alone is too much.
         """
         try:
-            yield
-            return
+            with full_memory():
+                return work()
         except torch.OutOfMemoryError:
             if images * steps == 1:
                 raise
@@ -542,9 +575,9 @@ class DDPO:
             left, self.timestep_batch = images * (steps // 2), steps // 2
         else:
             left = self.micro_batch = images // 2
-        if self.policy.device.type == "cuda":
-            torch.cuda.empty_cache()
+        self._empty()
         self._halved.append(too_full(self.policy.device, images * steps, left))
+        return None
 
     def _rng(self, *purpose: str | int) -> np.random.Generator:
         return np.random.default_rng(derive(self.seed, *purpose))
@@ -556,5 +589,5 @@ class DDPO:
             yield
         finally:
             if self.policy.device.type == "cuda":
-                torch.cuda.synchronize()
+                torch.cuda.synchronize(self.policy.device)
             self._seconds[phase] += time.perf_counter() - start

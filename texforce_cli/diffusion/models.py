@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from safetensors import SafetensorError
 
 from texforce_cli import tiny
-from texforce_cli.devices import device_memory_gb
+from texforce_cli.devices import device_memory_gb, full_memory
 from texforce_cli.diffusion import single_file
 from texforce_cli.errors import TexforceError, UsageError
 from texforce_cli.files import sha256
@@ -82,8 +82,8 @@ class ModelSource:
         return self.name.rpartition("/")[2]
 
 
-def resolve_model(name: str) -> ModelSource:
-    """What `--model NAME` means, without loading weights.
+def resolve_model(name: str, device: str = "auto") -> ModelSource:
+    """What `--model NAME` means on `--device`, without loading weights.
 
     `auto` is sd15 on a GPU with enough memory, else tiny; the choice and its reason are kept.
 
@@ -92,7 +92,7 @@ def resolve_model(name: str) -> ModelSource:
         TexforceError: a folder or file that holds something else than a whole SD 1.x or 2.x model.
     """
     if name == "auto":
-        return _automatic()
+        return _automatic(device)
     if name in NAMES:
         return cast(ModelSource, known_model(name))
     path = Path(name).expanduser()
@@ -157,9 +157,11 @@ def _file(path: Path) -> ModelSource:
     return ModelSource(path.stem, "file", str(path), reason=f"asked for; {found.note}")
 
 
-def _automatic() -> ModelSource:
+def _automatic(device: str) -> ModelSource:
     import torch
 
+    if not device.startswith(("auto", "cuda")):
+        return ModelSource("tiny", "tiny", str(tiny.WEIGHTS), reason=f"on {device} the default is the embedded model")
     memory = device_memory_gb(torch.device("cuda"))
     if memory is None:
         return ModelSource("tiny", "tiny", str(tiny.WEIGHTS), reason="no CUDA or ROCm GPU was found")
@@ -189,7 +191,7 @@ def load_pipeline(
     """The frozen pipeline in evaluation mode, with a DDIM scheduler made from its own noise schedule.
 
     Raises:
-        TexforceError: missing, gated, offline or damaged weights; a pipeline of another kind.
+        TexforceError: missing, gated, offline or damaged weights; a pipeline of another kind; no room on the device.
     """
     import torch
 
@@ -219,9 +221,19 @@ def load_pipeline(
     pipeline.set_progress_bar_config(disable=True)
     for module in (pipeline.unet, pipeline.text_encoder, pipeline.vae):
         module.requires_grad_(False).eval()
-    for module in (pipeline.unet, pipeline.vae):
-        module.to(memory_format=torch.channels_last)  # the order in which convolutions are quickest; the same numbers
-    return pipeline.to(device)
+    if device.type != "mps":  # the order in which convolutions are quickest, but for Apple's GPU; the same numbers
+        for module in (pipeline.unet, pipeline.vae):
+            module.to(memory_format=torch.channels_last)
+    if device.type != "cpu" and source.family == "sd":
+        pipeline.vae.enable_slicing()  # a batch of pictures at full size can take more memory than the U-Net
+    try:
+        with full_memory():
+            return pipeline.to(device)
+    except torch.OutOfMemoryError as error:
+        smaller = ", or give --precision bf16 or fp16" if precision == "fp32" else ""
+        raise TexforceError(
+            f"the memory of {device} has no room for '{source.name}'", f"end what else is using it{smaller}"
+        ) from error
 
 
 def fingerprint(source: ModelSource) -> dict[str, str]:

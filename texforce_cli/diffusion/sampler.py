@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from texforce_cli.devices import full_memory
 from texforce_cli.diffusion.policy import Policy
 from texforce_cli.errors import TexforceError
 
@@ -45,6 +46,7 @@ class Trajectory:
 
 
 @torch.no_grad()
+@full_memory()
 def rollout(
     policy: Policy, prompts: Sequence[str], seeds: Sequence[int], *, latent_dtype: torch.dtype = torch.float32
 ) -> Trajectory:
@@ -54,6 +56,7 @@ def rollout(
 
     Raises:
         TexforceError: the network's output overflowed.
+        torch.OutOfMemoryError: the memory is full, whatever a library calls it.
     """
     schedule, device, n = policy.schedule, policy.device, len(prompts)
     noise = _noise(seeds, policy.latent_shape, device)

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from texforce_cli.devices import claim, claimed
 from texforce_cli.errors import TexforceError, UsageError
 from texforce_cli.rewards import worker
 from texforce_cli.rewards.isolation import IsolatedReward, WorkerSettings
@@ -133,7 +134,7 @@ class RewardSet:
             raise
         # scored while this thread goes on drawing; one thread a term keeps its batches in order, and one for all terms that
         # belong to this process keeps those from each other
-        self._here = _thread() if ahead and not all(term.elsewhere for term in self._terms) else None
+        self._here = _thread(claimed()) if ahead and not all(term.elsewhere for term in self._terms) else None
         for term in self._terms:
             if pool := _thread() if term.elsewhere else self._here:
                 self._ahead[term.spec.name] = pool
@@ -267,8 +268,9 @@ class RewardSet:
         return values
 
 
-def _thread() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(1, thread_name_prefix="texforce-rewards")
+def _thread(gpu: str = "") -> ThreadPoolExecutor:
+    """One thread, in which `cuda` without a number is `gpu`."""
+    return ThreadPoolExecutor(1, thread_name_prefix="texforce-rewards", initializer=claim, initargs=(gpu,))
 
 
 def _given(images: NDArray[np.uint8], wanted: str) -> Any:

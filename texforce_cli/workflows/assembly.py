@@ -68,7 +68,8 @@ def make_rewards(config: TrainConfig, registry: Registry, lender: Address | None
         workers=workers,
         hosts=hosts,
         lender=lender,
-        ahead=config.device != "cpu",  # on a CPU they would take it from each other
+        # on a CPU they would take it from each other, and Apple's GPU ends a process that uses it in two threads
+        ahead=config.device.startswith("cuda"),
     )
 
 

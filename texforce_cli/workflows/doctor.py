@@ -108,7 +108,10 @@ def _model(wanted: dict[str, Any]) -> list[Finding]:
             config, policy, rewards, optimisation, made.prompts.seen, lambda *about, **more: None
         ).preflight()
     except torch.OutOfMemoryError as error:
-        raise TexforceError(f"the memory of {device} is full", "use a smaller --micro-batch in training") from error
+        raise TexforceError(
+            f"the memory of {device} is full",
+            "train with --gradient-checkpointing, a smaller --size or fewer --samples-per-epoch",
+        ) from error
     finally:
         rewards.close()
     value = f"max |ratio - 1| = {result.ratio_error:.1e} in {config.precision}, limit {result.limit:.1e}"

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from texforce_cli.devices import full_memory
 from texforce_cli.diffusion.models import ModelSource, Precision, known_model, resolve_model
 from texforce_cli.diffusion.policy import Denoising, Policy
 from texforce_cli.diffusion.sampler import draw
@@ -33,11 +34,11 @@ class DrawingOptions:
     allow_pickle: bool = False
 
 
-def source_for(model: str, trained: Mapping[str, Any]) -> ModelSource:
+def source_for(model: str, trained: Mapping[str, Any], device: str = "auto") -> ModelSource:
     """The model asked for; `auto` is the one that the LoRA was trained on, where that is one of the known names."""
     base = trained.get("base")
     if model != "auto" or not base:
-        return resolve_model(model)
+        return resolve_model(model, device)
     known = known_model(str(base)) if trained.get("base_kind", "tiny") in ("tiny", "hub") else None
     if known is None:  # a file that somebody gave away does not choose what is downloaded
         raise UsageError(f"the LoRA was trained on '{base}'", "say where that is with --model")
@@ -85,15 +86,16 @@ def _with_scheduler(policy: Policy, scheduler: str, pairs: Sequence[tuple[str, i
     previous = pipeline.scheduler
     pipeline.scheduler = _SCHEDULERS[scheduler](previous.config)
     try:
-        pictures: list[Image.Image] = pipeline(
-            [prompt for prompt, _ in pairs],
-            negative_prompt=[denoising.negative_prompt] * len(pairs),
-            num_inference_steps=denoising.steps,
-            guidance_scale=denoising.guidance,
-            height=denoising.size,
-            width=denoising.size,
-            generator=[torch.Generator().manual_seed(seed) for _, seed in pairs],
-        ).images
+        with full_memory():
+            pictures: list[Image.Image] = pipeline(
+                [prompt for prompt, _ in pairs],
+                negative_prompt=[denoising.negative_prompt] * len(pairs),
+                num_inference_steps=denoising.steps,
+                guidance_scale=denoising.guidance,
+                height=denoising.size,
+                width=denoising.size,
+                generator=[torch.Generator().manual_seed(seed) for _, seed in pairs],
+            ).images
     finally:
         pipeline.scheduler = previous
     return pictures

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from texforce_cli.algorithms.base import EpochReport, Preflight, Progress
 from texforce_cli.config import TrainConfig
+from texforce_cli.devices import claim, same_bits
 from texforce_cli.diffusion.models import fingerprint, load_pipeline, resolve_model
 from texforce_cli.errors import TexforceError
 from texforce_cli.prompts import PromptSet
@@ -63,10 +63,8 @@ class Learner:
         """`begin`: a new run, whose adapter takes over `--init-lora`. `warn` hears what a measurement has to say."""
         self.team = team
         device = torch.device(team.device(config.device))
-        if device.type == "cuda":  # the same command, the same bits, as far as CUDA has deterministic kernels
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True, warn_only=True)
-            torch.utils.deterministic.fill_uninitialized_memory = False  # what is never read need not be filled
+        if device.type == "cuda":
+            same_bits()
         pipeline = load_pipeline(resolve_model(config.model), device=device, precision=config.precision)
         self.adapter = make_adapter(pipeline, config, begin=begin)
         self.policy = make_policy(pipeline, config, self.adapter)
@@ -163,6 +161,7 @@ def follow(team: Processes) -> Any:
         values, prompts, made_of = team.of_leader()
         config = TrainConfig(**values)
         stop = StopRequest(config.save_within)
+        claim(team.device(config.device))  # before the rewards, which choose a GPU too
         with stop.listening(), contextlib.closing(_scoring_beside(team, config)) as scoring:
             team.shield, team.heed = stop.shielded, stop.heed
             if fingerprint(resolve_model(config.model)) != made_of:

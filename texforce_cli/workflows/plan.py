@@ -9,7 +9,7 @@ from typing import Any
 
 from texforce_cli.config import TrainConfig, resolve
 from texforce_cli.core.train_steps import TrainSteps
-from texforce_cli.devices import device_memory_gb, resolve_device
+from texforce_cli.devices import claim, device_memory_gb, resolve_device
 from texforce_cli.diffusion.models import (
     ModelSource,
     gpu_precision,
@@ -61,10 +61,10 @@ class Plan:
         """
         c = self.config
         images = c.total_epochs * c.samples_per_epoch
-        branches = 1 if c.guidance == 1 else 2
+        drawing, learning = c.branches
         steps = TrainSteps.parse(c.train_steps)
-        sampling = images * c.steps * branches
-        training = images * steps.count(c.steps) * branches * c.inner_epochs
+        sampling = images * c.steps * drawing
+        training = images * steps.count(c.steps) * learning * c.inner_epochs
         cost: dict[str, float] = {
             "epochs": c.total_epochs,
             "images": images,
@@ -78,7 +78,7 @@ class Plan:
             cost["computed_petaflop"] = work
             cost["computed_hours_at_100_tflops"] = computed_hours(work, 100)
             cost["computed_memory_gb"] = computed_memory_gb(
-                c.precision, c.micro_batch, branches == 2, c.samples_per_epoch, c.steps, size
+                c.precision, c.micro_batch, learning, c.samples_per_epoch, c.kept_latents, size
             )
         return cost
 
@@ -90,7 +90,7 @@ def plan(flags: Mapping[str, Any], config_file: Path | None = None) -> Plan:
         UsageError: everything that is wrong with the options, in one message.
     """
     first = resolve(flags, config_file)  # all mistakes before anything is looked up
-    source = resolve_model(first.config.model)
+    source = resolve_model(first.config.model, first.config.device)
     if not first.config.reward:
         raise UsageError("no reward was given", "add --reward jpeg-incompressibility, or another of: texforce rewards")
     registry = load_registry()
@@ -126,6 +126,7 @@ def plan(flags: Mapping[str, Any], config_file: Path | None = None) -> Plan:
 def _chosen(config: TrainConfig, origins: Mapping[str, str], source: ModelSource) -> dict[str, Any]:
     """The values that are chosen for this machine, once, and recorded."""
     device = resolve_device(config.device)
+    claim(str(device))
     chosen: dict[str, Any] = {
         "model": source.reference,
         "device": str(device),
@@ -147,7 +148,7 @@ def _chosen(config: TrainConfig, origins: Mapping[str, str], source: ModelSource
             precision = chosen.get("precision", config.precision)
             size = config.size or (768 if source.name == "sd21" else 512)
             fits = computed_micro_batch(
-                memory, precision, config.guidance != 1, config.samples_per_epoch, config.steps, size
+                memory, precision, config.branches[1], config.samples_per_epoch, config.kept_latents, size
             )
             chosen["micro_batch"] = fits
             chosen["grad_accum"] = config.update_batch // fits

@@ -11,9 +11,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 
-from texforce_cli.devices import resolve_device
+from texforce_cli.devices import release, resolve_device
 from texforce_cli.diffusion.adapters import base_model, stack
 from texforce_cli.diffusion.models import (
     ModelSource,
@@ -21,7 +22,8 @@ from texforce_cli.diffusion.models import (
     load_pipeline,
 )
 from texforce_cli.diffusion.policy import Denoising, Policy
-from texforce_cli.errors import UsageError
+from texforce_cli.diffusion.sampler import too_full
+from texforce_cli.errors import TexforceError, UsageError
 from texforce_cli.prompts import load_prompts
 from texforce_cli.report.pictures import picture_grid, save_png
 from texforce_cli.workflows.drawing import SCHEDULERS as SCHEDULERS
@@ -91,11 +93,11 @@ def sample(request: SampleRequest, listener: Listener = silent) -> SampleResult:
 
     Raises:
         UsageError: no prompt, files that exist already, unknown names.
-        TexforceError: a LoRA or model that cannot be used, a disk that cannot be written.
+        TexforceError: a LoRA or model that cannot be used, a disk that cannot be written, no room for one picture.
     """
     loras = [load_lora(text, allow_pickle=request.allow_pickle) for text in request.loras]
     trained = next((lora.trained for lora in loras if lora.trained), {})
-    source = source_for(request.model, trained)
+    source = source_for(request.model, trained, request.device)
     denoising = denoising_for(request, trained, source.family)
     pairs = _pairs(request, source)
     variants = ["base", "tuned"] if request.compare and loras else ["tuned" if loras else "base"]
@@ -114,16 +116,20 @@ def sample(request: SampleRequest, listener: Listener = silent) -> SampleResult:
     _warn_of_long_prompts(policy, pairs, listener)
     stack(pipeline, [(lora.lora.source, lora.arrays) for lora in loras])  # whether they fit, before anything is drawn
     pictures: dict[str, list[Image.Image]] = {}
-    withheld = 0
+    withheld, room = 0, request.batch
     for variant in variants:
         about = _about(source, denoising, request, loras if variant == "tuned" else [])
         pictures[variant] = []
         with base_model(pipeline) if variant == "base" else contextlib.nullcontext():
-            for start in range(0, len(pairs), request.batch):
-                part = slice(start, start + request.batch)
-                drawn, blocked = _checked(
-                    pipeline, draw_pictures(policy, request.scheduler, pairs[part]), request.safety_checker
-                )
+            while len(pictures[variant]) < len(pairs):
+                start = len(pictures[variant])
+                part = slice(start, min(start + room, len(pairs)))
+                made = _made(policy, request, pairs[part])
+                if made is None:
+                    room = (part.stop - start) // 2
+                    listener(Warned(too_full(device, part.stop - start, room)))
+                    continue
+                drawn, blocked = _checked(pipeline, made, request.safety_checker)
                 for (prompt, seed), picture, path in zip(pairs[part], drawn, paths[variant][part]):
                     readable = _readable(prompt, seed, about)
                     save_png(path, picture, {"prompt": prompt, "seed": str(seed), "parameters": readable, **about})
@@ -151,6 +157,19 @@ def _warn_of_long_prompts(policy: Policy, pairs: Sequence[tuple[str, int]], list
         cut = policy.too_long(prompt)
         if cut:
             listener(Warned(f"{cut} tokens of the prompt '{prompt[:60]}' are beyond the limit and are not seen"))
+
+
+def _made(policy: Policy, request: SampleRequest, pairs: Sequence[tuple[str, int]]) -> list[Image.Image] | None:
+    """The pictures; None where the memory is too full for so many at once."""
+    try:
+        return draw_pictures(policy, request.scheduler, pairs)
+    except torch.OutOfMemoryError as error:
+        if len(pairs) == 1:
+            smaller = "--precision bf16 or a smaller --size" if request.precision == "fp32" else "a smaller --size"
+            text = f"the memory of {policy.device} is too full for one picture"
+            raise TexforceError(text, f"use {smaller}") from error
+    release(policy.device)
+    return None
 
 
 def _checked(pipeline: Any, pictures: list[Image.Image], check: bool) -> tuple[list[Image.Image], int]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from texforce_cli.config import TrainConfig, differences, given
-from texforce_cli.devices import resolve_device
+from texforce_cli.devices import claim, resolve_device
 from texforce_cli.diffusion.models import fingerprint, resolve_model
 from texforce_cli.errors import TexforceError, UsageError
 from texforce_cli.files import held, write_text
@@ -97,6 +97,7 @@ def _resumed(folder: RunFolder, wanted: dict[str, Any], listener: Listener) -> T
         checkpoints.remove_after(folder.checkpoints, 0)
     if launched()[1] > 1 and "num_processes" not in wanted:  # the launcher's number counts, not the recorded one
         made = replace(made, config=replace(made.config, num_processes=1))
+    claim(made.config.device)
     with contextlib.closing(make_scoring(made.config, made.registry)) as scoring, _leading(made, scoring) as team:
         _warn_of_other_versions(made.config, record, listener)  # the processes of a team share the threads
         return TrainingRun(folder, made, scoring, listener, team=team, checkpoint=found).run()
@@ -177,9 +178,9 @@ def _warn_of_broken_plugins(made: Plan, listener: Listener) -> None:
 def _unchanging(folder: RunFolder, config: TrainConfig, wanted: Mapping[str, Any]) -> dict[str, Any]:
     """Those of the options `wanted` that may change; the others must be as they were."""
     asked, free = dict(wanted), set(_FREE)
-    if "model" in asked:
-        asked["model"] = resolve_model(asked["model"]).reference
     device = resolve_device(asked.get("device", config.device))
+    if "model" in asked:
+        asked["model"] = resolve_model(asked["model"], str(device)).reference
     if "device" in asked:
         asked["device"] = str(device)
     if device.type != config.device.partition(":")[0]:

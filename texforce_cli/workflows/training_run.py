@@ -139,8 +139,9 @@ class TrainingRun:
             raise
         except torch.OutOfMemoryError as error:
             self._record_end("failed", reason="out of memory")
+            cause = f" ({str(error).splitlines()[0][:200]})" if error.__cause__ else ""
             raise TexforceError(
-                f"the memory of {self.config.device} is full, even for few images at once",
+                f"the memory of {self.config.device} is full, even for few images at once{cause}",
                 f"begin a new run with --config {shlex.quote(str(self.folder.config))} and {self._less_memory()}",
             ) from error
         except BaseException as error:
@@ -170,7 +171,7 @@ class TrainingRun:
         """Options that take less memory; they change the result, so a run is not resumed with them."""
         ways = [] if self.config.gradient_checkpointing else ["--gradient-checkpointing"]
         ways += ["--precision bf16"] if self.config.precision == "fp32" else []
-        return " or ".join([*ways, "a smaller --size"])
+        return " or ".join([*ways, "a smaller --size", "fewer --samples-per-epoch"])
 
     def _train(self) -> None:
         logger = open_logger(self.config.log, self.folder.path, dataclasses.asdict(self.config), self._warn)
@@ -245,7 +246,14 @@ class TrainingRun:
             self.listener(Warned(f"so are some of {len(cut) - 3} more prompts"))
 
     def _check_preflight(self) -> None:
-        result = self.preflight = self.learner.preflight()
+        try:
+            result = self.preflight = self.learner.preflight()
+        except RuntimeError as error:
+            if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                raise
+            raise TexforceError(
+                f"torch.compile does not work here ({str(error).strip().splitlines()[0][:200]})", "leave out --compile"
+            ) from error
         self.listener(Checked(result))
         if not result.gradient_ok:
             raise TexforceError(

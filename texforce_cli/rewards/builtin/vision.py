@@ -61,12 +61,15 @@ class Crop:
     def tensor(self, images: torch.Tensor) -> torch.Tensor:
         """[n, 3, size, size] of float pictures, resized by torch."""
         size = self._scaled(images.shape[-2], images.shape[-1])
-        exact = images.double()  # in single precision torch weighs pixels by positions that are off by up to 1e-4
+        there = images.device
+        exact = (
+            images.cpu() if there.type == "mps" else images
+        ).double()  # in single precision torch weighs pixels by positions that are off by up to 1e-4; Apple's GPU has no other
         for target in ((exact.shape[-2], size[1]), size):
             if target != tuple(exact.shape[-2:]):
                 exact = F.interpolate(exact, target, mode="bicubic", antialias=True).clamp(0, 1)
                 exact = exact + ((exact * 255 + 0.5).floor() / 255 - exact).detach()
-        return self._middle(exact.to(images.dtype))
+        return self._middle(exact.to(images.dtype).to(there))
 
     def _scaled(self, height: int, width: int) -> tuple[int, int]:
         short = min(height, width)

@@ -69,7 +69,7 @@ def recipes(request: EvalRequest) -> list[Recipe]:
     for variant in (v for v in request.variants if not v.images):
         loras = loaded[variant.name]
         trained = next((lora.trained for lora in loras if lora.trained), {})
-        source = source_for(variant.model, trained or first)
+        source = source_for(variant.model, trained or first, request.device)
         denoising = denoising_for(request, first, source.family)
         settings = {
             "model": fingerprint(source),

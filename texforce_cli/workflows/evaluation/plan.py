@@ -41,7 +41,7 @@ def plan_eval(request: EvalRequest) -> dict[str, Any]:
     for variant in request.variants:
         about: dict[str, Any] = {"name": variant.name, "description": variant.description, "pictures": len(items)}
         if not variant.images:
-            source = source_for(variant.model, trained.get(variant.name) or first)
+            source = source_for(variant.model, trained.get(variant.name) or first, request.device)
             denoising = denoising_for(request, first, source.family)
             branches = 1 if denoising.guidance == 1 else 2
             about |= {"model": source.name, "steps": denoising.steps, "guidance": denoising.guidance}

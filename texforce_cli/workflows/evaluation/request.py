@@ -120,5 +120,5 @@ def prompts_of(request: EvalRequest) -> PromptSet:
     if not request.prompts:
         raise UsageError("there are no prompts", "give --prompts SET or FILE")
     models = [v.model for v in request.variants if not v.images]
-    tiny = "tiny" in models or ("auto" in models and resolve_model("auto").family == "tiny")
+    tiny = "tiny" in models or ("auto" in models and resolve_model("auto", request.device).family == "tiny")
     return load_prompts(request.prompts, "tiny" if tiny else "sd", to_train=False)
