@@ -134,4 +134,4 @@ def test_the_second_backbone_predicts_the_noise(tmp_path: Path) -> None:
     subprocess.run(command, check=True, cwd=Path(__file__).parent.parent)
     about = json.loads((tmp_path / "weights" / "scheduler" / "scheduler_config.json").read_text())
     assert about["prediction_type"] == "epsilon"
-    assert json.loads((tmp_path / "measured.json").read_text())["PSNR of the autoencoder, dB"] > 0
+    assert json.loads((tmp_path / "measured.json").read_text())["PSNR of the autoencoder, dB"] > 30  # the package's

@@ -20,9 +20,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderTiny, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTokenizer
 
 from texforce_cli import tiny
 from texforce_cli.core.seeds import derive
@@ -56,12 +57,20 @@ SMOKE = Scale(train=200, validation=64, judge=200, measured=4, steps=3)
 
 
 def build(folder: Path, scale: Scale, prediction: unet.Prediction) -> None:
-    """Pictures, tokenizer, VAE, latents, U-Net with text encoder, judges: `folder`/{weights,clip,judge}, fp16."""
+    """Pictures, tokenizer, VAE, latents, U-Net with text encoder, judges: `folder`/{weights,clip,judge}, fp16.
+
+    The second backbone has a U-Net and a text encoder of its own; VAE, words and judges are those of the package.
+    """
+    second = prediction == "epsilon"
     folder.mkdir(parents=True, exist_ok=True)
     seen = pictures(folder, "train", scale.train, 0, held=False)
     unseen = pictures(folder, "validation", scale.validation, 0, held=False)
-    tokenizer = build_tokenizer(folder / "tokenizer")
-    autoencoder = vae.train_vae(folder, seen, unseen, scale.recipe(vae.RECIPE))
+    if second:
+        tokenizer = CLIPTokenizer.from_pretrained(tiny.WEIGHTS / "tokenizer")
+        autoencoder = AutoencoderTiny.from_pretrained(tiny.WEIGHTS / "vae", torch_dtype=torch.float32).to(device())
+    else:
+        tokenizer = build_tokenizer(folder / "tokenizer")
+        autoencoder = vae.train_vae(folder, seen, unseen, scale.recipe(vae.RECIPE))
     recipe = scale.recipe(unet.RECIPE)
     network, text_encoder = unet.train_unet(
         folder,
@@ -69,7 +78,7 @@ def build(folder: Path, scale: Scale, prediction: unet.Prediction) -> None:
         vae.latents(folder, "train", autoencoder, seen),
         seen.captions,
         (vae.latents(folder, "validation", autoencoder, unseen), [caption(scene) for scene in unseen.scenes]),
-        recipe if prediction == "v_prediction" else replace(recipe, name=f"unet-{prediction}"),
+        replace(recipe, name=f"unet-{prediction}") if second else recipe,
         prediction,
     )
     pipeline = StableDiffusionPipeline(
@@ -84,6 +93,8 @@ def build(folder: Path, scale: Scale, prediction: unet.Prediction) -> None:
     )
     pipeline.to(torch.float16).save_pretrained(folder / "weights")
     _with_level(folder / "weights" / "text_encoder" / "model.safetensors")
+    if second:
+        return
     autoencoder.float()
     for name, judge_recipe, make in (
         ("clip", judges.CLIP_RECIPE, judges.build_clip),
@@ -108,7 +119,8 @@ def measure(folder: Path, scale: Scale) -> dict[str, Any]:
         folder / "weights", safety_checker=None, torch_dtype=torch.float32
     ).to(device())
     pipeline.set_progress_bar_config(disable=True)
-    both = {"tiny-clip": Agreement(folder / "clip"), "tiny-judge": Agreement(folder / "judge")}
+    places = [own if (own := folder / shipped.name).exists() else shipped for shipped in (tiny.CLIP, tiny.JUDGE)]
+    both = dict(zip(("tiny-clip", "tiny-judge"), map(Agreement, places)))
     draws: dict[str, Draw] = {f"guidance {scale_:g}": _drawer(pipeline, scale_) for scale_ in (1.0, 3.0)}
     rows = [[caption(scene) for scene in capability.scenes(12, seed=5)] for capability in CAPABILITIES]
     _grid(np.stack([draws["guidance 3"](row) for row in rows])).save(folder / "samples.png")
@@ -195,6 +207,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--threads", type=int, help="CPU threads (by default those of PyTorch)")
     parser.add_argument("--install", metavar="VERSION", help="copy the result into the package, as this version")
     options = parser.parse_args(arguments)
+    if options.install and options.epsilon:
+        parser.error("the package holds the first backbone alone: leave out --install")
     if options.threads:
         torch.set_num_threads(options.threads)
     scale = SMOKE if options.smoke else Scale()
