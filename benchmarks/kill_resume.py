@@ -24,14 +24,14 @@ from texforce_cli.files import write_json
 
 OPTIONS = (
     "--reward brightness --model tiny --device cpu --samples-per-epoch 8 --group-size 4 --micro-batch 4 --grad-accum 1 "
-    "--steps 3 --train-steps first:2 --eval-images 4 --eval-every 2 --seed 0"
+    "--steps 3 --draft-every 1e-9 --train-steps first:2 --eval-images 4 --eval-every 2 --seed 0"
 ).split()
 _SAME = ("adapter/*", "samples/*", "*.png", "evaluations.jsonl", "prompts.jsonl")
 BEFORE, SAVING = "before the preflight", "in a checkpoint"
 
 
 def command(folder: Path, epochs: int) -> list[str]:
-    """`texforce train` into the folder, or on with what lies there."""
+    """`texforce train` into the folder, or on with what lies there; every batch is kept as soon as it is drawn."""
     program = [sys.executable, "-m", "texforce_cli", "train"]
     if (folder / "run.json").exists():
         return [*program, "--resume", str(folder)]

@@ -208,6 +208,13 @@ class TrainConfig:
         _not_negative,
         unit="s",
     )
+    draft_every: float = option(
+        120.0,
+        OUTPUT,
+        "Seconds between savings of what an unfinished epoch has drawn, some MB an image of Stable Diffusion; 0 = never.",
+        _not_negative,
+        unit="s",
+    )
     keep: int = option(2, OUTPUT, "How many of the last checkpoints to keep.", _positive)
     log: Literal["none", "tensorboard", "wandb"] = option("none", OUTPUT, "Also log the metrics there.")
 

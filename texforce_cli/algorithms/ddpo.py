@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -73,6 +73,24 @@ class Rollouts:
     warnings: tuple[str, ...]
 
 
+class Kept(Protocol):
+    """Where the batches of an epoch under way outlive an interruption."""
+
+    def take(
+        self, epoch: int, first: int, seeds: Sequence[int], prompts: Sequence[str], device: torch.device
+    ) -> Trajectory | None:
+        """The batch that begins with image `first`, of the first of these images; None where it is not there."""
+        ...
+
+    def keep(self, epoch: int, first: int, drawn: Trajectory) -> None:
+        """A batch that was drawn."""
+        ...
+
+    def drawn(self) -> None:
+        """All of the epoch is."""
+        ...
+
+
 @dataclass(frozen=True)
 class Update:
     """What one optimiser step saw, in all processes."""
@@ -96,8 +114,10 @@ class DDPO:
         seed: int,
         progress: Progress,
         team: Team | None = None,
+        kept: Kept | None = None,
     ) -> None:
         self.team = team or Team()
+        self._kept = kept
         self.policy, self.rewards, self.optimisation = policy, rewards, optimisation
         self.prompts, self.settings, self.seed, self.progress = list(prompts), settings, seed, progress
         self.tracker = adv.PromptTracker()
@@ -327,7 +347,7 @@ class DDPO:
 
         while done < len(mine):
             with self._timed("sampling"):
-                parts.append(self._draw_first(epoch, mine[done:], chosen))
+                parts.append(self._next_batch(epoch, done, mine[done:], chosen))
             batch = [chosen[i] for i in mine[done : done + len(parts[-1].seeds)]]
             done += len(batch)
             self.progress("sampling", self._of_all(done, total), total)
@@ -335,6 +355,8 @@ class DDPO:
                 pending.append(self._score(parts[-1], batch))
             while pending and pending[0].done():
                 collect()
+        if self._kept is not None:
+            self._kept.drawn()
         while pending:  # rewards in processes of their own score while the next images are drawn
             collect()
         places = torch.full((total,), -1)
@@ -378,6 +400,20 @@ class DDPO:
             warnings += said
         return self.rewards.total(terms), dict(counts), tuple(dict.fromkeys(warnings))
 
+    def _next_batch(self, epoch: int, done: int, images: Sequence[int], prompts: Sequence[Prompt]) -> Trajectory:
+        """A micro-batch of `images`: as an interrupted run has left it, or drawn."""
+        if self._kept is None:
+            return self._draw_first(epoch, images, prompts)
+        texts, seeds = [prompts[i].text for i in images], self._seeds(epoch, images)
+        drawn = self._kept.take(epoch, done, seeds, texts, self.policy.device)
+        if drawn is None:
+            drawn = self._draw_first(epoch, images, prompts)
+            self._kept.keep(epoch, done, drawn)
+        return drawn
+
+    def _seeds(self, epoch: int, images: Sequence[int]) -> list[int]:
+        return [derive(self.seed, "image", epoch, index) for index in images]
+
     def _draw_first(self, epoch: int, images: Sequence[int], prompts: Sequence[Prompt]) -> Trajectory:
         """A micro-batch of `images`, as many of the first as there is room for."""
         drawn = None
@@ -388,8 +424,7 @@ class DDPO:
         return drawn
 
     def _draw(self, epoch: int, indices: Sequence[int], prompts: Sequence[str]) -> Trajectory:
-        seeds = [derive(self.seed, "image", epoch, index) for index in indices]
-        drawn: Trajectory = rollout(self.policy, prompts, seeds)
+        drawn: Trajectory = rollout(self.policy, prompts, self._seeds(epoch, indices))
         return drawn
 
     def _score(self, drawn: Trajectory, batch: Sequence[Prompt]) -> Future[dict[str, NDArray[np.float64]]]:

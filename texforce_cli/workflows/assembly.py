@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from texforce_cli.algorithms.base import Algorithm, Progress
-from texforce_cli.algorithms.ddpo import DDPO, DDPOSettings
+from texforce_cli.algorithms.ddpo import DDPO, DDPOSettings, Kept
 from texforce_cli.algorithms.optimisation import Optimisation, OptimiserSettings
 from texforce_cli.config import TrainConfig
 from texforce_cli.core.ppo import mean_clip_range
@@ -117,6 +117,7 @@ def make_algorithm(
     prompts: Sequence[Prompt],
     progress: Progress,
     team: Team | None = None,
+    kept: Kept | None = None,
 ) -> Algorithm:
     """What learns. DDPO is the one there is; others that follow `algorithms.base.Algorithm` are chosen here."""
     settings = DDPOSettings(
@@ -134,4 +135,6 @@ def make_algorithm(
         fit_micro_batch=config.fit_micro_batch,
         timestep_batch=config.timestep_batch,
     )
-    return DDPO(policy, rewards, optimisation, prompts, settings, seed=config.seed, progress=progress, team=team)
+    return DDPO(
+        policy, rewards, optimisation, prompts, settings, seed=config.seed, progress=progress, team=team, kept=kept
+    )

@@ -27,6 +27,7 @@ from texforce_cli.workflows.assembly import (
     make_policy,
     make_scoring,
 )
+from texforce_cli.workflows.drafts import Drafts
 from texforce_cli.workflows.events import Evaluation
 from texforce_cli.workflows.heldout import HeldOut
 from texforce_cli.workflows.stopping import StopRequest
@@ -59,6 +60,7 @@ class Learner:
         progress: Progress,
         begin: bool,
         warn: Callable[[str], None] = lambda text: None,
+        drafts: Drafts | None = None,
     ) -> None:
         """`begin`: a new run, whose adapter takes over `--init-lora`. `warn` hears what a measurement has to say."""
         self.team = team
@@ -70,7 +72,7 @@ class Learner:
         self.policy = make_policy(pipeline, config, self.adapter)
         self.optimisation = make_optimisation(config, self.adapter, team)
         self.algorithm = make_algorithm(
-            config, self.policy, scoring.rewards, self.optimisation, prompts.seen, progress, team
+            config, self.policy, scoring.rewards, self.optimisation, prompts.seen, progress, team, drafts
         )
         self.heldout = HeldOut(
             prompts,

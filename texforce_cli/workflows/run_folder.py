@@ -75,6 +75,11 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def drawn(self) -> Path:
+        """What an unfinished epoch has drawn."""
+        return self.path / "drawn"
+
+    @property
     def adapter(self) -> Path:
         """The LoRA with its model card."""
         return self.path / "adapter"

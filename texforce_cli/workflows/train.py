@@ -104,7 +104,7 @@ def _resumed(folder: RunFolder, wanted: dict[str, Any], listener: Listener) -> T
 
 
 _FREE = (
-    *("num_processes", "process_timeout", "save_within", "save_every", "keep", "log", "device"),
+    *("num_processes", "process_timeout", "save_within", "save_every", "draft_every", "keep", "log", "device"),
     *("reward_host", "reward_workers", "reward_timeout", "reward_memory"),
 )
 """Options that may change when a run goes on: they do not change its result."""

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import math
 import os
-import shlex
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import torch
 from texforce_cli.algorithms.base import EpochReport, Phase, Preflight
 from texforce_cli.config import DIVERSITY
 from texforce_cli.diffusion.models import fingerprint
-from texforce_cli.errors import Interrupted, TexforceError
+from texforce_cli.errors import Interrupted, TexforceError, quoted
 from texforce_cli.files import NotWritten, write_text
 from texforce_cli.report.curve import reward_curve
 from texforce_cli.team import Team
@@ -26,6 +25,7 @@ from texforce_cli.workflows import checkpoint as checkpoints
 from texforce_cli.workflows import model_card
 from texforce_cli.workflows.assembly import Scoring
 from texforce_cli.workflows.checkpoint import Checkpoint
+from texforce_cli.workflows.drafts import Drafts
 from texforce_cli.workflows.events import (
     Checked,
     EpochDone,
@@ -79,6 +79,7 @@ class TrainingRun:
         self.stop = StopRequest(self.config.save_within)
         team.shield, team.heed = self.stop.shielded, self.stop.heed
         self._begun = 0.0
+        self.drafts = Drafts(folder.drawn, self.config.draft_every, _made_by(self.config.device), self._warn)
         self.learner = Learner(
             self.config,
             made.prompts,
@@ -87,12 +88,15 @@ class TrainingRun:
             progress=self._progress,
             begin=checkpoint is None,
             warn=self._warn,
+            drafts=self.drafts if team.size == 1 else None,
         )
         self.heldout = self.learner.heldout
         if made.source.family == "sd":
             listener(Note("the safety checker is off while training"))
         self.rows: list[dict[str, Any]] = []
         self.epoch, self.flat_epochs = 0, 0
+        self._drawn = 0
+        """Images of the next epoch that are kept."""
         self.preflight: Preflight | None = None
         if checkpoint is not None:
             self._restore(checkpoint)
@@ -129,7 +133,8 @@ class TrainingRun:
                 text = f"stopped; '{self.folder.path}' was removed, with all that was saved in it"
                 raise Interrupted(text, "begin again", exit_code=stop.exit_code) from None
             self._record_end("interrupted")
-            text = f"stopped; {self.epoch} of {total} epochs are saved in '{self.folder.path}'"
+            more = f" and {self._drawn} images of the next" if self._drawn else ""
+            text = f"stopped; {self.epoch} of {total} epochs{more} are saved in '{self.folder.path}'"
             raise Interrupted(text, f"go on with: {self._resuming}", exit_code=stop.exit_code) from None
         except NotWritten as error:  # "run the command again" would begin another run
             self._record_end("failed", reason=error.message)
@@ -142,7 +147,7 @@ class TrainingRun:
             cause = f" ({str(error).splitlines()[0][:200]})" if error.__cause__ else ""
             raise TexforceError(
                 f"the memory of {self.config.device} is full, even for few images at once{cause}",
-                f"begin a new run with --config {shlex.quote(str(self.folder.config))} and {self._less_memory()}",
+                f"begin a new run with --config {quoted(self.folder.config)} and {self._less_memory()}",
             ) from error
         except BaseException as error:
             self._record_end("failed", reason=type(error).__name__)
@@ -160,7 +165,7 @@ class TrainingRun:
 
     @property
     def _resuming(self) -> str:
-        return f"texforce train --resume {shlex.quote(str(self.folder.path))}"
+        return f"texforce train --resume {quoted(self.folder.path)}"
 
     def _record_end(self, status: str, reason: str | None = None) -> None:
         """run.json where it can be written: a full disk must not hide why the run ends."""
@@ -193,6 +198,7 @@ class TrainingRun:
         self.learner.restore(found.tensors, found.numbers)
         self.epoch, self.flat_epochs = found.epoch, found.numbers["flat_epochs"]
         checkpoints.remove_after(self.folder.checkpoints, self.epoch)
+        self.drafts.clear(but=self.epoch)
         rows, measured = (read_rows(path, self._warn) for path in (self.folder.metrics, self.folder.evaluations))
         self.rows = [row for row in rows if row["epoch"] <= self.epoch]
         self.heldout.restore(row for row in measured if row["epoch"] <= self.epoch)
@@ -270,7 +276,12 @@ class TrainingRun:
 
     def _epoch(self) -> dict[str, Any]:
         self._begun = time.monotonic()
-        report = self.learner.epoch(self.epoch)
+        try:
+            report = self.learner.epoch(self.epoch)
+        except Exception:
+            if os.path.lexists(self.folder.prompts):
+                self._drawn = self.drafts.save()
+            raise
         for text in report.warnings:
             self.listener(Warned(f"epoch {self.epoch + 1}: {text}"))
         self.flat_epochs = self.flat_epochs + 1 if report.flat else 0
@@ -329,6 +340,7 @@ class TrainingRun:
         lora = model_card.adapter_bytes(self.learner.adapter.export(), self.plan, row["images"])
         checkpoints.save(self.folder.checkpoints, Checkpoint(row["epoch"], state, numbers), lora)
         self.epoch = row["epoch"]
+        self.drafts.clear()
         self.rows.append(row)
 
     def _write_evaluations(self) -> None:
@@ -406,6 +418,14 @@ class TrainingRun:
             return math.inf
         last: float = self.rows[-1]["seconds_total"]
         return max(0.0, last - (time.monotonic() - self._begun))
+
+
+def _made_by(device: str) -> dict[str, str]:
+    """What the last bits of a picture depend on beside the model and its settings."""
+    return {
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
+    }
 
 
 def _watched_point(evaluation: Evaluation, name: str) -> dict[str, float]:
