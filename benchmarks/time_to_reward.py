@@ -149,6 +149,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "epochs": a.epochs,
         "pairs": a.pairs,
         "threads": a.threads,
+        "cpu": cpu_model(),
+        "versions": versions(),
     }
     about["arms"] = {name: {**ARMS[name][1], "algorithm": ARMS[name][0].__name__} for name in names}
     runs = earlier(a.out, about)
@@ -171,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             ratio = f"{took[REFERENCE] / took[name]:.2f} times as fast" if took[name] else "never"  # type: ignore[operator]
             print(f"seed {seed}: {name} reaches {goal:+.3f} after {took[name] or 0:.0f} s: {ratio}")
         if a.out:
-            write_json(a.out, {**about, "cpu": cpu_model(), "versions": versions(), "runs": runs})
+            write_json(a.out, {**about, "runs": runs})
     for name in names[1:]:
         ratios = [run["seconds"][REFERENCE] / run["seconds"][name] for run in runs if run["seconds"][name]]
         print(f"{name}: {len(ratios)} of {len(runs)} seeds; ratios {', '.join(f'{r:.2f}' for r in ratios)}", end="")

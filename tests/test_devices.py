@@ -22,7 +22,7 @@ from test_team import Missing, alone_with
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from texforce_cli import tiny
+from texforce_cli import team, tiny
 from texforce_cli.algorithms import ddpo
 from texforce_cli.cli.app import run
 from texforce_cli.devices import claim, full_memory, present, resolve_device, same_bits
@@ -264,7 +264,11 @@ def test_a_sum_of_gpus_that_fails_is_an_error_of_this_process(gpus: list[str], m
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **about: begun.append((backend, dict(os.environ))))
     monkeypatch.setattr(dist, "all_reduce", lambda tensor: None)
     with contextlib.closing(alone_with(Missing())) as ours:
+        monkeypatch.setattr(team, "_uuid", lambda device: f"the GPU {device}")
         monkeypatch.setattr(ours, "each", lambda value: [value] * 2)
+        with pytest.raises(UsageError, match="2 processes share 1 GPUs; give fewer processes"):
+            ours.compute("cuda", 60.0)
+        monkeypatch.setattr(ours, "each", lambda value: [value, "another"])
         ours.compute("cuda", 60.0)
     [(backend, environment)] = begun
     assert (backend, environment["TORCH_NCCL_BLOCKING_WAIT"]) == ("nccl", "1")
@@ -300,7 +304,10 @@ def test_a_machine_that_cannot_compile_is_told_so(
     options = ["--reward", "brightness", "--model", "tiny", "--device", "cpu", "--eval-images", "0", "--compile"]
     assert run(["train", *options]) == 1
     said = " ".join(capsys.readouterr().err.split())
-    assert "torch.compile does not work here (Cannot find a working triton installation.); leave out --compile" in said
+    assert (
+        "torch.compile does not work here (Cannot find a working triton installation.); begin a run without --compile"
+        in said
+    )
 
 
 # memory that is full
@@ -406,25 +413,35 @@ def test_a_preflight_holds_the_memory_of_one_pass_at_a_time_beside_that_of_an_ep
 ) -> None:
     algorithm = make(pipeline, guidance=3.0, unconditional="snapshot", steps="all")
     room_of_an_epoch, log_prob = algorithm._room_of_an_epoch, algorithm._log_prob
-    rooms: list[weakref.ref[torch.Tensor]] = []
+    rooms: list[list[weakref.ref[torch.Tensor]]] = []
     passes: list[weakref.ref[torch.Tensor]] = []
 
-    def room() -> torch.Tensor:
+    def latents(states: int, images: int) -> torch.Tensor:
+        made = real(states, images)
+        held.append(weakref.ref(made))
+        return made
+
+    def room() -> list[torch.Tensor]:
+        held.clear()
         made = room_of_an_epoch()
-        rooms.append(weakref.ref(made))
+        assert len(held) == 4  # twice at once
+        rooms.append([weakref.ref(one) for one in made])
         return made
 
     def one(*about: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        assert rooms[0]() is not None and all(earlier() is None for earlier in passes)
+        assert all(one() is not None for one in rooms[0]) and all(earlier() is None for earlier in passes)
         found = log_prob(*about)
         passes.append(weakref.ref(found[0]))
         return found
 
+    held: list[weakref.ref[torch.Tensor]] = []
+    real = algorithm._latents
+    monkeypatch.setattr(algorithm, "_latents", latents)
     monkeypatch.setattr(algorithm, "_room_of_an_epoch", room)
     monkeypatch.setattr(algorithm, "_log_prob", one)
     assert algorithm.preflight().ok and len(passes) == 2 * 6
-    assert rooms[0]() is None
+    assert all(one() is None for one in rooms[0])
     algorithm._seconds = dict.fromkeys(("sampling", "rewards", "training"), 0.0)
     drawn = algorithm._collect(0).trajectory
     assert drawn.unconditional is not None
-    assert room_of_an_epoch().numel() == drawn.latents.numel() + drawn.unconditional.numel()
+    assert [one.shape for one in room_of_an_epoch()] == [drawn.latents.shape, drawn.unconditional.shape]

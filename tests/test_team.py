@@ -29,7 +29,7 @@ from texforce_cli.diffusion.models import load_pipeline, resolve_model
 from texforce_cli.diffusion.sampler import rollout
 from texforce_cli.errors import Interrupted, TexforceError, UsageError
 from texforce_cli.lora.read import FILE_NAME
-from texforce_cli.team import Folder, Processes, Team, launched, team
+from texforce_cli.team import Folder, Processes, Team, _refuse_device, launched, team
 from texforce_cli.workflows.learner import follow
 from texforce_cli.workflows.stopping import StopRequest
 
@@ -358,6 +358,7 @@ def test_who_is_who() -> None:
 
 def test_what_cannot_be_shared_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    _refuse_device("cuda", 2, each_its_own=True)  # a scheduler may show each process one of its own
     for count, device, says in ((2, "cuda", "more than the 1 GPUs"), (2, "mps", "'mps'"), (2, "cuda:1", "'cuda:1'")):
         with pytest.raises(UsageError, match=says), team(count, device, follow):
             pass

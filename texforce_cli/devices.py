@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from texforce_cli.errors import UsageError
+from texforce_cli.errors import UsageError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +30,7 @@ def resolve_device(name: str) -> torch.device:
         torch.ones(1, device=device).item()  # to hold numbers is not enough: a GPU may be too old for this torch
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         there = asked == "auto" or (name.startswith("cuda") and torch.cuda.is_available())
-        reason, others = (f" ({_first_line(error)})", "cpu") if there else ("", "cpu or auto")
+        reason, others = (f" ({first_line(error)})", "cpu") if there else ("", "cpu or auto")
         raise UsageError(f"the device '{name}' is not available here{reason}", f"use {others}") from error
     if name == "cuda" and (own := torch.cuda.current_device()):
         return torch.device("cuda", own)  # by its number: for another thread of this process `cuda` is the first GPU
@@ -70,6 +70,9 @@ _FULL = (
     "out of memory",  # Apple's GPU
     "unable to find an engine",  # cuDNN: no algorithm has found room for its workspace
     "STATUS_ALLOC_FAILED",  # cuDNN, cuBLAS
+    "ALLOCATION_FAILED",  # cuDNN 9
+    "CUBLAS_STATUS_NOT_INITIALIZED",  # its workspace is made at the first product
+    "Invalid buffer size",  # Apple's GPU: beyond what one buffer may hold
     "can't allocate memory",  # the CPU
 )
 
@@ -107,7 +110,7 @@ def present() -> list[str]:
             free, total = (number / 1e9 for number in torch.cuda.mem_get_info(index))
             memory = f"{free:.1f} of {total:.1f} GB free"
         except RuntimeError as error:  # it may belong to another process alone
-            memory = _first_line(error)
+            memory = first_line(error)
         found.append(f"cuda:{index} ({torch.cuda.get_device_name(index)}, {memory})")
     return [*found, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
 
@@ -119,7 +122,3 @@ def device_memory_gb(device: torch.device) -> float | None:
     if device.type != "cuda" or not torch.cuda.is_available():
         return None
     return float(torch.cuda.get_device_properties(device).total_memory) / 1e9
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

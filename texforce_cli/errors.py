@@ -3,6 +3,20 @@
 from __future__ import annotations
 
 
+def quoted(text: object) -> str:
+    """A word of a command that is to be pasted. The shell of Windows knows no single quotes."""
+    import shlex
+    import subprocess
+    import sys
+
+    return subprocess.list2cmdline([str(text)]) if sys.platform == "win32" else shlex.quote(str(text))
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, short enough for a sentence."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
 class TexforceError(Exception):
     """A handled failure (exit code 1). `hint` is the remedy, shown after the message."""
 

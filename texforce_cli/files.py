@@ -7,12 +7,18 @@ import errno
 import json
 import math
 import os
+import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from texforce_cli.errors import TexforceError
+
+R = TypeVar("R")
+
+_PAUSES = (0.01, 0.03, 0.1, 0.3, 0.6) if os.name == "nt" else ()
+"""Seconds between tries of what a virus scanner, an index or a reader forbids for a moment on Windows."""
 
 
 class NotWritten(TexforceError):
@@ -45,9 +51,10 @@ def held(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, *, settled: bool = True) -> Iterator[Path]:
     """A temporary path beside `path`, flushed and renamed over it when the block ends, removed when it fails.
 
+    Not `settled`: after a power failure it may be absent, which is quicker, for what is one of many and can be made again.
     The temporary file keeps the suffix of `path`, so that libraries that look at suffixes write the right format.
 
     Raises:
@@ -59,13 +66,28 @@ def atomic_path(path: Path) -> Iterator[Path]:
             try:
                 yield temporary
                 flush(temporary)
-                temporary.replace(path)
-                settle(path.parent)
+                patiently(lambda: temporary.replace(path))
+                if settled:
+                    settle(path.parent)
             finally:
                 with contextlib.suppress(OSError):
                     temporary.unlink(missing_ok=True)
     except OSError as error:
         raise write_error(path, error) from error
+
+
+def patiently(step: Callable[[], R]) -> R:
+    """What `step` gives, which replaces or renames something: on Windows it is tried again while another process has it open.
+
+    Raises:
+        OSError: as `step`; what is forbidden stays so for a second.
+    """
+    for pause in _PAUSES:
+        try:
+            return step()
+        except PermissionError:
+            time.sleep(pause)
+    return step()
 
 
 def flush(place: Path) -> None:
@@ -82,12 +104,17 @@ def flush(place: Path) -> None:
 
 def settle(folder: Path) -> None:
     """Bring the names in `folder` to the disk, so that a rename outlives a power failure, where the system can do that."""
-    with contextlib.suppress(OSError):  # Windows opens no folder, some network file systems sync none
+    try:
         place = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(place)
-        finally:
-            os.close(place)
+    except OSError:  # Windows opens no folder
+        return
+    try:
+        os.fsync(place)
+    except OSError as error:  # some network file systems sync no folder
+        if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
+            raise
+    finally:
+        os.close(place)
 
 
 @contextlib.contextmanager
@@ -96,6 +123,8 @@ def parents_of(path: Path) -> Iterator[None]:
     made = [folder for folder in path.parents if not folder.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        for folder in made:
+            settle(folder.parent)
         yield
     except BaseException:
         for folder in made:
@@ -179,10 +208,16 @@ def contents_hash(place: str) -> str:
     return hashlib.sha256(json.dumps(listed).encode("utf-8")).hexdigest()[:16]
 
 
+_IN_USE = (5, 32)
+"""What Windows says of a file that is open elsewhere: access denied, sharing violation."""
+
+
 def write_error(path: Path, error: OSError) -> NotWritten:
     """The sentence for a failed write: which file, why, and what to do."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return NotWritten(f"no space left on the disk to write '{path}'", "free some space and run the command again")
+    if getattr(error, "winerror", None) in _IN_USE and path.is_file():
+        return NotWritten(f"'{path}' cannot be replaced: a program has it open", "close it there")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return NotWritten(f"'{path.parent}' cannot be written", "choose another folder with --out")
     return NotWritten(f"'{path}' could not be written ({error.strerror or error})", "choose another folder with --out")

@@ -21,7 +21,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from texforce_cli.errors import Interrupted, TexforceError, UsageError
+from texforce_cli.errors import Interrupted, TexforceError, UsageError, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -181,7 +181,10 @@ class Processes(Team):
             torch.cuda.set_device(self.device(device))
             # a sum that fails is an error here, as of gloo; else NCCL's watchdog ends the process without a sentence
             os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
-        self.each(None)  # all are here: what follows does not wait for anyone
+        # when all have answered, what follows waits for nobody
+        gpus = self.each(_uuid(self.device(device)) if cuda else self.rank)
+        if len(set(gpus)) < len(gpus):
+            raise UsageError(f"{len(gpus)} processes share {len(set(gpus))} GPUs", "give fewer processes")
         try:
             dist.init_process_group(
                 "nccl" if cuda else "gloo",
@@ -193,7 +196,7 @@ class Processes(Team):
             dist.all_reduce(torch.zeros(1, device="cuda" if cuda else "cpu"))  # NCCL takes its memory at the first sum
         except (RuntimeError, ValueError) as error:
             raise TexforceError(
-                f"process {self.rank} cannot exchange gradients with the others ({_first_line(error)})",
+                f"process {self.rank} cannot exchange gradients with the others ({first_line(error)})",
                 "see the network: GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME names the interface to use",
             ) from error
 
@@ -203,9 +206,8 @@ class Processes(Team):
         if not name.startswith("cuda"):
             return name
         seen = torch.cuda.device_count()
-        return (
-            f"cuda:{0 if seen == 1 else os.environ.get('LOCAL_RANK', '0')}"  # a scheduler may show each its own alone
-        )
+        own = 0 if seen == 1 else os.environ.get("LOCAL_RANK", "0")  # a scheduler may show each its own alone
+        return f"cuda:{own}"
 
     def be_patient(self, seconds: float) -> None:
         self.each(None)
@@ -318,7 +320,7 @@ class Processes(Team):
         ranks = self._ended() or self._silent()
         with contextlib.suppress(RuntimeError):
             self._see_who_left()
-        return self._lost(self._ended() or ranks, _first_line(error))
+        return self._lost(self._ended() or ranks, first_line(error))
 
     def _silent(self) -> list[int]:
         """The others that show no life while three pulses go by: a broken sum does not say whose fault it was."""
@@ -339,7 +341,7 @@ class Processes(Team):
 
     def _gone(self, error: RuntimeError) -> TexforceError:
         """The store does not answer: the leader holds it."""
-        return self._lost([0] if self.rank else [], _first_line(error))
+        return self._lost([0] if self.rank else [], first_line(error))
 
     def _show_life(self) -> None:
         count = 0
@@ -362,8 +364,11 @@ def _told(error: BaseException) -> tuple[str, str | None, int]:
     return f"{type(error).__name__}: {error}", None, 0
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+def _uuid(device: str) -> str:
+    """What tells a GPU from all others, of other machines too."""
+    import torch
+
+    return str(torch.cuda.get_device_properties(device).uuid)
 
 
 def joined() -> Processes:
@@ -374,7 +379,7 @@ def joined() -> Processes:
         store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=_START)))
     except (RuntimeError, ValueError) as error:
         raise TexforceError(
-            f"the processes of this job did not find each other ({_first_line(error)})",
+            f"the processes of this job did not find each other ({first_line(error)})",
             "see the messages of the others",
         ) from error
     return Processes(dist.PrefixStore("words", store), lambda: dist.PrefixStore("sums", store), rank, size)
@@ -406,7 +411,7 @@ def team(count: int, device: str, follow: Callable[[Processes], Any]) -> Iterato
 
 
 def _refuse_device(device: str, here: int, *, each_its_own: bool) -> None:
-    """`each_its_own`: a scheduler may show every process a GPU of its own and no other; NCCL tells where they share one."""
+    """`each_its_own`: a scheduler may show every process a GPU of its own and no other; `compute` finds out."""
     import torch
 
     if device not in ("cuda", "cuda:0", "cpu"):
@@ -433,7 +438,7 @@ def _own(count: int, device: str, follow: Callable[[Processes], Any]) -> Iterato
             for rank in range(1, count)
         ]
         try:
-            with _environment(OMP_NUM_THREADS=share, GLOO_SOCKET_IFNAME="lo0" if sys.platform == "darwin" else "lo"):
+            with _environment(OMP_NUM_THREADS=share, GLOO_SOCKET_IFNAME=_loopback()):
                 for rank, process in enumerate(others, 1):
                     with _environment(LOCAL_RANK=rank):
                         process.start()
@@ -444,6 +449,14 @@ def _own(count: int, device: str, follow: Callable[[Processes], Any]) -> Iterato
         finally:
             torch.set_num_threads(threads)
             _end(others)
+
+
+def _loopback() -> str:
+    """What this system calls the interface that leads nowhere else: lo, lo0, Loopback Pseudo-Interface 1."""
+    import psutil
+
+    found: dict[str, Any] = psutil.net_if_addrs()
+    return next((name for name in found if any(one.address == "127.0.0.1" for one in found[name])), "lo")
 
 
 def _place(private: str, rank: int, size: int, ended: Callable[[], list[int]]) -> Processes:

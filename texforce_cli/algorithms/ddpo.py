@@ -139,7 +139,9 @@ class DDPO:
         if self._fit or self._fold:
             self._fit_pass()
         found = self._measured()
-        if self._fold and not found.ratio_ok and self.timestep_batch > 1:  # 16 bits may round another shape otherwise
+        if (
+            self._fold and not found.ratio_ok and any(self.team.each(self.timestep_batch > 1))
+        ):  # 16 bits may round another shape otherwise
             self.timestep_batch = 1
             found = self._measured()
         self._fit = self._fold = False
@@ -147,17 +149,20 @@ class DDPO:
         self._empty()
         return found
 
-    def _room_of_an_epoch(self) -> Tensor:
+    def _room_of_an_epoch(self) -> list[Tensor]:
         """As much memory as an epoch's trajectories take: what fits beside it fits when they are there.
 
         Raises:
             torch.OutOfMemoryError: there is no room for them, which would be found out when all of them are drawn.
         """
-        images, steps = -(-self.settings.samples // self.team.size), len(self.policy.schedule)
-        states = steps + 1 + (steps if self.policy.reuses_unconditional else 0)
-        shape, device = (states, images, *self.policy.latent_shape), self.policy.device
-        whole, _ = (torch.empty(shape, device=device) for _ in range(2))  # both at once, as when batches are joined
+        images, steps = len(self._share(0)), len(self.policy.schedule)
+        states = [steps + 1, *([steps] if self.policy.reuses_unconditional else [])]
+        # both at once, as when batches are joined
+        whole, _ = ([self._latents(n, images) for n in states] for _ in range(2))
         return whole
+
+    def _latents(self, states: int, images: int) -> Tensor:
+        return torch.empty((states, images, *self.policy.latent_shape), device=self.policy.device)
 
     def _measured(self) -> Preflight:
         found = None
@@ -198,9 +203,7 @@ class DDPO:
         return room
 
     def _empty(self) -> None:
-        """Free what passes have filled, for rewards in processes of their own too; outside the handler of an error, which holds
-        it.
-        """
+        """Free what passes have filled, for other processes too. An error's handler holds it: call this after."""
         self.optimisation.forget()
         release(self.policy.device)
 

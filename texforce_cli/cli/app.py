@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import sys
 from collections.abc import Sequence
 
@@ -66,6 +67,8 @@ def run(arguments: list[str]) -> int:
     """Run one command and return its exit code; an error of the user is one sentence, a bug is a traceback."""
     debug = "--debug" in arguments
     arguments = ["--debug"] * debug + [argument for argument in arguments if argument != "--debug"]
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a pipe on Windows has few letters; stderr escapes others by itself
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         make_app(arguments)(args=arguments, prog_name="texforce")
     except TexforceError as error:

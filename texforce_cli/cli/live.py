@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import shlex
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from texforce_cli.cli.console import note, printable, stderr, warn, write_json
+from texforce_cli.errors import quoted
 from texforce_cli.workflows.events import (
     Checked,
     EpochDone,
@@ -137,7 +137,7 @@ def summarise(result: TrainResult) -> None:
         note(describe_evaluation(result.evaluation).strip())
     note(f"adapter: {result.adapter}")
     note(f"pictures: {result.folder / 'samples'}, curve: {result.folder / 'curve.png'}")
-    note(f'next: texforce sample "a cat" --lora {shlex.quote(str(result.adapter))} --compare --grid --out pictures')
+    note(f'next: texforce sample "a cat" --lora {quoted(result.adapter)} --compare --grid --out pictures')
 
 
 def result_document(result: TrainResult) -> dict[str, Any]:

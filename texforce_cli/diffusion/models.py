@@ -110,7 +110,7 @@ def resolve_model(name: str, device: str = "auto") -> ModelSource:
         )
     if _SDXL.search(repository.lower()):
         raise UsageError(f"'{repository}' is SDXL, which cannot be trained yet", f"use one of {', '.join(NAMES)}")
-    if repository.count("/") == 1 and all(repository.split("/")) and not name.startswith((".", "~", "/")):
+    if re.fullmatch(r"[^~./:\\][^/:\\]*/[^/:\\]+", repository):  # no path, nor one of Windows
         alias = _ALIASES.get(repository, "")
         pinned = _HUB[alias][1] if alias else "main"
         same = alias and revision in ("", pinned)
@@ -162,7 +162,7 @@ def _automatic(device: str) -> ModelSource:
 
     if not device.startswith(("auto", "cuda")):
         return ModelSource("tiny", "tiny", str(tiny.WEIGHTS), reason=f"on {device} the default is the embedded model")
-    memory = device_memory_gb(torch.device("cuda"))
+    memory = device_memory_gb(torch.device(device if device.startswith("cuda") else "cuda"))
     if memory is None:
         return ModelSource("tiny", "tiny", str(tiny.WEIGHTS), reason="no CUDA or ROCm GPU was found")
     if memory < MEMORY_FOR_SD15_GB:

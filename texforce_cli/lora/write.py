@@ -20,7 +20,7 @@ import numpy as np
 
 from texforce_cli.core.lora_algebra import Pair, balance
 from texforce_cli.errors import TexforceError, UsageError
-from texforce_cli.files import atomic_path, parents_of, settle, write_error, write_text
+from texforce_cli.files import atomic_path, flush, parents_of, patiently, settle, write_error, write_text
 from texforce_cli.lora.names import kohya_name, peft_name
 from texforce_cli.lora.read import PEFT_CONFIG, PEFT_NAME
 from texforce_cli.tensorfile import Array, TensorWriter, write_tensors
@@ -149,11 +149,13 @@ def new_lora(out: Path, format: Format, *, force: bool) -> Iterator[Path]:
             try:
                 temporary.mkdir()
                 yield temporary
+                flush(temporary)
+                settle(temporary)
                 if not force and os.path.lexists(out):
                     raise _taken(out)
                 if out.is_dir():
                     out.replace(aside)
-                temporary.replace(out)
+                patiently(lambda: temporary.replace(out))
                 settle(out.parent)
             finally:
                 if aside.exists() and not out.exists():  # stopped between the two renames

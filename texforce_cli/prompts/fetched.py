@@ -8,7 +8,6 @@ import io
 import json
 import os
 import re
-import shlex
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
@@ -16,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from texforce_cli.errors import TexforceError
+from texforce_cli.errors import TexforceError, quoted
 from texforce_cli.files import user_folder, write_bytes
 from texforce_cli.prompts import Prompt, PromptSet
 
@@ -163,7 +162,7 @@ def _from_hub(name: str, source: _Source, file: _File) -> list[Prompt]:
     from huggingface_hub import constants, hf_hub_download
 
     remedy = (
-        f"run `hf download {source.repository} {shlex.quote(file.path)} --repo-type dataset --revision {source.commit}` "
+        f"run `hf download {source.repository} {quoted(file.path)} --repo-type dataset --revision {source.commit}` "
         "where there is a network, and copy that machine's cache of the Hub"
     )
     try:

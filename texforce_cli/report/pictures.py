@@ -28,7 +28,7 @@ def save_png(path: Path, picture: Image.Image, texts: Mapping[str, str]) -> None
     chunks = PngImagePlugin.PngInfo()
     for key, value in texts.items():
         chunks.add_itxt(key, value[:_TEXT_CHUNK])
-    with atomic_path(path) as temporary:
+    with atomic_path(path, settled=False) as temporary:
         picture.save(temporary, "PNG", pnginfo=chunks)
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from texforce_cli.errors import TexforceError, UsageError
-from texforce_cli.files import user_folder, write_error, write_json
+from texforce_cli.files import patiently, user_folder, write_error, write_json
 from texforce_cli.rewards import builtin
 from texforce_cli.rewards.places import Place
 from texforce_cli.rewards.registry import REWARDS, Registry, normal, plugin_calls, plugin_manager, plugins
@@ -88,8 +88,8 @@ class Source:
 
 
 def automatic_variant() -> Variant:
-    """`cuda` where the system has the driver of an NVIDIA card."""
-    return "cuda" if shutil.which("nvidia-smi") else "cpu"
+    """`cuda` where the system has the driver of an NVIDIA card; the pins for it are of packages for Linux."""
+    return "cuda" if sys.platform == "linux" and shutil.which("nvidia-smi") else "cpu"
 
 
 def root() -> Path:
@@ -230,7 +230,7 @@ def _adopt(folder: Path, lock: str) -> Environment:
     with _lock(folder, shared=True):  # which stays with the folder when it is renamed: nobody sweeps it meanwhile
         try:
             home.mkdir(parents=True, exist_ok=True)
-            folder.rename(final)
+            patiently(lambda: folder.rename(final))
             write_json(
                 home / "manifest.json",
                 {
@@ -344,11 +344,13 @@ _NO_NETWORK = (
     r"Connection (?:refused|reset)|Network is unreachable|dns error|error sending request)"
 )
 
+_NO_ROOM = ("No space left on device", "os error 28", "Errno 122", "os error 112", "WinError 112")
+
 
 def _refusal(output: str) -> TexforceError:
     """The sentence for what pip or uv said; passwords in addresses are left out."""
     output = re.sub(r"//[^/@\s]+@", "//***@", output)
-    if "No space left on device" in output or "os error 28" in output or "Errno 122" in output:
+    if any(sign in output for sign in _NO_ROOM):
         return TexforceError(
             "no space left on the disk for the environment", "free some space; nothing half-made is left"
         )
@@ -466,11 +468,12 @@ def _may_be_named(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def _lock(folder: Path, *, shared: bool) -> Iterator[bool]:
-    """Whether the lock of `folder` could be had; the system frees it with the process. Windows has none: always True."""
+    """Whether the lock of `folder` could be had; the system frees it with the process."""
     try:
         import fcntl
     except ImportError:
-        yield True
+        with _lock_of_bytes(folder, shared=shared) as held:
+            yield held
         return
     try:
         handle = os.open(folder, os.O_RDONLY)
@@ -486,3 +489,34 @@ def _lock(folder: Path, *, shared: bool) -> Iterator[bool]:
         yield True
     finally:
         os.close(handle)
+
+
+_HOLDERS = 64
+
+
+@contextlib.contextmanager
+def _lock_of_bytes(folder: Path, *, shared: bool) -> Iterator[bool]:
+    """The same on Windows, which locks no folder: a byte of a file beside it for each who shares it, or all of them."""
+    path = root() / f"lock-{folder.name}"
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT)
+    except OSError:
+        yield False
+        return
+    try:
+        yield any(_locked(handle, place, 1) for place in range(_HOLDERS)) if shared else _locked(handle, 0, _HOLDERS)
+    finally:
+        os.close(handle)
+        with contextlib.suppress(OSError):  # Windows removes no file that another process has open
+            path.unlink()
+
+
+def _locked(handle: int, start: int, count: int) -> bool:
+    import msvcrt
+
+    os.lseek(handle, start, os.SEEK_SET)
+    try:
+        msvcrt.locking(handle, msvcrt.LK_NBLCK, count)  # type: ignore[attr-defined]  # of Windows
+    except OSError:
+        return False
+    return True

@@ -264,7 +264,9 @@ def _spawn(place: Place, device: str = "") -> subprocess.Popen[bytes]:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env={**os.environ, "CUDA_VISIBLE_DEVICES": device} if device else None,
-            start_new_session=True,  # Ctrl-C is for the trainer, which ends its workers in good order
+            # Ctrl-C is for the trainer, which ends its workers in good order
+            start_new_session=True,
+            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),  # the same on Windows
         )
 
     try:

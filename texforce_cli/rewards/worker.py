@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
+import io
 import json
 import os
 import queue
@@ -211,9 +212,7 @@ class _Worker:
         if header.get("protocol") != PROTOCOL:
             raise FrameError("protocol {} is wanted, this worker speaks {}".format(header.get("protocol"), PROTOCOL))
         if header.get("memory_limit"):
-            import resource
-
-            resource.setrlimit(resource.RLIMIT_AS, (header["memory_limit"], header["memory_limit"]))
+            _limit_memory(header["memory_limit"])
         factory = load(header["factory"])
         self.reward = factory(**typed_options(factory, header.get("options") or {}))
         return {"type": "ready", "python": sys.version.split()[0], "pid": os.getpid()}
@@ -278,6 +277,20 @@ def registered() -> dict[str, Any]:
     return {"rewards": calls, "python": sys.version.split()[0]}
 
 
+def _limit_memory(most: int) -> None:
+    """Let this process take at most so many bytes.
+
+    Raises:
+        OSError: the system cannot do that: Windows, macOS, or a lower limit of its own.
+    """
+    try:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    except (ImportError, ValueError, OSError) as error:
+        raise OSError(f"memory cannot be limited on {sys.platform} ({error}): leave out --reward-memory") from error
+
+
 def peak_memory() -> int:
     """Bytes of memory that this process has had at most; 0 where the system does not say."""
     with contextlib.suppress(OSError, ValueError, IndexError):  # getrusage's figure begins with the parent's
@@ -297,6 +310,9 @@ def _private_pipes() -> tuple[BinaryIO, BinaryIO]:
     os.dup2(nothing, 0)
     os.close(nothing)
     os.dup2(2, 1)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # who reads it wants UTF-8; on Windows few letters could be written
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     return reader, writer
 
 

@@ -14,7 +14,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from texforce_cli.files import settle, sha256, write_bytes, write_error, write_json
+from texforce_cli.files import patiently, settle, sha256, write_bytes, write_error, write_json
 from texforce_cli.lora.read import FILE_NAME
 
 _STATE, _TENSORS = "state.json", "state.safetensors"
@@ -45,7 +45,7 @@ def save(folder: Path, checkpoint: Checkpoint, lora: bytes) -> None:
         write_json(temporary / _STATE, {"epoch": checkpoint.epoch, "sha256": hashes, "numbers": checkpoint.numbers})
         if final.exists():
             shutil.rmtree(final)
-        temporary.replace(final)
+        patiently(lambda: temporary.replace(final))
         settle(folder)
     except OSError as error:
         raise write_error(final, error) from error
@@ -62,7 +62,8 @@ def load_latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
             state = json.loads((path / _STATE).read_text(encoding="utf-8"))
             if any(sha256(path / name) != expected for name, expected in state["sha256"].items()):
                 raise ValueError("a file does not match its SHA-256")
-            tensors = safetensors.torch.load_file(path / _TENSORS)
+            # not load_file, which maps the file for as long as its tensors live: Windows removes no such file
+            tensors = safetensors.torch.load((path / _TENSORS).read_bytes())
             return Checkpoint(state["epoch"], tensors, state["numbers"]), damaged
         except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__

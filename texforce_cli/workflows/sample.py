@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from texforce_cli.devices import release, resolve_device
+from texforce_cli.devices import full_memory, release, resolve_device
 from texforce_cli.diffusion.adapters import base_model, stack
 from texforce_cli.diffusion.models import (
     ModelSource,
@@ -129,7 +129,7 @@ def sample(request: SampleRequest, listener: Listener = silent) -> SampleResult:
                     room = (part.stop - start) // 2
                     listener(Warned(too_full(device, part.stop - start, room)))
                     continue
-                drawn, blocked = _checked(pipeline, made, request.safety_checker)
+                drawn, blocked = made
                 for (prompt, seed), picture, path in zip(pairs[part], drawn, paths[variant][part]):
                     readable = _readable(prompt, seed, about)
                     save_png(path, picture, {"prompt": prompt, "seed": str(seed), "parameters": readable, **about})
@@ -159,10 +159,14 @@ def _warn_of_long_prompts(policy: Policy, pairs: Sequence[tuple[str, int]], list
             listener(Warned(f"{cut} tokens of the prompt '{prompt[:60]}' are beyond the limit and are not seen"))
 
 
-def _made(policy: Policy, request: SampleRequest, pairs: Sequence[tuple[str, int]]) -> list[Image.Image] | None:
-    """The pictures; None where the memory is too full for so many at once."""
+def _made(
+    policy: Policy, request: SampleRequest, pairs: Sequence[tuple[str, int]]
+) -> tuple[list[Image.Image], int] | None:
+    """The pictures, and how many of them the safety checker has blackened; None where the memory is too full for so many."""
     try:
-        return draw_pictures(policy, request.scheduler, pairs)
+        with full_memory():
+            pictures = draw_pictures(policy, request.scheduler, pairs)
+            return _checked(policy.pipeline, pictures, request.safety_checker)
     except torch.OutOfMemoryError as error:
         if len(pairs) == 1:
             smaller = "--precision bf16 or a smaller --size" if request.precision == "fp32" else "a smaller --size"

@@ -17,7 +17,7 @@ import torch
 from texforce_cli.algorithms.base import EpochReport, Phase, Preflight
 from texforce_cli.config import DIVERSITY
 from texforce_cli.diffusion.models import fingerprint
-from texforce_cli.errors import Interrupted, TexforceError, quoted
+from texforce_cli.errors import Interrupted, TexforceError, first_line, quoted
 from texforce_cli.files import NotWritten, write_text
 from texforce_cli.report.curve import reward_curve
 from texforce_cli.team import Team
@@ -144,7 +144,7 @@ class TrainingRun:
             raise
         except torch.OutOfMemoryError as error:
             self._record_end("failed", reason="out of memory")
-            cause = f" ({str(error).splitlines()[0][:200]})" if error.__cause__ else ""
+            cause = f" ({first_line(error)})" if error.__cause__ else ""
             raise TexforceError(
                 f"the memory of {self.config.device} is full, even for few images at once{cause}",
                 f"begin a new run with --config {quoted(self.folder.config)} and {self._less_memory()}",
@@ -257,8 +257,9 @@ class TrainingRun:
         except RuntimeError as error:
             if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 raise
+            reason = first_line(getattr(error, "inner_exception", error))  # the outer one only names the backend
             raise TexforceError(
-                f"torch.compile does not work here ({str(error).strip().splitlines()[0][:200]})", "leave out --compile"
+                f"torch.compile does not work here ({reason})", "begin a run without --compile"
             ) from error
         self.listener(Checked(result))
         if not result.gradient_ok:

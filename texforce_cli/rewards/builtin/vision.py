@@ -62,9 +62,8 @@ class Crop:
         """[n, 3, size, size] of float pictures, resized by torch."""
         size = self._scaled(images.shape[-2], images.shape[-1])
         there = images.device
-        exact = (
-            images.cpu() if there.type == "mps" else images
-        ).double()  # in single precision torch weighs pixels by positions that are off by up to 1e-4; Apple's GPU has no other
+        near = images.cpu() if there.type == "mps" else images  # Apple's GPU has no double precision
+        exact = near.double()  # in single precision torch weighs pixels by positions that are off by up to 1e-4
         for target in ((exact.shape[-2], size[1]), size):
             if target != tuple(exact.shape[-2:]):
                 exact = F.interpolate(exact, target, mode="bicubic", antialias=True).clamp(0, 1)

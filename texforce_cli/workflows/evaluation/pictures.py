@@ -156,7 +156,7 @@ def _told(folder: Path) -> Iterator[tuple[Path, str, int]]:
 
 def _indexed(folder: Path, index: Path) -> Iterator[tuple[Path, str, int]]:
     try:
-        lines = index.read_text(encoding="utf-8").split("\n")
+        lines = index.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"'{index}' cannot be read as UTF-8 text", _ROW) from error
     for number, line in enumerate(lines, 1):

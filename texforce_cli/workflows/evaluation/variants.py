@@ -12,7 +12,8 @@ from typing import Any
 from texforce_cli.errors import UsageError
 from texforce_cli.lora.spec import parse_lora
 
-_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,59}")
+_NAME = re.compile(r"(?!(?i:con|prn|aux|nul|com\d|lpt\d)(\.|$))[A-Za-z0-9]([\w.-]{0,58}[\w-])?")
+"""A name that can be a folder's, on Windows too."""
 _COMPONENTS = {"unet": "unet", "text-encoder": "text_encoder"}
 _UNTELLING = re.compile(
     r"(model|(diffusion_)?pytorch_model|pytorch_lora_weights|adapter_model)\.\w+|adapter|checkpoints|unet|text_encoder"
@@ -95,7 +96,7 @@ def read_variants(path: Path) -> list[Variant]:
         UsageError: it cannot be read, or says something else; the sentence names the variant.
     """
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        document = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise UsageError(f"'{path}' cannot be read ({str(error).splitlines()[0]})", "check --variants") from error
     tables = document.get("variants")
@@ -115,9 +116,12 @@ def check_variants(variants: Sequence[Variant], baseline: str | None) -> str:
         raise UsageError(
             "there is nothing to evaluate", "give --variant base=tiny --variant tex=tiny+runs/a, or --images"
         )
-    twice = next((name for name in names if names.count(name) > 1), None)
+    folders = [name.casefold() for name in names]  # their pictures': the same on Windows and macOS
+    twice = next((name for name, folder in zip(names, folders) if folders.count(folder) > 1), None)
     if twice:
-        raise UsageError(f"the variant '{twice}' is given twice", "give each a name of its own")
+        raise UsageError(
+            f"the variant '{twice}' is given twice", "give each a name of its own, not only in large and small letters"
+        )
     if baseline is not None and baseline not in names:
         raise UsageError(f"the baseline '{baseline}' is no variant", f"one of {', '.join(names)}")
     return baseline or names[0]
@@ -141,7 +145,7 @@ def _of_table(path: Path, number: int, table: dict[str, Any]) -> Variant:
 
 def _checked(variant: Variant) -> Variant:
     if not _NAME.fullmatch(variant.name):
-        raise UsageError(f"'{variant.name}' is no name for a variant", "use letters, digits, '-', '_' and '.'")
+        raise UsageError(f"'{variant.name}' is no name for a variant", "use letters, digits, '-', '_' and '.' within")
     if variant.images and not Path(variant.images).expanduser().is_dir():
         raise UsageError(f"there is no folder '{variant.images}'", "check --images")
     for lora in variant.loras:
