@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -42,6 +43,26 @@ def test_a_file_is_on_the_disk_before_it_is_renamed_and_its_name_is_after(
     monkeypatch.setattr(os, "fsync", fsync)
     files.write_json(path, {"a": 1})
     assert seen == [("file", False), ("folder", True)]
+    seen.clear()
+    files.write_json(tmp_path / "new" / "newer" / "b.json", {})
+    assert [kind for kind, _ in seen] == ["folder", "folder", "file", "folder"]  # the new folders' own names first
+    seen.clear()
+    files.write_json(tmp_path / "new" / "newer" / "b.json", {})
+    assert [kind for kind, _ in seen] == ["file", "folder"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="opens folders")
+@pytest.mark.parametrize(("number", "told"), [(errno.EIO, True), (errno.ENOSPC, True), (errno.EINVAL, False)])
+def test_a_disk_that_cannot_keep_a_name_is_told_and_a_file_system_that_syncs_none_is_not(
+    number: int, told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(files.NotWritten) if told else contextlib.nullcontext():
+        files.write_json(tmp_path / "a.json", {"a": 1})
 
 
 @pytest.mark.parametrize(
