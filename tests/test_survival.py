@@ -228,7 +228,9 @@ def test_a_full_disk_does_not_hide_why_a_run_ends(
     in_mid_run(1, ask_to_end, monkeypatch)
     monkeypatch.setattr(training_run.RunFolder, "write_record", full)
     train("--out", "a", epochs=9, code=143)
-    assert "1 of 9 epochs and 4 images of the next are saved in 'a'; go on with: texforce train --resume a" in said_by(capsys)
+    assert "1 of 9 epochs and 4 images of the next are saved in 'a'; go on with: texforce train --resume a" in said_by(
+        capsys
+    )
 
 
 def test_a_disk_that_is_full_at_the_very_end_says_how_to_go_on(
