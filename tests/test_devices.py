@@ -31,6 +31,7 @@ from texforce_cli.errors import TexforceError, UsageError
 from texforce_cli.team import Team
 from texforce_cli.workflows import assembly, learner, plan, sample
 from texforce_cli.workflows.drawing import draw_pictures
+from texforce_cli.workflows.evaluation import draw as evaluation_draw
 from texforce_cli.workflows.learner import Learner
 
 ELSEWHERE = torch.device("lazy:0")
@@ -156,6 +157,13 @@ def test_a_gpu_that_was_claimed_has_its_number_in_every_thread(gpus: list[str]) 
     claim("cuda:1")
     assert resolve_device("auto") == resolve_device("cuda") == torch.device("cuda:1")
     assert resolve_device("cuda:0") == torch.device("cuda:0")
+
+
+def test_an_evaluation_claims_the_gpu_that_it_draws_on(gpus: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert evaluation_draw._device("cuda", (1, 3)) == torch.device("cuda:1")
+    assert gpus[-1] == "cuda:1" and resolve_device("auto") == torch.device("cuda:1")
+    assert evaluation_draw._device("cuda:0", (0, 1)) == torch.device("cuda:0") and gpus[-1] == "cuda:0"
 
 
 def test_the_gpu_of_a_run_is_claimed_before_its_rewards_choose_one(

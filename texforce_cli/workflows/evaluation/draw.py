@@ -250,6 +250,7 @@ def _drawn(
 def _try_to_draw(policy: Policy, scheduler: str, part: Sequence[Item]) -> Sequence[Image.Image] | _Failure:
     import torch
 
+    from texforce_cli.devices import release
     from texforce_cli.workflows.drawing import draw_pictures
 
     failure = _Failure(f"the memory of {policy.device} is full", memory=True)
@@ -266,20 +267,22 @@ def _try_to_draw(policy: Policy, scheduler: str, part: Sequence[Item]) -> Sequen
         failure = _Failure("its values are not finite; use --precision fp32 or bf16")
     except Exception as error:  # whatever the libraries or the device say: it is about these pictures
         failure = _Failure(" ".join(str(error).split())[:200] or type(error).__name__)
-    if failure.memory and policy.device.type == "cuda":
-        torch.cuda.empty_cache()
+    if failure.memory:
+        release(policy.device)
     return failure
 
 
 def _device(name: str, shard: tuple[int, int]) -> torch.device:
-    """The device; of several processes each takes a GPU of its own, as far as there are so many."""
+    """The device, where the metrics of this process are from here on too; of several processes each takes a GPU of its own, as
+    far as there are so many."""
     import torch
 
-    from texforce_cli.devices import resolve_device
+    from texforce_cli.devices import claim, resolve_device
 
     device = resolve_device(name)
     if shard[1] > 1 and device.type == "cuda" and device.index is None:
-        return torch.device("cuda", gpu_of(shard[0], torch.cuda.device_count()))
+        device = torch.device("cuda", gpu_of(shard[0], torch.cuda.device_count()))
+    claim(str(device))
     return device
 
 
