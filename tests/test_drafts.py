@@ -97,13 +97,13 @@ def test_it_is_written_when_the_seconds_have_passed_and_forgotten_with_its_epoch
         "images_000000.safetensors",
         "images_000002.safetensors",
     ]
-    ours.drawn()  # of an epoch that takes long, the rest too
+    ours.all_drawn()  # of an epoch that takes long, the rest too
     assert ours.save() == 6
     ours.clear(but=1)
     assert not Path("drawn").exists()
     assert ours.take(1, 0, *asked(0), CPU) is None
     ours.keep(1, 0, batch())
-    ours.drawn()  # a short one
+    ours.all_drawn()  # a short one
     assert ours.save() == 0 and not Path("drawn").exists()
 
 

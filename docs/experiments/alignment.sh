@@ -9,11 +9,7 @@ out=${1:?give a folder for the runs}
 here=$(cd "$(dirname "$0")" && pwd)
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HERE=$here
 mkdir -p "$out"
-for seed in 10 11 12; do
-  for set in color count composition location; do
-    echo "$set $seed"
-  done
-done | xargs -P 2 -L 1 bash -c '
+"$here/sets-and-seeds.sh" | xargs -P 2 -L 1 bash -c '
   set -euo pipefail
   run=$0/$1-$2
   "$HERE/train.sh" "$run" --reward tiny-clip --prompts "$1" --model tiny --seed "$2" 2>> "$run.log"

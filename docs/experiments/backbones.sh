@@ -13,11 +13,7 @@ first=${4:?give the folder of capabilities.sh}
 here=$(cd "$(dirname "$0")" && pwd)
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HERE=$here MODEL=$model ALIGNMENT=$alignment
 mkdir -p "$out"
-for seed in 10 11 12; do
-  for set in color count composition location; do
-    echo "$set $seed"
-  done
-done | xargs -P 2 -L 1 bash -c '
+"$here/sets-and-seeds.sh" | xargs -P 2 -L 1 bash -c '
   set -euo pipefail
   run=$0/$1-$2-run prompts=$ALIGNMENT/$1-$2/prompts.jsonl
   "$HERE/train.sh" "$run" --reward tiny-clip --prompts "$prompts" --model "$MODEL" --preset tiny --seed "$2" 2>> "$run.log"

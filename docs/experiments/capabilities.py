@@ -14,16 +14,12 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-from evaluation import NOISE, SEEDS, SPLITS, Evaluation, changed, row, shown
+from evaluation import COLUMNS, NOISE, SEEDS, SETS, SPLITS, Evaluation, Series, bars, changed, row, shown
 
-SETS = ("color", "count", "composition", "location")
-METRICS = ("tiny-clip", "tiny-judge")
 VARIANTS = {"base": "base", "texforce": "text encoder", "ddpo": "U-Net", "both": "both"}
 COLOURS = {"texforce": "#c2410c", "ddpo": "#1d4ed8", "both": "#7e22ce"}
 AGAINST_BASE = (("texforce", "base"), ("ddpo", "base"), ("both", "base"))
 PAIRS = (("texforce", "ddpo"), ("both", "texforce"), ("both", "ddpo"))
-COLUMNS = [(split, metric) for split in SPLITS for metric in METRICS]
 
 Runs = Mapping[str, Mapping[str, Evaluation]]
 """Set -> seed -> evaluation."""
@@ -50,37 +46,15 @@ def bases(runs: Runs) -> str:
     lines = [row("base", *(f"{metric}, {split}" for split, metric in COLUMNS)), "|---" * (1 + len(COLUMNS)) + "|"]
     for name, of_set in runs.items():
         one = next(iter(of_set.values()))
-        means = [np.mean([one.by_prompt(m, "base")[prompt] for prompt in one.splits[s]]) for s, m in COLUMNS]
-        lines.append(row(name, *(f"{mean:.3f}" for mean in means)))
+        lines.append(row(name, *(f"{one.mean(m, 'base', s):.3f}" for s, m in COLUMNS)))
     return "\n".join(lines)
 
 
-def bars(runs: Runs, path: Path) -> None:
-    """The mean change of each set and variant with its interval, and a point a seed; a row a split, a column a judge."""
-    from matplotlib.figure import Figure
-
-    made = Figure(figsize=(10, 6.6), layout="constrained")
-    for axes, (split, metric) in zip(made.subplots(2, 2, sharey="row").flat, COLUMNS):
-        for i, (variant, colour) in enumerate(COLOURS.items()):
-            x = np.arange(len(SETS)) + 0.26 * (i - 1)
-            found = [changed(list(runs[name].values()), metric, variant, "base", split) for name in SETS]
-            errors = ([one.mean - one.low for one in found], [one.high - one.mean for one in found])
-            heights = [one.mean for one in found]
-            axes.bar(x, heights, 0.24, color=colour, alpha=0.55, label=VARIANTS[variant])
-            axes.errorbar(x, heights, errors, fmt="none", color=colour, capsize=3, linewidth=1.2)
-            for j, seed in enumerate(SEEDS):
-                points = [changed([runs[name][seed]], metric, variant, "base", split).mean for name in SETS]
-                axes.plot(x + 0.06 * (j - 1), points, ".", color="#1c1917", markersize=4)
-        axes.axhline(0, color="#57534e", linewidth=0.8)
-        axes.set_xticks(range(len(SETS)), SETS)
-        judge = "the reward" if metric == "tiny-clip" else "not trained on"
-        axes.set_title(f"{metric} ({judge}) above the base, {split} prompts", fontsize=10)
-        axes.grid(axis="y", alpha=0.25, linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
-    made.legend(
-        *made.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False, fontsize=9
+def shown_bars(runs: Runs, path: Path) -> None:
+    """The mean change of each set and variant."""
+    bars(
+        [Series(VARIANTS[v], c, v, {n: list(runs[n].values()) for n in SETS}) for v, c in COLOURS.items()], "base", path
     )
-    made.savefig(path, dpi=110)
 
 
 def pictures(runs: Runs, path: Path) -> None:
@@ -110,7 +84,7 @@ def main(folder: Path, bars_path: Path, pictures_path: Path) -> None:
     print(table(runs, AGAINST_BASE, "above the base", seeds=False), end="\n\n")
     print(table(runs, PAIRS, "difference", seeds=False), end="\n\n")
     print(table(runs, AGAINST_BASE, "above the base", seeds=True))
-    bars(runs, bars_path)
+    shown_bars(runs, bars_path)
     pictures(runs, pictures_path)
 
 

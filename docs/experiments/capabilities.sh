@@ -12,11 +12,7 @@ alignment=${2:?give the folder of the runs of alignment.sh}
 here=$(cd "$(dirname "$0")" && pwd)
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HERE=$here ALIGNMENT=$alignment
 mkdir -p "$out"
-for seed in 10 11 12; do
-  for set in color count composition location; do
-    echo "$set $seed"
-  done
-done | xargs -P 2 -L 1 bash -c '
+"$here/sets-and-seeds.sh" | xargs -P 2 -L 1 bash -c '
   set -euo pipefail
   texforce=$ALIGNMENT/$1-$2 ddpo=$0/$1-$2-unet
   "$HERE/train.sh" "$ddpo" --reward tiny-clip --prompts "$1" --model tiny --seed "$2" --train unet 2>> "$ddpo.log"

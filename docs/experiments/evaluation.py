@@ -22,6 +22,9 @@ from texforce_cli.workflows.evaluation.pictures import Item, picture_path
 SEEDS = ("10", "11", "12")
 """Of training."""
 SPLITS = ("seen", "unseen")
+SETS = ("color", "count", "composition", "location")
+METRICS = ("tiny-clip", "tiny-judge")
+COLUMNS = [(split, metric) for split in SPLITS for metric in METRICS]
 NOISE = 1000
 """The seed of the pictures that are shown."""
 
@@ -56,6 +59,11 @@ class Evaluation:
         """The mean over the seeds of each prompt."""
         return {prompt: float(np.mean(list(own.values()))) for prompt, own in self.values[metric, variant].items()}
 
+    def mean(self, metric: str, variant: str, split: str) -> float:
+        """The mean over the prompts of a split."""
+        values = self.by_prompt(metric, variant)
+        return float(np.mean([values[prompt] for prompt in self.splits[split]]))
+
     def change(self, metric: str, variant: str, against: str, split: str) -> dict[str, float]:
         """How much larger a variant's value of each prompt is than that of another."""
         ours, theirs = self.by_prompt(metric, variant), self.by_prompt(metric, against)
@@ -81,3 +89,40 @@ def shown(found: Interval, digits: int) -> str:
 def row(*cells: str) -> str:
     """A line of a Markdown table."""
     return f"| {' | '.join(cells)} |"
+
+
+@dataclass(frozen=True)
+class Series:
+    """Bars of one colour: how far a variant is above the base, for each set of prompts; `runs` has an evaluation a seed."""
+
+    label: str
+    colour: str
+    variant: str
+    runs: Mapping[str, Sequence[Evaluation]]
+
+
+def bars(series: Sequence[Series], base: str, path: Path) -> None:
+    """The mean change of each set and series with its interval, and a point a seed; a row a split, a column a judge."""
+    from matplotlib.figure import Figure
+
+    made = Figure(figsize=(10, 6.6), layout="constrained")
+    width = 0.78 / len(series)
+    for axes, (split, metric) in zip(made.subplots(2, 2, sharey="row").flat, COLUMNS):
+        for i, one in enumerate(series):
+            x = np.arange(len(SETS)) + width * (i - (len(series) - 1) / 2)
+            found = [changed(one.runs[name], metric, one.variant, "base", split) for name in SETS]
+            errors = ([f.mean - f.low for f in found], [f.high - f.mean for f in found])
+            axes.bar(x, [f.mean for f in found], 0.92 * width, color=one.colour, alpha=0.55, label=one.label)
+            axes.errorbar(x, [f.mean for f in found], errors, fmt="none", color=one.colour, capsize=3, linewidth=1.2)
+            for j in range(len(SEEDS)):
+                points = [changed([one.runs[name][j]], metric, one.variant, "base", split).mean for name in SETS]
+                axes.plot(x + width / 4 * (j - 1), points, ".", color="#1c1917", markersize=4)
+        axes.axhline(0, color="#57534e", linewidth=0.8)
+        axes.set_xticks(range(len(SETS)), SETS)
+        judge = "the reward" if metric == "tiny-clip" else "not trained on"
+        axes.set_title(f"{metric} ({judge}) above the {base}, {split} prompts", fontsize=10)
+        axes.grid(axis="y", alpha=0.25, linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    handles = made.axes[0].get_legend_handles_labels()
+    made.legend(*handles, loc="outside upper center", ncols=len(series), frameon=False, fontsize=9)
+    made.savefig(path, dpi=110)

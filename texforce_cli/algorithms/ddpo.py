@@ -86,7 +86,7 @@ class Kept(Protocol):
         """A batch that was drawn."""
         ...
 
-    def drawn(self) -> None:
+    def all_drawn(self) -> None:
         """All of the epoch is."""
         ...
 
@@ -359,7 +359,7 @@ class DDPO:
             while pending and pending[0].done():
                 collect()
         if self._kept is not None:
-            self._kept.drawn()
+            self._kept.all_drawn()
         while pending:  # rewards in processes of their own score while the next images are drawn
             collect()
         places = torch.full((total,), -1)

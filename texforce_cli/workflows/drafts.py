@@ -69,7 +69,7 @@ class Drafts:
             if time.monotonic() - self._saved >= self.seconds:
                 self.save()
 
-    def drawn(self) -> None:
+    def all_drawn(self) -> None:
         """The epoch is drawn: of one that takes long the rest is written, of another what is in memory is let go."""
         if self._lasts:
             self.save()
