@@ -47,7 +47,7 @@ def reward_curve(
         top.axhline(evaluations[-1]["base"], color="#c2410c", linestyle=":", linewidth=1.2, label="the base on them")
     top.set_title(title, fontsize=11)
     top.set_ylabel(reward_label)
-    top.legend(fontsize=8, frameon=False)
+    top.legend(fontsize=8, framealpha=0.9, edgecolor="none")
     kl = [row["approx_kl"] for row in rows]
     if any(value > 0 for value in kl):
         bottom.semilogy(images, kl, color="#57534e", linewidth=1.2)
