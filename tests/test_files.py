@@ -17,6 +17,7 @@ import pytest
 
 from texforce_cli import files
 from texforce_cli.errors import TexforceError
+from texforce_cli.workflows import checkpoint
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -130,3 +131,13 @@ def test_a_name_that_is_no_utf8_is_written_and_read_again(tmp_path: Path) -> Non
     assert "café" in (tmp_path / "b.json").read_text("utf-8")
     files.write_text(tmp_path / "a.txt", f"prompts of {name}")
     assert (tmp_path / "a.txt").read_text("utf-8") == "prompts of caf?.txt"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="opens folders")
+def test_a_checkpoints_name_is_on_the_disk_when_it_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr(
+        checkpoint, "settle", lambda folder: synced.append(f"{folder.name} {sorted(os.listdir(folder))}")
+    )
+    checkpoint.save(tmp_path, checkpoint.Checkpoint(1, {}, {}), b"lora")
+    assert synced == [f"{tmp_path.name} ['epoch_0001']"]
