@@ -135,9 +135,9 @@ def test_a_name_that_is_no_utf8_is_written_and_read_again(tmp_path: Path) -> Non
 
 @pytest.mark.skipif(os.name != "posix", reason="opens folders")
 def test_a_checkpoints_name_is_on_the_disk_when_it_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    synced: list[str] = []
+    synced: list[tuple[Path, list[str]]] = []
     monkeypatch.setattr(
-        checkpoint, "settle", lambda folder: synced.append(f"{folder.name} {sorted(os.listdir(folder))}")
+        checkpoint, "settle", lambda folder: synced.append((folder, [path.name for path in folder.iterdir()]))
     )
     checkpoint.save(tmp_path, checkpoint.Checkpoint(1, {}, {}), b"lora")
-    assert synced == [f"{tmp_path.name} ['epoch_0001']"]
+    assert synced == [(tmp_path, ["epoch_0001"])]
