@@ -588,6 +588,25 @@ def test_a_run_is_not_resumed_on_another_model(capsys: pytest.CaptureFixture[str
     assert "the model 'tiny' has changed since 'a' was begun" in capsys.readouterr().err
 
 
+def test_a_run_is_resumed_that_is_older_than_an_option(capsys: pytest.CaptureFixture[str]) -> None:
+    train("--out", "a", epochs=1)
+    record = json.loads(Path("a/run.json").read_text())
+    del record["config"]["draft_every"], record["origins"]["draft_every"]
+    Path("a/run.json").write_text(json.dumps(record))
+    assert run(["train", "--resume", "a"]) == 0
+    assert json.loads(Path("a/run.json").read_text())["origins"]["draft_every"] == "default"
+
+
+def test_a_run_is_not_resumed_that_knows_an_option_more(capsys: pytest.CaptureFixture[str]) -> None:
+    train("--out", "a", epochs=1)
+    record = json.loads(Path("a/run.json").read_text())
+    record["config"]["moods"] = 3
+    record["versions"]["texforce"] = "9.0"
+    Path("a/run.json").write_text(json.dumps(record))
+    assert run(["train", "--resume", "a"]) == 1
+    assert "'a' was begun with texforce 9.0, whose option 'moods' is unknown here" in capsys.readouterr().err
+
+
 def test_a_resumed_run_needs_no_longer_what_it_started_from() -> None:
     import shutil
 

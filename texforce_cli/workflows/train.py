@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from texforce_cli.config import TrainConfig, differences, given
+from texforce_cli.config import FIELDS, TrainConfig, differences, given
 from texforce_cli.devices import claim, resolve_device
 from texforce_cli.diffusion.models import fingerprint, resolve_model
 from texforce_cli.errors import TexforceError, UsageError
@@ -156,13 +156,21 @@ def recorded_plan(folder: RunFolder, wanted: Mapping[str, Any]) -> Plan:
     """
     record = folder.read_record()
     try:
+        if unknown := [name for name in record["config"] if name not in FIELDS]:
+            raise TexforceError(
+                f"'{folder.path}' was begun with texforce {record['versions']['texforce']}, whose option '{unknown[0]}'"
+                " is unknown here",
+                "go on with that version",
+            )
         config = TrainConfig(**record["config"])
         about, origins, reason = record["prompts"], record["origins"], record["model"]["reason"]
         prompts = replace(read_prompts(folder.prompts), name=about["name"], source=about["source"])
     except (KeyError, TypeError) as error:
         raise folder.damaged(error) from error
     wanted = _unchanging(folder, config, wanted)
-    config, origins = replace(config, **wanted), {**origins, **dict.fromkeys(wanted, "resume")}
+    # an option that is younger than the run has its default
+    origins = {**dict.fromkeys(FIELDS, "default"), **origins, **dict.fromkeys(wanted, "resume")}
+    config = replace(config, **wanted)
     registry = load_registry()
     infos = tuple(find(spec, registry) for spec in parse_terms(config.reward, config.reward_option))
     return Plan(config, origins, replace(resolve_model(config.model), reason=reason), prompts, registry, infos)
