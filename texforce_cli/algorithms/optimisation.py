@@ -49,6 +49,10 @@ MOST_LOST = 5
 """So many gradients in a row that are not finite end a run."""
 
 
+_FUSED = ("cpu", "cuda", "mps", "xpu")
+"""Devices on which torch updates all parameters in one kernel."""
+
+
 class Optimisation:
     """The optimiser of a run over `parameters`; `step()` uses the gradients that `team` has gathered."""
 
@@ -63,7 +67,11 @@ class Optimisation:
         self.updates = 0
         self._lost = 0
         self._adam = torch.optim.AdamW(
-            self.parameters, lr=settings.learning_rate, betas=(0.9, 0.999), weight_decay=settings.weight_decay
+            self.parameters,
+            lr=settings.learning_rate,
+            betas=(0.9, 0.999),
+            weight_decay=settings.weight_decay,
+            fused=all(p.device.type in _FUSED for p in self.parameters),
         )
         self._average = [p.detach().clone() for p in self.parameters] if settings.ema else []
 
@@ -156,14 +164,11 @@ class Optimisation:
         self.updates, self.base_rate = int(numbers["updates"]), float(numbers["base_rate"])
         self.loss_scale = float(numbers["loss_scale"])
         self._lost = int(numbers.get("lost", 0))  # absent in checkpoints of before it was kept
-        for index, parameter in enumerate(self.parameters):
-            prefix = f"adam.{index}."
-            state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-            if state:
-                # Adam's own step counter stays on the CPU, the moments go to the parameter
-                self._adam.state[parameter] = {
-                    key: value.clone() if key == "step" else value.to(parameter.device).clone()
-                    for key, value in state.items()
-                }
+        state = self._adam.state_dict()
+        for name, value in tensors.items():
+            if name.startswith("adam."):
+                _, number, key = name.split(".", 2)
+                state["state"].setdefault(int(number), {})[key] = value.clone()
+        self._adam.load_state_dict(state)
         for index, average in enumerate(self._average):
             average.copy_(tensors[f"ema.{index}"])
