@@ -6,6 +6,8 @@ import csv
 import hashlib
 import json
 import math
+import multiprocessing
+import os
 import re
 import shlex
 import shutil
@@ -25,14 +27,17 @@ from diffusers import AutoencoderTiny
 from PIL import Image, PngImagePlugin
 
 from texforce_cli.cli.app import run
+from texforce_cli.diffusion import models
 from texforce_cli.diffusion.adapters import Adapter
 from texforce_cli.diffusion.models import load_pipeline, resolve_model
 from texforce_cli.errors import Interrupted, TexforceError, UsageError
 from texforce_cli.files import held, user_folder
+from texforce_cli.judging.votes import Vote
+from texforce_cli.lora.spec import parse_lora
 from texforce_cli.lora.write import lora_bytes
 from texforce_cli.prompts import Prompt
 from texforce_cli.prompts.fetched import FETCHED
-from texforce_cli.report.page import pictures_hash
+from texforce_cli.report.page import Row, pictures_hash
 from texforce_cli.report.pictures import read_picture, save_png
 from texforce_cli.rewards.builtin.pictures import Brightness
 from texforce_cli.rewards.builtin.scores_file import picture_hash
@@ -46,9 +51,11 @@ from texforce_cli.workflows.evaluation import draw, sharing
 from texforce_cli.workflows.evaluation import run as running
 from texforce_cli.workflows.evaluation.layout import Layout
 from texforce_cli.workflows.evaluation.pictures import Found, Item, items_of
-from texforce_cli.workflows.evaluation.request import EvalRequest, gather_variants
+from texforce_cli.workflows.evaluation.request import EvalRequest, gather_variants, prompts_of
 from texforce_cli.workflows.evaluation.scores import Metric, ScoreFile, score_key, score_pictures
+from texforce_cli.workflows.evaluation.summary import adjusted
 from texforce_cli.workflows.evaluation.variants import parse_variant, read_variants
+from texforce_cli.workflows.evaluation.votes import count_votes
 from texforce_cli.workflows.loras import trained_on
 from texforce_cli.workflows.stopping import StopRequest
 
@@ -241,7 +248,8 @@ def test_pictures_of_others(prompts: str, capsys: Any) -> None:
             index.write(json.dumps({"file_name": f"{number}.jpg", "text": text, "seed": 1}) + "\n")
     assert evaluate(prompts, "--images", "a=drawn", "--images", "b=indexed") == 3
     assert row(summary(), "b", "brightness")["pictures"] == 2
-    assert "10 are missing" in capsys.readouterr().err.replace("5 more", "10") or summary()["missing"]
+    assert len(summary()["missing"]) == 10
+    assert "and 5 more are missing: out" in capsys.readouterr().err
     Path("empty").mkdir()
     assert evaluate(prompts, "--images", "a=drawn", "--images", "c=empty", out="other") == 2
     assert "nothing in 'empty' tells" in capsys.readouterr().err
@@ -279,8 +287,6 @@ def test_several_processes_draw_the_same(prompts: str, monkeypatch: pytest.Monke
     assert evaluate(prompts, *arguments, "--num-processes", "2", out="two") == 0
     assert Path("one/summary.json").read_bytes() == Path("two/summary.json").read_bytes()
     command = [sys.executable, "-m", "texforce_cli", *command_of(prompts, "launched")]
-    import os
-
     environments = [{**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"} for rank in range(2)]
     processes = [subprocess.Popen([*command, *arguments], env=env, stderr=subprocess.DEVNULL) for env in environments]
     assert [process.wait(300) for process in processes] == [0, 0]
@@ -803,6 +809,7 @@ def test_scores_that_were_kept_by_the_files_hash_are_still_known(monkeypatch: py
     for line in Path("out/scores.jsonl").read_text().splitlines():
         found = json.loads(line)
         for path in sorted(Path().glob("[ab]/*.png")):
+            found.pop("batch", None)
             if found["metric"] == "brightness" and picture_hash(read_picture(path)) == found["picture"]:
                 digest = hashlib.sha256(path.read_bytes()).hexdigest()
                 lines.append(json.dumps({**found, "picture": digest, "value": 0.5 + 1e-9 * len(lines)}) + "\n")
@@ -964,7 +971,7 @@ def test_each_process_draws_on_a_gpu_of_its_own() -> None:
     assert draw.gpu_of(5, 4, launcher) == 1
     assert draw.gpu_of(1, 2, {"LOCAL_RANK": "0"}) == 1  # left over from something else
     before = torch.get_num_threads()
-    sharing._few_threads(before + 1)
+    sharing._begin(before + 1)
     try:
         assert torch.get_num_threads() == before + 1
     finally:
@@ -1057,8 +1064,6 @@ def test_a_prompt_of_more_letters_than_a_text_chunk_holds_is_drawn_and_known_aga
 
 
 def test_one_model_at_a_time_is_in_memory(prompts: str, lora: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from texforce_cli.diffusion import models
-
     load: Any = models.load_pipeline
     loaded: list[weakref.ref[Any]] = []
 
@@ -1156,3 +1161,291 @@ def test_every_score_is_in_a_table(prompts: str) -> None:
         ("a", "y", "1", "unseen", "", 0.8),
     ]
     assert [(r["prompt"], r["seed"]) for r in found if r["metric"] == "diversity"] == [("x", ""), ("y", "")]
+
+
+# --- what a stranger tries --------------------------------------------------------------------------------------------
+
+
+def test_metrics_are_on_the_gpu_that_was_named_also_where_nothing_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere("a", GREYS)
+    written("x\ny\n")
+    claimed, ones, score = [], torch.ones, Brightness.score
+
+    def scoring(*given: Any) -> Any:
+        assert claimed == ["cuda:1"]
+        return score(*given)
+
+    monkeypatch.setattr(Brightness, "score", scoring)
+    monkeypatch.setattr(torch, "ones", lambda size, device=None: ones(size))
+    monkeypatch.setattr(torch.cuda, "set_device", claimed.append)
+    assert compared(*BRIGHT, "--score-only", "--device", "cuda:1", images=("a",)) == 0
+    assert row(summary(), "a", "brightness")["pictures"] == 4
+
+
+def test_two_pictures_of_the_same_prompt_and_seed_are_not_chosen_from(capsys: Any) -> None:
+    elsewhere("a/base", GREYS)
+    written("x\ny\n")
+    assert compared(*BRIGHT, images=("a",)) == 0
+    elsewhere("a/tuned", {("z", 0): 1})  # nobody asks for it
+    elsewhere("a/tuned/more", {("z", 0): 1})
+    assert compared(*BRIGHT, images=("a",)) == 0
+    for hidden in (".x-0.0123abcd.tmp.png", "._x-0.png", ".ipynb_checkpoints/x-0.png"):
+        Path("a/base", hidden).parent.mkdir(exist_ok=True)
+        shutil.copy("a/base/x-0.png", Path("a/base", hidden))
+    assert compared(*BRIGHT, images=("a",)) == 0
+    elsewhere("a/tuned", {("y", 1): 90})
+    assert compared(*BRIGHT, images=("a",)) == 2
+    assert "two pictures of 'y' with seed 1, 'base/y-1.png' and 'tuned/y-1.png'" in capsys.readouterr().err
+    rows = [{"file_name": f"tuned/{name}.png", "prompt": "y", "seed": 1} for name in ("y-1", "y-1")]
+    Path("a/metadata.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    assert compared(*BRIGHT, images=("a",)) == 3  # one line twice is one picture
+    assert row(summary(), "a", "brightness")["mean"] == pytest.approx(90 / 255)
+
+
+def test_wherever_a_kill_cuts_off_the_scores_a_batch_counts_whole_or_not_at_all(tmp_path: Path) -> None:
+    whole = ScoreFile(tmp_path / "whole")
+    batches = [[(name, "a cat", "m", "1", 0.5) for name in names] for names in ("abc", "d", "ef")]
+    for batch in batches:
+        whole.add(batch)
+    data = (tmp_path / "whole").read_bytes()
+    known = set()
+    for end in range(len(data) + 1):
+        (tmp_path / "cut").write_bytes(data[:end])
+        cut = ScoreFile(tmp_path / "cut")
+        known.add("".join(name for name in "abcdef" if cut.get(name, "a cat", "m", "1") is not None))
+        assert (cut.versions("m") == ["1"]) == (cut.get("a", "a cat", "m", "1") is not None)
+        cut.add(batches[0])  # what is scored again counts, beside what was cut off
+        assert ScoreFile(tmp_path / "cut").get("c", "a cat", "m", "1") == 0.5
+    assert known == {"", "abc", "abcd", "abcdef"}
+
+
+def test_scores_that_were_cut_off_within_a_batch_end_in_the_same_summary(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, more in (("a", 0), ("b", 100)):
+        elsewhere(name, {(text, seed): 7 * seed + len(text) + more for text in ("x", "yy") for seed in range(5)})
+    written("x\nyy\n")
+    counted = Counted(monkeypatch)
+    assert compared(*BRIGHT, "--batch", "8", seeds="0:5") == 0
+    whole, scores = Path("out/summary.json").read_bytes(), Path("out/scores.jsonl").read_bytes()
+    for lines in (3, 8, 11):
+        Path("out/scores.jsonl").write_bytes(b"".join(scores.splitlines(keepends=True)[:lines]))
+        counted.pictures = 0
+        assert run(["eval", "--out", "out"]) == 0
+        assert Path("out/summary.json").read_bytes() == whole
+        assert counted.pictures == (20 if lines == 3 else 12)
+
+
+def test_another_version_or_option_of_a_reward_is_scored_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere("a", GREYS)
+    written("x\ny\n")
+    counted = Counted(monkeypatch)
+    for version, pictures in (("1", 4), ("1", 4), ("2", 8), ("1", 8)):
+        monkeypatch.setattr("texforce_cli.rewards.registry.__version__", version)
+        assert compared(*BRIGHT, images=("a",)) == 0
+        assert counted.pictures == pictures
+
+    def version_of(package: str, **options: str) -> str:
+        return Metric(TermSpec("m", options=options), RewardInfo("m", "m:R", *package.split())).version(
+            ScoreFile(Path())
+        )
+
+    versions = [
+        version_of("third 1"), version_of("third 2"), version_of("other 1"), version_of("third 1", a="1", b="2"),
+        version_of("third 1", a="1,b=2"), version_of("third 1", a="1,,b=2"), version_of("third 1", a="1"),
+    ]  # fmt: skip
+    assert len(set(versions)) == len(versions)
+
+
+def test_the_report_alone_makes_no_reward(monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere("a", GREYS)
+    written("x\ny\n")
+    assert compared(*BRIGHT, "--metric", "tiny-clip", images=("a",)) == 0
+    whole = Path("out/summary.json").read_bytes()
+    elsewhere("a", {("y", 1): 90})
+    monkeypatch.setattr(RewardInfo, "create", lambda *given: pytest.fail("a reward was made"))
+    monkeypatch.setattr("texforce_cli.devices.resolve_device", lambda name: pytest.fail("a device was asked for"))
+    assert run(["eval", "--out", "out", "--report-only", "--device", "cuda:1"]) == 3
+    assert [entry["what"] for entry in summary()["missing"]] == ["brightness: not scored", "tiny-clip: not scored"]
+    elsewhere("a", {("y", 1): 40})
+    assert run(["eval", "--out", "out", "--report-only"]) == 0
+    assert Path("out/summary.json").read_bytes() == whole
+
+
+def test_what_one_variant_lacks_leaves_all_of_them_and_is_counted() -> None:
+    elsewhere("a", GREYS)
+    elsewhere("b", {cell: level + 100 for cell, level in GREYS.items() if cell != ("x", 0)})
+    elsewhere("c", {cell: level + 200 for cell, level in GREYS.items() if cell != ("y", 1)})
+    written("x\ny\nz\n")  # nobody has z
+    assert compared(*BRIGHT, images=("a", "b", "c")) == 3
+    found = summary()
+    assert found["unpaired"] == {"brightness": 2, "diversity": 0}
+    assert [(r["prompts"], r["pictures"]) for r in found["rows"] if r["metric"] == "brightness"] == [(2, 2)] * 3
+    assert row(found, "a", "brightness")["mean"] == pytest.approx(25 / 255)  # of 20 and 30 alone
+    assert len(found["missing"]) == 2 + 3 * 2
+
+
+def test_p_is_adjusted_over_every_variant_and_metric_of_a_group() -> None:
+    about = [
+        ("all", "b", "m", 0.01), ("all", "b", "n", 0.04), ("all", "c", "m", 0.03), ("all", "a", "m", None),
+        ("seen", "b", "m", 0.01), ("seen", "c", "m", 1.0),
+    ]  # fmt: skip
+    fields = Row.__dataclass_fields__
+    rows = [
+        Row(**{**dict.fromkeys(fields), "group": group, "variant": variant, "metric": metric, "p": p})
+        for group, variant, metric, p in about
+    ]
+    assert [r.p_holm for r in adjusted(rows)] == [pytest.approx(0.03), pytest.approx(0.06), pytest.approx(0.06), None, 0.02, 1]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--variant", "a=tiny+~nobody-is-called-so/x+y"], "~nobody-is-called-so/x"),
+        (
+            ["--variant", "a=tiny+" + "+".join(f"lora_number_{n}.safetensors:0.5" for n in range(12))],
+            "there is no LoRA",
+        ),
+        (["--variant", "a=tiny+unet=~nobody-is-called-so/x"], "is not there yet"),
+        (["--images", "a=~nobody-is-called-so/x"], "there is no folder"),
+        (["--images", "a=" + "x" * 300], "there is no folder"),
+        (["--variant", "a=tiny", "--votes", "~nobody-is-called-so/votes.json"], "there is no file"),
+        (["--variant", "a=tiny", "--votes", "x" * 300], "there is no file"),
+        (["--variant", "a=tiny", "--prompts", "~nobody-is-called-so/p.txt"], "there is no file"),
+        (["--variant", "a=tiny", "--prompts", "x" * 300 + ".txt"], "cannot be read"),
+        (["--variants", "deep.toml"], "cannot be read"),
+    ],
+)
+def test_a_path_that_cannot_be_is_one_sentence(arguments: list[str], sentence: str, capsys: Any) -> None:
+    Path("deep.toml").write_text("variants = " + "[" * 100_000)
+    planned = ["--dry-run"] if "yet" in sentence else []
+    assert run(["eval", "--prompts", "color", *BRIGHT, "--out", "out", *arguments, *planned]) == (0 if planned else 2)
+    error = capsys.readouterr().err
+    assert sentence in error and len(error.strip().splitlines()) == 1
+
+
+def test_a_path_that_ends_as_if_with_a_weight_is_whole(tmp_path: Path) -> None:
+    for name in ("runs/a:1", "runs/b+c:0.5", "both", "both:2"):
+        Path(name).mkdir(parents=True)
+    variant = parse_variant("x=tiny+runs/a:1+runs/b+c:0.5+runs/b+c:0.5:-2+both:2+none:3")
+    assert variant.loras == ("runs/a:1:1", "runs/b+c:0.5:1", "runs/b+c:0.5:-2", "both:2", "none:3")
+    assert [parse_lora(text).source for text in variant.loras] == ["runs/a:1", "runs/b+c:0.5", "runs/b+c:0.5", "both", "none"]  # fmt: skip
+    (tmp_path / "v.toml").write_text('[[variants]]\nname = "x"\nloras = ["runs/a:1"]\n')
+    assert read_variants(tmp_path / "v.toml")[0].loras == ("runs/a:1:1",)
+
+
+def test_the_words_of_a_set_are_those_of_the_loras_base_whatever_this_machine_would_choose(
+    lora: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "_automatic", lambda device: models.known_model("sd15"))
+
+    def first(*variants: str) -> str:
+        request = EvalRequest(Path("out"), variants=gather_variants(variants, None, []), prompts="color")
+        return prompts_of(request).seen[0].text
+
+    assert first("base=auto") == first("base=sd15") == "A green colored rabbit"
+    assert first("base=auto", "gone=auto+none.safetensors", f"tex=auto+{lora}") == first("base=tiny")
+
+
+def test_votes_on_the_same_pictures_are_averaged_before_they_are_counted() -> None:
+    items = items_of([Prompt("x")], range(4))
+    votes = [Vote(items[0].prompt_id, seed, "b", "a", points) for seed, points in enumerate((1.0, 1.0, 1.0, 0.0))]
+    once = count_votes(votes, ("a", "b"), "a", items)
+    assert once[1][0].difference_low is not None and once[1][0].label == "for this prompt only"
+    assert count_votes(votes * 5, ("a", "b"), "a", items)[1:] == once[1:]  # a file that is given five times
+    strange = [Vote(items[0].prompt_id, 0, "a", "a", 1.0), Vote("other", 0, "a", "b", 1.0), Vote(items[0].prompt_id, 0, "a", "z", 1.0)]  # fmt: skip
+    assert count_votes([*votes, *strange], ("a", "b"), "a", items) == once
+    assert once[0].version == "4 votes"
+
+
+def test_votes_alone_are_a_metric(capsys: Any) -> None:
+    elsewhere("a", GREYS)
+    elsewhere("b", {cell: level + 100 for cell, level in GREYS.items()})
+    written("x\ny\n")
+    assert compared(*BRIGHT, seeds="0") == 0
+    data = re.search(r'"hash": ?"([0-9a-f]{64})"', Path("out/report/index.html").read_text())
+    assert data is not None
+    cast = [
+        {"prompt": Item(text, 0).prompt_id, "seed": 0, "left": "b", "right": "a", "winner": "left"} for text in "xy"
+    ]
+    Path("votes.json").write_text(json.dumps({"texforce_votes": 1, "data": data[1], "votes": cast}))
+    assert compared("--votes", "votes.json", seeds="0") == 0
+    assert [(r["variant"], r["metric"], r["win_rate"]) for r in summary()["rows"]] == [("b", "votes", 1)]
+    for document in (b"[" * 100_000, b'{"texforce_votes": 1, "data": "", "votes": [' + b"9" * 5000 + b"]}", b"\xff"):
+        Path("votes.json").write_bytes(document)
+        capsys.readouterr()
+        assert compared("--votes", "votes.json", seeds="0") == 2
+        assert "'votes.json' holds no votes" in capsys.readouterr().err
+    with Path("votes.json").open("wb") as file:
+        file.truncate(64_000_001)
+    assert compared("--votes", "votes.json", seeds="0") == 2
+    assert "it is too large" in capsys.readouterr().err
+
+
+def test_a_category_may_be_a_number() -> None:
+    elsewhere("a", GREYS)
+    written('{"prompt": "x", "category": 1}\n{"prompt": "y", "category": " 2 "}\n', "p.jsonl")
+    assert compared(*BRIGHT, images=("a",), prompts="p.jsonl") == 0
+    assert {r["group"] for r in summary()["rows"] if r["metric"] == "brightness"} == {"all", "1", "2"}
+    assert '"category":"2"' in Path("out/report/index.html").read_text()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_process_that_draws_ends_with_the_one_that_began_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    context = multiprocessing.get_context("fork")
+    reader, writer = context.Pipe(duplex=False)
+
+    def drawing_on() -> None:
+        sharing._begin(1)
+        writer.send("begun")
+        time.sleep(60)
+
+    def killed() -> None:
+        context.Process(target=drawing_on).start()
+        reader.recv()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    parent = context.Process(target=killed)
+    parent.start()
+    writer.close()
+    parent.join()
+    assert reader.poll(20)
+    with pytest.raises(EOFError):  # nobody is left who could write
+        reader.recv()
+
+
+def test_a_branch_of_the_hub_is_its_commit_from_the_first_picture_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    folder, commit = tmp_path / "hub" / "models--someone--model", "c" * 40
+
+    def download(repository: str, file: str, *, revision: str) -> None:
+        for path, text in ((f"snapshots/{commit}/{file}", "{}"), (f"refs/{revision}", commit)):
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_text(text)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    request = EvalRequest(Path("out"), variants=(parse_variant("a=someone/model"),))
+    first, again = (draw.recipes(request, to_draw=True)[0].settings["model"] for _ in range(2))
+    assert first == again == {"revision": commit}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere these are no names of files")
+def test_files_may_be_called_anything(capsys: Any) -> None:
+    elsewhere("a", GREYS)
+    written("x\ny\n")
+    for number, path in enumerate(sorted(Path("a").iterdir())):
+        path.rename(os.fsdecode(b"a/\xff\n[red]{{ 7 * 7 }}<script>\"'%d.png" % number))
+    wide = Image.new("RGB", (20_000, 1))
+    save_png(Path(os.fsdecode(b"a/\xff\n[red]<script>large.png")), wide, {"prompt": "x", "seed": "2"})
+    assert compared(*BRIGHT, "--json", images=("a",), seeds="0:3") == 3
+    shown = capsys.readouterr()
+    document = json.loads(shown.out)
+    assert row(document, "a", "brightness")["pictures"] == 4
+    (reason,) = [entry["what"] for entry in document["missing"] if entry["prompt"] == "x"]
+    assert reason == "'\udcff\n[red]<script>large.png' has 20000 x 1 pixels"
+    assert summary()["missing"] == document["missing"]
+    assert "large.png' has 20000 x 1 pixels" in shown.err and "\x1b" not in shown.err
+    assert "[red]&lt;script&gt;large.png" in Path("out/report/index.html").read_text()

@@ -21,8 +21,9 @@ from PIL import Image, ImageCms
 
 from texforce_cli.core.comparison import win_matrix
 from texforce_cli.errors import TexforceError
+from texforce_cli.judging.votes import read_votes
 from texforce_cli.report import page as page_module
-from texforce_cli.report.page import Page, PageVariant, Picture, Row, Tab, pictures_hash, write_page
+from texforce_cli.report.page import Page, PageMetric, PageVariant, Picture, Row, Tab, pictures_hash, write_page
 from texforce_cli.report.verdicts import ranking_tabs
 
 SECTIONS = ("summary", "differences", "wins", "scores", "gains", "pictures", "blind")
@@ -150,6 +151,17 @@ def test_a_win_is_said_to_be_of_a_picture_as_it_is_counted(tmp_path: Path) -> No
     assert "hare of prompts" not in text
 
 
+def test_a_seed_that_is_no_number_of_javascript_comes_back_in_a_vote_as_it_was(tmp_path: Path) -> None:
+    seeds = [0, 2**53 - 1, 2**53 + 1]
+    page = small_page(tmp_path, pictures={}, seeds=seeds)
+    data = Parsed(write_page(page, tmp_path / "out")).data
+    assert data["seeds"] == [0, 2**53 - 1, "9007199254740993"]
+    votes = [{"prompt": "p000", "seed": seed, "left": "a", "right": "b", "winner": "tie"} for seed in data["seeds"]]
+    file = tmp_path / "votes.json"
+    file.write_text(json.dumps({"texforce_votes": 1, "data": data["hash"], "votes": votes}))
+    assert [vote.seed for vote in read_votes(file, pictures_hash(page))] == seeds
+
+
 def test_equal_pictures_of_two_variants_are_one_file(tmp_path: Path) -> None:
     page = small_page(tmp_path)
     one = page.pictures["base", "p000", 0]
@@ -193,8 +205,15 @@ def test_a_picture_that_cannot_be_read_is_named_and_the_old_page_stays(tmp_path:
 
 
 def test_hostile_text_is_text(tmp_path: Path) -> None:
+    script = "</ul>\"'><script>document.title = 'broken'</script>"
+    page = hostile_page(tmp_path / "drawn")
     page = dataclasses.replace(
-        hostile_page(tmp_path / "drawn"), missing=["</ul><script>document.title = 'broken'</script>"]
+        page,
+        missing=[script],
+        metrics=[PageMetric(script, script, True, script)],
+        rows=[row(variant=page.variants[1].name, metric=script, group=script, label=script)],
+        wins={},
+        extra_tabs=[Tab("rank", script, "")],
     )
     parsed = Parsed(write_page(page, tmp_path / "out"))
     assert [tag for tag, _ in parsed.elements].count("script") == len(parsed.scripts) == 2
@@ -332,6 +351,26 @@ def test_rankings_of_names_that_differ_in_signs_alone_have_a_section_each(tmp_pa
     assert len(page.extra_tabs) == 3
     text = write_page(page, tmp_path / "out").read_text(encoding="utf-8")
     assert text.count('role="tab" id="tab-more-') == 3
+
+
+def test_what_a_judge_answers_is_text(tmp_path: Path) -> None:
+    script = "</p>\"'><script>document.title = 'broken'</script>\u202e"
+    summary = {
+        **{key: [script] for key in ("models", "absent", "warnings")},
+        **{"judge": script, "mode": script, "rounds": 1, "answered": 1, "questions": 1, "pictures": "", "criteria": []},
+        **{"spent": {"usd": script}, "missing_by_variant": {script: {script: 1}}, "results": {}, "variants": [script]},
+    }
+    verdict: dict[str, Any] = dict.fromkeys(("criterion", "prompt", "seed", "reason"), script)
+    verdict |= {"placebo": False, "round": 0, "shown": [script, "b"], "hashes": [script, script], "scores": [1, 2]}
+    folder = tmp_path / "ranks" / "one"
+    folder.mkdir(parents=True)
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "verdicts.jsonl").write_text(json.dumps(verdict) + "\n")
+    page = dataclasses.replace(small_page(tmp_path), extra_tabs=ranking_tabs(tmp_path))
+    parsed = Parsed(write_page(page, tmp_path / "out"))
+    assert "".join(parsed.text).count("document.title = 'broken'") >= 12
+    assert [tag for tag, _ in parsed.elements].count("script") == len(parsed.scripts) == 2
+    assert not [name for _, a in parsed.elements for name in a if name.startswith("on")]
 
 
 def test_progress_is_told(tmp_path: Path) -> None:

@@ -165,7 +165,7 @@ def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_fetched_prompts_are_cached_and_come_from_a_pinned_commit(
-    remote: Path, monkeypatch: pytest.MonkeyPatch
+    remote: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert {p.text for p in load_prompts("imagereward-train", "sd").seen} == {"a b"}
     found = load_prompts("hpsv2-train-750", "sd")
@@ -180,6 +180,13 @@ def test_fetched_prompts_are_cached_and_come_from_a_pinned_commit(
     assert geneval.source == "github.com/djghosh13/geneval@d927da8e42fde2b1b5cd743da4df5ff83c1654ff"
     monkeypatch.setattr(fetched, "_RAW", (remote / "gone").as_uri())
     assert load_prompts("hpsv2-train-750", "sd") == found  # from the cache
+    (cached,) = (tmp_path / "home").rglob("hps_v2_all.txt")
+    cached.write_text("a cat\n" * 750)
+    with pytest.raises(TexforceError, match=f"'{cached}' was changed after it was fetched; delete it"):
+        load_prompts("hpsv2-train-750", "sd")
+    cached.unlink()
+    monkeypatch.setattr(fetched, "_RAW", remote.as_uri())
+    assert load_prompts("hpsv2-train-750", "sd") == found  # fetched again
 
 
 @pytest.fixture

@@ -149,12 +149,17 @@ def fetch(name: str) -> PromptSet:
 
 def _from_github(name: str, source: _Source, file: _File) -> list[Prompt]:
     cached = user_folder("cache") / "prompts" / source.commit / Path(file.path).name
+    kept = cached.with_name(f"{cached.name}.sha256")
     if cached.is_file():
-        return _checked(source, file, cached.read_bytes(), f"'{cached}'", "delete it, and it is fetched again")
+        data, mend = cached.read_bytes(), "delete it, and it is fetched again"
+        if kept.is_file() and kept.read_bytes().strip() != _sha256(data).encode():
+            raise TexforceError(f"'{cached}' was changed after it was fetched", mend)
+        return _checked(source, file, data, f"'{cached}'", mend)
     url = f"{_RAW}/{source.repository}/{source.commit}/{file.path}"
     data = _download(name, url, cached)
     prompts = _checked(source, file, data, f"what came from {url}", "see whether a proxy stands between")
     write_bytes(cached, data)  # only what is whole is kept
+    write_bytes(kept, f"{_sha256(data)}\n".encode())
     return prompts
 
 
@@ -180,12 +185,16 @@ def _from_hub(name: str, source: _Source, file: _File) -> list[Prompt]:
     return _checked(source, file, data, what, mend)
 
 
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
 def _git_hash(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
 def _checked(source: _Source, file: _File, data: bytes, what: str, remedy: str) -> list[Prompt]:
-    if file.sha256 and (found := hashlib.sha256(data).hexdigest()) != file.sha256:
+    if file.sha256 and (found := _sha256(data)) != file.sha256:
         raise TexforceError(f"{what} has the SHA-256 {found} instead of {file.sha256}", remedy)
     try:
         prompts = source.read(data.decode("utf-8"))

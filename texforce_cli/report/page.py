@@ -35,6 +35,8 @@ _SCRIPTS = ("data", "tabs", "summary", "plots", "pictures", "gains", "grid", "zo
 _RECIPE = "webp 1"
 """Part of the names in media/: change it with the sizes and qualities below, and old files are not taken for new ones."""
 _PIXELS, _THUMBNAIL, _LARGEST, _LARGEST_INLINE = 128, 320, 2048, 768
+_JS_INTEGERS = 2**53
+"""From here on numbers of JavaScript skip some: a vote would name another seed."""
 _BIDI = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
 _MEDIA_NAME = re.compile(r"[0-9a-f]{24}\.webp|\.[0-9a-f]{24}\.[0-9a-f]{8}\.tmp\.webp")
 _GROUPS = {"all": "all prompts", "seen": "seen prompts", "unseen": "unseen prompts"}
@@ -390,7 +392,7 @@ def _data(page: Page, media: Mapping[str, _Media], decimals: Mapping[str, int]) 
             }
             for p in page.prompts
         ],
-        "seeds": list(page.seeds),
+        "seeds": [seed if seed < _JS_INTEGERS else str(seed) for seed in page.seeds],
         "media": [[m.large, m.thumbnail, m.width, m.height] for m in media.values()],
         "pictures": [index[picture.sha256] if picture else -1 for picture in found],
         "scores": [[_rounded(picture.scores.get(name)) if picture else None for picture in found] for name in metrics],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import hashlib
 import json
@@ -51,8 +52,9 @@ class Recipe:
     settings: Mapping[str, Any]
 
 
-def recipes(request: EvalRequest) -> list[Recipe]:
-    """Of every variant that is drawn; LoRAs are read and weights hashed, no model is loaded.
+def recipes(request: EvalRequest, *, to_draw: bool = False) -> list[Recipe]:
+    """Of every variant that is drawn; LoRAs are read and weights hashed, no model is loaded. `to_draw`: a branch of the Hub is
+    called by the commit that will be loaded.
 
     Raises:
         UsageError, TexforceError: a model or LoRA that is not there or cannot be read.
@@ -70,6 +72,8 @@ def recipes(request: EvalRequest) -> list[Recipe]:
         loras = loaded[variant.name]
         trained = next((lora.trained for lora in loras if lora.trained), {})
         source = source_for(variant.model, trained or first, request.device)
+        if to_draw and source.kind == "hub":
+            _fetch_index(source)
         denoising = denoising_for(request, first, source.family)
         settings = {
             "model": fingerprint(source),
@@ -82,6 +86,14 @@ def recipes(request: EvalRequest) -> list[Recipe]:
         }
         made.append(Recipe(variant, loras, trained, source, denoising, json.loads(json.dumps(settings))))
     return made
+
+
+def _fetch_index(source: ModelSource) -> None:
+    """What tells the commit: else the first pictures of a model would be called by its branch, and drawn again by a second run."""
+    from huggingface_hub import hf_hub_download
+
+    with contextlib.suppress(Exception):  # whatever hinders it will hinder loading, which says so
+        hf_hub_download(source.location, "model_index.json", revision=source.revision)
 
 
 def settings_of(request: EvalRequest) -> dict[str, Mapping[str, Any] | None]:
@@ -152,7 +164,7 @@ def draw(
         Interrupted: asked to stop.
     """
     laid_out = []
-    for recipe in recipes(request):
+    for recipe in recipes(request, to_draw=True):
         name = recipe.variant.name
         wished = Layout(_asked(request, recipe.variant), recipe.settings, request.batch)
         earlier = read_layout(request.out, name)

@@ -116,7 +116,7 @@ def foreign_pictures(variant: Variant, items: Sequence[Item]) -> dict[Item, Path
     `texforce sample` and `texforce eval` write. What is not asked for is passed over; what is missing is missing.
 
     Raises:
-        UsageError: nothing in the folder tells prompts and seeds.
+        UsageError: nothing in the folder tells prompts and seeds, or two pictures have the same.
     """
     assert variant.images is not None
     folder = Path(variant.images).expanduser()
@@ -126,8 +126,12 @@ def foreign_pictures(variant: Variant, items: Sequence[Item]) -> dict[Item, Path
     for path, prompt, seed in _told(folder):
         told += 1
         item = wanted.get((prompt, seed))
-        if item is not None:
-            found.setdefault(item, path)
+        if item is not None and (first := found.setdefault(item, path)) != path:
+            one, other = (f"{file.parent.name}/{file.name}" for file in (first, path))
+            raise UsageError(
+                f"'{folder}' has two pictures of '{prompt[:60]}' with seed {seed}, '{one}' and '{other}'",
+                "give a folder that has one of each, or list those that count in its metadata.jsonl",
+            )
     if not told:
         raise UsageError(
             f"nothing in '{folder}' tells which picture belongs to which prompt and seed",
@@ -142,7 +146,9 @@ def _told(folder: Path) -> Iterator[tuple[Path, str, int]]:
             yield from _indexed(folder, folder / name)
             return
     for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() not in _ENDINGS or not path.is_file():
+        # hidden: what a kill left half renamed, what macOS and notebooks put beside
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if hidden or path.suffix.lower() not in _ENDINGS or not path.is_file():
             continue
         try:
             with Image.open(path) as picture:

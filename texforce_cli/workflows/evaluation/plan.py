@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from texforce_cli.errors import UsageError
@@ -12,7 +11,7 @@ from texforce_cli.workflows.drawing import denoising_for, source_for
 from texforce_cli.workflows.evaluation.pictures import items_of
 from texforce_cli.workflows.evaluation.request import EvalRequest, prompts_of, recalled
 from texforce_cli.workflows.evaluation.scores import metrics_of
-from texforce_cli.workflows.evaluation.variants import check_variants
+from texforce_cli.workflows.evaluation.variants import check_variants, placed
 from texforce_cli.workflows.loras import training_of
 
 
@@ -35,7 +34,7 @@ def plan_eval(request: EvalRequest) -> dict[str, Any]:
                 trained.setdefault(variant.name, training_of(text, allow_pickle=request.allow_pickle))
             except UsageError:
                 absent.append(text)
-        absent += [path for path in variant.replaced.values() if not Path(path).expanduser().exists()]
+        absent += [path for path in variant.replaced.values() if not placed(path)]
     first = next((about for about in trained.values() if about), {})
     variants = []
     for variant in request.variants:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -10,8 +11,9 @@ from typing import Literal
 
 from texforce_cli.errors import TexforceError, UsageError
 from texforce_cli.files import write_json
+from texforce_cli.presets import Family
 from texforce_cli.prompts import PromptSet, load_prompts
-from texforce_cli.workflows.drawing import DrawingOptions
+from texforce_cli.workflows.drawing import DrawingOptions, source_for
 from texforce_cli.workflows.evaluation.variants import Variant, parse_images, parse_variant, read_variants
 from texforce_cli.workflows.loras import trained_on, training_of
 
@@ -115,10 +117,17 @@ def prompts_of(request: EvalRequest) -> PromptSet:
     Raises:
         UsageError: there are none, or they cannot be read.
     """
-    from texforce_cli.diffusion.models import resolve_model
-
     if not request.prompts:
         raise UsageError("there are no prompts", "give --prompts SET or FILE")
-    models = [v.model for v in request.variants if not v.images]
-    tiny = "tiny" in models or ("auto" in models and resolve_model("auto", request.device).family == "tiny")
+    models = {v.model for v in request.variants if not v.images}
+    tiny = "tiny" in models or ("auto" in models and _chosen_family(request) == "tiny")
     return load_prompts(request.prompts, "tiny" if tiny else "sd", to_train=False)
+
+
+def _chosen_family(request: EvalRequest) -> Family:
+    """That of the model `auto`: of the base of the first LoRA that tells it, whatever this machine would choose."""
+    for text in (text for variant in request.variants for text in variant.loras):
+        with contextlib.suppress(TexforceError):
+            if trained := training_of(text, allow_pickle=request.allow_pickle):
+                return source_for("auto", trained, request.device).family
+    return source_for("auto", {}, request.device).family

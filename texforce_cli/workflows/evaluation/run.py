@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from texforce_cli.config import DIVERSITY
+from texforce_cli.devices import claim, resolve_device
 from texforce_cli.errors import UsageError
 from texforce_cli.files import held
 from texforce_cli.judging.votes import Vote, read_votes
@@ -37,11 +38,12 @@ from texforce_cli.workflows.evaluation.summary import (
     Summary,
     Values,
     adjusted,
+    category_of,
     summarise,
     write_scores,
     write_summary,
 )
-from texforce_cli.workflows.evaluation.variants import check_variants
+from texforce_cli.workflows.evaluation.variants import check_variants, placed
 from texforce_cli.workflows.evaluation.votes import count_votes
 from texforce_cli.workflows.events import Listener, Note, Progressed, Warned, silent
 from texforce_cli.workflows.stopping import StopRequest
@@ -84,7 +86,7 @@ def evaluate(request: EvalRequest, listener: Listener = silent, *, beforehand: D
     registry = load_registry()
     prompts = prompts_of(request)
     metrics = metrics_of(parse_terms(request.metrics, request.metric_options), registry)
-    if not (metrics or ranking_tabs(request.out)) and request.stage != "images":
+    if not (metrics or request.votes or ranking_tabs(request.out)) and request.stage != "images":
         raise UsageError("there is no metric", "add --metric brightness, or another of: texforce rewards")
     items = items_of([*prompts.seen, *prompts.unseen], request.seeds)
     missing = _Missing()
@@ -104,6 +106,8 @@ def evaluate(request: EvalRequest, listener: Listener = silent, *, beforehand: D
         found = collect(request.out, request.variants, items, settings_of(request), missing.tell_picture)
         scores = ScoreFile(request.out / "scores.jsonl")
         if request.stage != "report":
+            if request.device != "auto":
+                claim(str(resolve_device(request.device)))  # nothing else has, where all pictures are there
             for metric in metrics:
                 _score(request, metric, registry, scores, found, missing, listener, stop)
         values = [_values(request, metric, scores, found, missing) for metric in metrics]
@@ -114,7 +118,7 @@ def evaluate(request: EvalRequest, listener: Listener = silent, *, beforehand: D
         summary = summarise(baseline, items, unseen, values, missing.entries, about)
         page = _page(request, summary, prompts, items, found, values, in_sample)
         if votes := _votes(request, pictures_hash(page), listener):
-            summary = _with_votes(summary, votes, items)
+            summary = _with_votes(summary, tuple(found), votes, items)
             page = _page(request, summary, prompts, items, found, values, in_sample)
         page = replace(page, extra_tabs=ranking_tabs(request.out, pictures_hash(page)))
         write_summary(summary, request.out)
@@ -240,7 +244,7 @@ def _about(request: EvalRequest, prompts: PromptSet, in_sample: Mapping[str, Seq
 
 def _check_votes(paths: Sequence[str]) -> None:
     for path in paths:
-        if not Path(path).expanduser().is_file():
+        if not ((file := placed(path)) and file.is_file()):
             raise UsageError(f"there is no file '{path}'", "check --votes")
 
 
@@ -258,9 +262,9 @@ def _votes(request: EvalRequest, data: str, listener: Listener) -> list[Vote]:
     return votes
 
 
-def _with_votes(summary: Summary, votes: Sequence[Vote], items: Sequence[Item]) -> Summary:
+def _with_votes(summary: Summary, variants: Sequence[str], votes: Sequence[Vote], items: Sequence[Item]) -> Summary:
     """The summary with what people chose as one more metric."""
-    about, rows, wins = count_votes(votes, summary.variants, summary.baseline, items)
+    about, rows, wins = count_votes(votes, variants, summary.baseline, items)
     return replace(
         summary,
         metrics=(*summary.metrics, about),
@@ -296,7 +300,7 @@ def _page(
                 key,
                 prompt.text,
                 ("unseen" if prompt.text in unseen else "seen") if both else "",
-                str(prompt.metadata.get("category", "") or ""),
+                category_of(prompt),
             )
             for key, prompt in shown.items()
         ],

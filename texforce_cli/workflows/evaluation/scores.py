@@ -47,7 +47,8 @@ class Metric:
 
         Where these files are gone, it is the version that was scored with last.
         """
-        options = ",".join(f"{key}={value}" for key, value in sorted(self.spec.options.items()))
+        # a comma within a value is doubled: `a=1,b=2` is not two options
+        options = ",".join(f"{key}={value.replace(',', ',,')}" for key, value in sorted(self.spec.options.items()))
         plain = f"{self.info.origin} {self.info.version}" + (f" {options}" if options else "")
         contents = [contents_hash(value) for _, value in sorted(self.spec.options.items())]
         if any(contents):
@@ -61,7 +62,11 @@ def _hash(value: Iterable[Any]) -> str:
 
 
 class ScoreFile:
-    """An append-only file of scores, one JSON object a line; a torn last line is dropped."""
+    """An append-only file of scores, one JSON object a line.
+
+    `batch` says which of how many a score is of those that were made together. Where a kill or a full disk cut these off, none
+    of them counts: with other neighbours the rest would differ in its last bits.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -74,18 +79,28 @@ class ScoreFile:
         if len(whole) < len(data):
             with path.open("r+b") as handle:
                 handle.truncate(len(whole))
+        together: list[tuple[Key, float]] = []
         for line in whole.decode("utf-8", "replace").split("\n"):
             try:
                 row = json.loads(line)
                 key = (row["picture"], row["prompt"], row["metric"], row["version"])
                 value = float(row["value"])
+                number, count = row.get("batch", (1, 1))  # earlier versions of texforce wrote none
             except (ValueError, KeyError, TypeError):
                 continue
+            if number == 1:
+                together = []
             if math.isfinite(value) and all(isinstance(part, str) for part in key):
-                self._values[key] = value
-                of_metric = self._versions.setdefault(key[2], {})
-                of_metric.pop(key[3], None)
-                of_metric[key[3]] = None
+                together.append((key, value))
+            if number == count:
+                self._learn(together)
+
+    def _learn(self, scores: Iterable[tuple[Key, float]]) -> None:
+        for key, value in scores:
+            self._values[key] = value
+            of_metric = self._versions.setdefault(key[2], {})
+            of_metric.pop(key[3], None)
+            of_metric[key[3]] = None
 
     def get(self, picture: str, prompt: str, metric: str, version: str) -> float | None:
         """A score that is known."""
@@ -101,16 +116,17 @@ class ScoreFile:
             self._values[key] = self._values[earlier]
 
     def add(self, rows: Iterable[tuple[str, str, str, str, float]]) -> None:
-        """Append (picture, prompt, metric, version, value), on the disk before this returns.
+        """Append (picture, prompt, metric, version, value) of scores that were made together, on the disk before this returns.
 
         Raises:
             TexforceError: the disk is full or read-only.
         """
+        together = list(rows)
         lines = []
-        for picture, prompt, metric, version, value in rows:
+        for number, (picture, prompt, metric, version, value) in enumerate(together, 1):
             self._values[picture, prompt, metric, version] = value
             row = {"picture": picture, "prompt": prompt, "metric": metric, "version": version, "value": value}
-            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+            lines.append(json.dumps({**row, "batch": [number, len(together)]}, ensure_ascii=False) + "\n")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab") as handle:

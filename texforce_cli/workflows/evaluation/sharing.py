@@ -6,6 +6,8 @@ import functools
 import hashlib
 import json
 import multiprocessing
+import os
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
@@ -54,7 +56,7 @@ def _share(processes: int, listener: Listener, request: EvalRequest, items: Sequ
     context = multiprocessing.get_context("spawn")
     drawn = [v.name for v in request.variants if not v.images]
     places = [request.out / "pictures" / name / f"{item.name}.png" for name in drawn for item in items]
-    with ProcessPoolExecutor(processes, context, initializer=_few_threads, initargs=(threads,)) as pool:
+    with ProcessPoolExecutor(processes, context, initializer=_begin, initargs=(threads,)) as pool:
         futures = [pool.submit(draw_share, request, (index, processes), silent) for index in range(processes)]
         try:
             while wait(futures, timeout=1).not_done:
@@ -70,8 +72,17 @@ def _share(processes: int, listener: Listener, request: EvalRequest, items: Sequ
             raise TexforceError("a process that drew pictures was killed", "give fewer with --num-processes") from error
 
 
-def _few_threads(threads: int) -> None:
+def _begin(threads: int) -> None:
+    """What each of our own processes does first."""
     torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A process whose parent was killed would draw on beside the next evaluation, and then wait for ever."""
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)
 
 
 def _follow(request: EvalRequest, rank: int, world: int) -> None:

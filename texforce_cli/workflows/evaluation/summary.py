@@ -11,6 +11,7 @@ from typing import Any
 
 from texforce_cli.core.comparison import ByPrompt, Comparison, compare, holm, interval, unit_means, win_matrix
 from texforce_cli.files import csv_cell, finite, write_json, write_text
+from texforce_cli.prompts import Prompt
 from texforce_cli.report.page import Row
 from texforce_cli.workflows.evaluation.pictures import Item
 
@@ -112,7 +113,7 @@ def write_scores(
             item.text,
             item.seed if metric.by_picture else None,
             "unseen" if item.text in unseen else "seen",
-            _category(item),
+            category_of(item),
             metric.name,
             found[item],
         ]
@@ -131,9 +132,10 @@ def _write_table(path: Path, names: Sequence[str], rows: Sequence[Sequence[Any]]
     write_text(path, text.getvalue())
 
 
-def _category(item: Item) -> str:
-    category = item.metadata.get("category")
-    return category.strip() if isinstance(category, str) else ""
+def category_of(about: Item | Prompt) -> str:
+    """The category that a prompt's file gives it; "" for none."""
+    category = about.metadata.get("category")
+    return str(category).strip() if isinstance(category, str | int | float) else ""
 
 
 def _groups(items: Sequence[Item], unseen: frozenset[str]) -> dict[str, set[str]]:
@@ -144,7 +146,7 @@ def _groups(items: Sequence[Item], unseen: frozenset[str]) -> dict[str, set[str]
         groups |= {"seen": texts - unseen, "unseen": texts & unseen}
     categories: dict[str, set[str]] = {}
     for item in items:
-        if category := _category(item):
+        if category := category_of(item):
             categories.setdefault(category, set()).add(item.text)
     if len(categories) > 1:
         taken = ("all", "seen", "unseen")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,7 @@ def read_variants(path: Path) -> list[Variant]:
     """
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"'{path}' cannot be read ({str(error).splitlines()[0]})", "check --variants") from error
     tables = document.get("variants")
     if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
@@ -146,11 +146,24 @@ def _of_table(path: Path, number: int, table: dict[str, Any]) -> Variant:
 def _checked(variant: Variant) -> Variant:
     if not _NAME.fullmatch(variant.name):
         raise UsageError(f"'{variant.name}' is no name for a variant", "use letters, digits, '-', '_' and '.' within")
-    if variant.images and not Path(variant.images).expanduser().is_dir():
+    if variant.images and not ((folder := placed(variant.images)) and folder.is_dir()):
         raise UsageError(f"there is no folder '{variant.images}'", "check --images")
-    for lora in variant.loras:
-        parse_lora(lora)
-    return variant
+    return replace(variant, loras=tuple(map(_weighted, variant.loras)))
+
+
+def placed(text: str) -> Path | None:
+    """The path that a text names, if something is there."""
+    try:
+        path = Path(text).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError):  # longer than a name may be; the home of nobody
+        return None
+
+
+def _weighted(lora: str) -> str:
+    """A LoRA in a path that itself ends as if with a weight, `runs/a:1`, has its weight written behind that."""
+    source = parse_lora(lora).source
+    return f"{lora}:1" if not placed(source) and placed(lora) else lora
 
 
 def _divide(text: str) -> list[str]:
@@ -160,7 +173,7 @@ def _divide(text: str) -> list[str]:
         for count in range(len(parts), 0, -1):
             piece = "+".join(parts[:count])
             path = _component(piece)[1]
-            if count == 1 or any(Path(name).expanduser().exists() for name in (path, parse_lora(path).source)):
+            if count == 1 or placed(path) or placed(parse_lora(path).source):
                 pieces.append(piece)
                 parts = parts[count:]
                 break

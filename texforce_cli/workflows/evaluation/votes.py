@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 
 from texforce_cli.core.comparison import compare, interval, unit_means
 from texforce_cli.judging.votes import Vote
@@ -16,13 +17,22 @@ VOTES = "votes"
 def count_votes(
     votes: Sequence[Vote], variants: Sequence[str], baseline: str, items: Sequence[Item]
 ) -> tuple[MetricAbout, list[Row], dict[str, dict[str, float]]]:
-    """Rows of each variant against the baseline, by the votes between those two, and the win rate of every pair."""
+    """Rows of each variant against the baseline, by the votes between those two, and the win rate of every pair.
+
+    Votes on the same two pictures are averaged: who votes twice, or a file that is given twice, makes no interval narrower.
+    """
     texts = {item.prompt_id: item.text for item in items}
-    duels: dict[tuple[str, str], dict[str, list[float]]] = {}
-    for vote in votes:
-        if vote.prompt_id in texts and {vote.left, vote.right} <= set(variants):
-            for one, other, points in ((vote.left, vote.right, vote.points), (vote.right, vote.left, 1 - vote.points)):
-                duels.setdefault((one, other), {}).setdefault(texts[vote.prompt_id], []).append(points)
+    names = set(variants)
+    usable = [v for v in votes if v.prompt_id in texts and v.left != v.right and {v.left, v.right} <= names]
+    cast: dict[tuple[str, str], dict[str, dict[int, list[float]]]] = {}
+    for vote in usable:
+        for one, other, points in ((vote.left, vote.right, vote.points), (vote.right, vote.left, 1 - vote.points)):
+            by_seed = cast.setdefault((one, other), {}).setdefault(texts[vote.prompt_id], {})
+            by_seed.setdefault(vote.seed, []).append(points)
+    duels = {
+        pair: {prompt: [fmean(points) for points in by_seed.values()] for prompt, by_seed in by_prompt.items()}
+        for pair, by_prompt in cast.items()
+    }
     rows = [
         _row(variant, duels[variant, baseline])
         for variant in variants
@@ -31,7 +41,7 @@ def count_votes(
     wins: dict[str, dict[str, float]] = {}
     for (one, other), won in duels.items():
         wins.setdefault(one, {})[other] = float(unit_means(won).mean())
-    about = MetricAbout(VOTES, "", True, "the share of blind votes that it won", f"{len(votes)} votes")
+    about = MetricAbout(VOTES, "", True, "the share of blind votes that it won", f"{len(usable)} votes")
     return about, rows, wins
 
 
