@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from lora_files import deltas
+from lora_files import close, deltas
 from PIL import Image
 
 from texforce_cli.cli import app
@@ -21,7 +24,9 @@ from texforce_cli.lora.full import open_full
 from texforce_cli.lora.read import read_lora
 from texforce_cli.tiny import WEIGHTS
 from texforce_cli.workflows import extract as extracting
+from texforce_cli.workflows.events import Warned
 from texforce_cli.workflows.extract import ExtractRequest, extract
+from texforce_cli.workflows.fuse import FuseRequest, fuse, plan_fuse
 
 UNET = WEIGHTS / "unet" / "diffusion_pytorch_model.safetensors"
 QUERY = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"
@@ -203,6 +208,93 @@ def test_models_whose_parts_are_of_two_bases_are_one_sentence(tmp_path: Path, ca
     )
     assert len(said.splitlines()) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "tuned"]
+
+
+SMALL = {
+    "unet": {"conv_in.weight": (4, 2, 3, 3), "mid_block.attentions.0.proj_in.weight": (4, 4)},
+    "text_encoder": {"text_model.encoder.layers.0.self_attn.q_proj.weight": (6, 6)},
+}
+"""Shapes of the weights of a small model by its parts."""
+
+
+@pytest.mark.parametrize("form", ["diffusers", "kohya", "peft"])
+def test_a_difference_is_written_in_every_form(tmp_path: Path, form: Any) -> None:
+    generator, wanted = torch.Generator().manual_seed(0), {}
+    for part, shapes in SMALL.items():
+        base = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+        tuned = {name: value + torch.randn(value.shape, generator=generator) for name, value in base.items()}
+        for folder, weights in (("base", base), ("tuned", tuned)):
+            (tmp_path / folder / part).mkdir(parents=True)
+            safetensors.torch.save_file(weights, tmp_path / folder / part / "model.safetensors")
+        wanted |= {f"{part}.{name.removesuffix('.weight')}": (tuned[name] - base[name]).numpy() for name in base}
+    out = tmp_path / ("out" if form == "peft" else "out.safetensors")
+    models = [str(tmp_path / name) for name in ("base", "tuned")]
+    result = extract(ExtractRequest(*models, out, rank=6, format=form))
+    assert result.error < 1e-6
+    assert close(deltas(out), wanted)
+    fuse(plan_fuse(FuseRequest([str(out)], out=tmp_path / "again.safetensors")))
+    told = json.loads(read_lora(str(tmp_path / "again.safetensors")).metadata["texforce.fuse"])
+    extracted = told["sources"][0]["extracted from"]
+    assert (extracted["base"], extracted["tuned"], extracted["rank"]) == ("base", "tuned", 6)
+    files = [tmp_path / "tuned" / part / "model.safetensors" for part in sorted(SMALL)]
+    assert extracted["sha256"]["tuned"] == [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+
+
+@pytest.mark.slow
+def test_large_models_are_streamed(tmp_path: Path) -> None:
+    """Two of 335 MB, of layers of 17 MB each, in a process of their own."""
+    rows, columns, layers = 64, 65536, 20
+    size = rows * columns * 4
+    header = {
+        f"down_blocks.0.attentions.0.transformer_blocks.{index}.attn1.to_q.weight": {
+            "dtype": "F32",
+            "shape": [rows, columns],
+            "data_offsets": [index * size, (index + 1) * size],
+        }
+        for index in range(layers)
+    }
+    text = json.dumps(header).encode()
+    models, out = [tmp_path / f"{name}.safetensors" for name in ("base", "tuned")], tmp_path / "out.safetensors"
+    for model, value in zip(models, (0.0, 1.0)):
+        with model.open("wb") as handle:
+            handle.write(len(text).to_bytes(8, "little") + text)
+            handle.truncate(8 + len(text) + layers * size)  # zeros that take no place on the disk
+            for index in range(layers):
+                handle.seek(8 + len(text) + index * size)
+                handle.write(np.float32(value).tobytes())
+    code = (
+        "import resource; from texforce_cli.cli.app import run; "
+        f"assert run(['fuse', '--extract', *{[str(model) for model in models]!r}, '--rank', '1', '--out', {str(out)!r}]) == 0; "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    # by way of a shell: a process counts what its parent held when it was forked
+    command = ["sh", "-c", '"$@"; exit $?', "sh", sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    peak = int(done.stdout.split()[-1]) * (1 if sys.platform == "darwin" else 1024)
+    assert len(read_lora(str(out)).modules) == layers
+    assert peak < 300e6 + 5 * size
+
+
+def test_whole_weights_in_a_pickle_are_read_where_that_is_allowed(tmp_path: Path) -> None:
+    weights = {name: torch.ones(shape) for name, shape in SMALL["unet"].items()}
+    torch.save(weights, tmp_path / "diffusion_pytorch_model.bin")
+    for source in (tmp_path, tmp_path / "diffusion_pytorch_model.bin"):
+        with pytest.raises(UsageError, match=r"diffusion_pytorch_model.bin' is a pickle.*add --allow-pickle"):
+            open_full(str(source))
+        found = open_full(str(source), allow_pickle=True)
+        assert set(found.places) == {f"unet.{name}" for name in weights}
+        assert np.array_equal(found.read("unet.conv_in.weight"), np.ones((4, 2, 3, 3)))
+
+
+def test_what_is_not_compared_is_told(tmp_path: Path) -> None:
+    for name, value in (("base", 0.0), ("tuned", 1.0)):
+        keys = ("model.diffusion_model.input_blocks.0.0.weight", "first_stage_model.x.weight", "model_ema.y")
+        safetensors.torch.save_file({key: torch.full((2, 2), value) for key in keys}, tmp_path / f"{name}.safetensors")
+    told: list[Any] = []
+    models = [str(tmp_path / f"{name}.safetensors") for name in ("base", "tuned")]
+    extract(ExtractRequest(*models, tmp_path / "out.safetensors", rank=1), told.append)
+    said = [event.text for event in told if isinstance(event, Warned)]
+    assert said == [f"weights under '{prefix}' are not compared" for prefix in ("first_stage_model.", "model_ema.")]
 
 
 @pytest.mark.parametrize("source", ["~nobody-of-that-name/x", "x" * 300, "a\0b"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import signal
@@ -29,6 +30,7 @@ from lora_files import FORMATS, TEXT, UNET, Made, close, deltas, diffusers_old, 
 from peft import PeftModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from texforce_cli import __version__
 from texforce_cli.cli import app, console
 from texforce_cli.errors import Interrupted, TexforceError, UsageError
 from texforce_cli.lora.read import read_lora
@@ -155,6 +157,30 @@ def test_kohya_out_has_one_alpha_and_the_names_that_comfyui_looks_up(tmp_path: P
     assert found["lora_unet_up_blocks_2_upsamplers_0_conv.lora_up.weight"].shape[2:] == (1, 1)
 
 
+@pytest.mark.parametrize(
+    ("text", "cross", "prefix", "version", "architecture"),
+    [
+        (768, 768, "lora_te_", "sd_v1", "stable-diffusion-v1/lora"),
+        (1024, 1024, "lora_te_", "sd_v2", "stable-diffusion-v2-512/lora"),
+        (768, 2048, "lora_te1_", "sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora"),
+    ],
+)
+def test_the_base_decides_the_names_of_the_encoder_in_kohyas_form_and_stands_in_the_header(
+    tmp_path: Path, text: int, cross: int, prefix: str, version: str, architecture: str
+) -> None:
+    """Told by the widths alone, without the second encoder."""
+    made = Made()
+    for key, width in ((f"text_encoder.{TEXT}", text), (f"unet.{UNET}.to_k", cross)):
+        made.add(key, *(f"{key}.lora_{x}.weight" for x in "AB"), shape=(6, width))
+    source = made.save(tmp_path / "a.safetensors")
+    assert close(fused(tmp_path / "out.safetensors", source, format="kohya"), made.wanted)
+    file = TensorFile.open(tmp_path / "out.safetensors")
+    names = {key.partition(".")[0] for key in file.entries if key.startswith("lora_te")}
+    assert names == {f"{prefix}text_model_encoder_layers_1_self_attn_q_proj"}
+    assert file.metadata["ss_base_model_version"] == version
+    assert file.metadata["modelspec.architecture"] == architecture
+
+
 def test_diffusers_out_has_text_model_and_nothing_that_scales_again(tmp_path: Path) -> None:
     """Whatever the source left out: ComfyUI passes over text encoders without that level."""
     for name in ("PEFT, patterns", "diffusers", "kohya, ComfyUI"):
@@ -207,7 +233,10 @@ def test_a_fusion_fused_again_keeps_its_lineage(tmp_path: Path) -> None:
     assert [source["name"] for source in about["sources"][0]["fused from"]["sources"]] == ["a", "b"]
     assert about["sources"][0]["fused from"]["sources"][1]["trained"]["rewards"] == ["y"]
     assert json.loads(header["texforce"]) == {"base": "tiny", "base_kind": "tiny", "seed": 1}
-    assert {"modelspec.sai_model_spec", "modelspec.title", "ss_network_dim", "ss_network_alpha"} <= header.keys()
+    assert about["sources"][0]["sha256"] == [hashlib.sha256((tmp_path / "c.safetensors").read_bytes()).hexdigest()]
+    assert (about["method"], about["dtype"], about["texforce"]) == ("cat", "fp32", __version__)
+    assert (header["ss_network_dim"], header["ss_network_alpha"], header["modelspec.title"]) == ("6", "6", "0.5 c")
+    assert {"modelspec.sai_model_spec", "modelspec.description", "ss_network_module"} <= header.keys()
     assert str(tmp_path) not in json.dumps(header)
 
 
@@ -428,6 +457,18 @@ def test_a_lineage_nested_as_deeply_as_no_command_writes_it_is_left_out(
     assert bool(json.loads(capsys.readouterr().out)["files"][0]["made_by"]) is kept
 
 
+def test_inspect_says_who_made_a_file_and_of_what(tmp_path: Path, capsys: Any) -> None:
+    source = simple(tmp_path / "a.safetensors", **{"modelspec.author": "Ada", "ss_sd_model_name": "photo.ckpt"})
+    fused(tmp_path / "b.safetensors", f"{source}:0.5")
+    for name in "ab":
+        assert app.run(["fuse", "--inspect", str(tmp_path / f"{name}.safetensors")]) == 0
+    shown = capsys.readouterr().out
+    assert "  author: Ada\n  base model: photo.ckpt\n" in shown
+    assert (
+        "  title: 0.5 a\n  description: LoRAs fused by texforce\n  base model: photo.ckpt\n  texforce.fuse: {" in shown
+    )
+
+
 def test_inspect_says_what_may_be_wrong(tmp_path: Path, capsys: Any) -> None:
     folder, _ = peft_folder(tmp_path / "x")
     (folder / "adapter_config.json").unlink()
@@ -556,6 +597,17 @@ def test_a_folder_that_holds_anything_else_is_never_replaced(tmp_path: Path) -> 
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
 
 
+def test_a_link_is_replaced_and_not_what_it_leads_to(tmp_path: Path) -> None:
+    source, other = simple(tmp_path / "a.safetensors"), simple(tmp_path / "other.safetensors", seed=1)
+    before = other.read_bytes()
+    (tmp_path / "link.safetensors").symlink_to(other)
+    with pytest.raises(UsageError, match="exists already"):
+        fused(tmp_path / "link.safetensors", source)
+    assert close(fused(tmp_path / "link.safetensors", source, force=True), deltas(source))
+    assert not (tmp_path / "link.safetensors").is_symlink()
+    assert other.read_bytes() == before
+
+
 def test_an_encoder_that_could_be_of_two_bases_is_told_even_beside_one_that_is_not(tmp_path: Path) -> None:
     text, unet = Made(), Made()
     text.add(f"text_encoder.{TEXT}", *(f"text_encoder.{TEXT}.lora_{x}.weight" for x in "AB"), shape=(6, 768))
@@ -600,6 +652,15 @@ def test_half_a_surrogate_in_a_header_is_no_traceback(tmp_path: Path) -> None:
         (["a.safetensors", "--max-error", "0.1", "--rank", "4"], 2, "exclude each other"),
         (["a.safetensors", "--out", "a.safetensors", "--force"], 2, "is one of the sources"),
         (["a.safetensors", "--out", "same.safetensors", "--force"], 2, "is one of the sources"),
+        (["a.safetensors", "--out", "hard.safetensors", "--force"], 2, "is one of the sources"),
+        (["a.safetensors", "--out", "peft/../a.safetensors", "--force"], 2, "is one of the sources"),
+        (["a.safetensors", "--out", "."], 2, "'.' is no name for what is written"),
+        (["a.safetensors", "--max-error", "nan"], 2, "'nan' is no number from 0 to 1"),
+        (
+            "--extract full.safetensors tuned.safetensors --rank 2 --out x.safetensors --max-rest nan".split(),
+            2,
+            "'nan' is no number from 0 to 1",
+        ),
         (["a.safetensors", "--out", "x.bin"], 2, "does not end in .safetensors"),
         (["a.safetensors", "--out", "folder.safetensors", "--force"], 2, "is a folder"),
         (
@@ -625,6 +686,8 @@ def test_half_a_surrogate_in_a_header_is_no_traceback(tmp_path: Path) -> None:
             "is one of the sources",
         ),
         (["peft", "--format", "peft", "--out", "peft", "--force"], 2, "is one of the sources"),
+        (["nan.safetensors", "--out", "other.safetensors", "--force"], 1, "holds NaN or infinite values in"),
+        (["nan.safetensors", "--format", "peft", "--out", "old", "--force"], 1, "holds NaN or infinite values in"),
         (["a.safetensors", "other.safetensors"], 1, "different base models"),
         (["nan.safetensors"], 1, "holds NaN or infinite values in"),
         (["a.safetensors:0.5", "cut.safetensors"], 1, "'cut.safetensors' is cut short"),
@@ -646,7 +709,9 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(
     simple(Path("a.safetensors"))
     simple(Path("other.safetensors"), shape=(7, 5))
     peft_folder(Path("peft"))
+    peft_folder(Path("old"))
     Path("same.safetensors").symlink_to("a.safetensors")
+    os.link("a.safetensors", "hard.safetensors")
     Path("folder.safetensors").mkdir()
     Path("folder.safetensors/precious").write_text("x")
     Path("deep.bin").write_bytes(b"\x80\x02.")
@@ -690,6 +755,56 @@ def test_a_long_list_of_sources_gets_a_short_name(tmp_path: Path) -> None:
     assert plan_fuse(FuseRequest([f"{run}:te=0.5,unet=-1"])).out.name == "my_run-te0.5-unet-1.safetensors"
 
 
+@pytest.mark.parametrize(
+    ("sources", "name"),
+    [
+        (["a.safetensors:1e-3", "b.safetensors:-0.5"], "a-0.001+b--0.5"),
+        (["a.safetensors:1e-9"], "a-1e-09"),
+        (["x/a.safetensors:.7", "y/a.safetensors:+0.3"], "a-0.7+a-0.3"),
+        (["linked.safetensors"], "linked-1"),
+        (["a (1) #é:?.safetensors:te=-1,te2=0,unet=1e-6"], "a__1___é__-te-1-te20-unet1e-06"),
+        (["run/adapter", "run/checkpoints/../adapter:0.5"], "run-1+run-0.5"),
+        (["run/checkpoints/epoch_0010"], "run-epoch_0010-1"),
+        (["run/checkpoints/epoch_0010/pytorch_lora_weights.safetensors:2"], "run-epoch_0010-2"),
+    ],
+)
+def test_the_name_of_what_is_made_comes_from_the_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sources: list[str], name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for file in ("a", "b", "x/a", "y/a", "a (1) #é:?"):
+        simple(Path(f"{file}.safetensors"))
+    for folder in ("run/adapter", "run/checkpoints/epoch_0010"):
+        simple(Path(folder, "pytorch_lora_weights.safetensors"))
+    Path("linked.safetensors").symlink_to("a.safetensors")
+    plan = plan_fuse(FuseRequest(sources))
+    assert plan.out.name == f"{name}.safetensors"
+    assert plan_fuse(FuseRequest(sources, format="peft")).out.name == name
+    fuse(plan)
+    with pytest.raises(UsageError, match="exists already"):
+        plan_fuse(FuseRequest(sources))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no limit on the size of files")
+@pytest.mark.parametrize("form", ["diffusers", "kohya", "peft"])
+def test_a_disk_that_takes_no_more_in_mid_file_leaves_nothing(tmp_path: Path, capsys: Any, form: str) -> None:
+    import resource
+
+    source = simple(tmp_path / "a.safetensors", rank=32, shape=(500, 500))
+    out = tmp_path / "new" / ("out" if form == "peft" else "out.safetensors")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        assert app.run(["fuse", str(source), "--format", form, "--out", str(out)]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert len(said.err.splitlines()) == 1
+    assert f"'{out}' could not be written" in said.err
+    assert list(tmp_path.iterdir()) == [source]
+
+
 def test_dry_run_inspect_and_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.chdir(tmp_path)
     one, two = simple(Path("a.safetensors")), kohya(Path("x"))[0]
@@ -697,6 +812,12 @@ def test_dry_run_inspect_and_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     document = json.loads(capsys.readouterr().out)
     assert document["texforce"] == 1
     assert (document["plan"]["modules"], document["plan"]["highest_rank"]) == (7, 8)
+    assert document["plan"]["sources"][1] == {
+        "source": str(two),
+        "weight": "te2=3",
+        "format": "kohya",
+        "components": ["text_encoder", "unet"],
+    }
     assert "has no component for te2" in document["warnings"][0]
     assert app.run(["fuse", str(one), str(two), "--dry-run"]) == 0
     assert "7 modules, rank at most 8, cat" in capsys.readouterr().out
@@ -712,18 +833,28 @@ def test_dry_run_inspect_and_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert app.run(["fuse", "--inspect", str(two)]) == 0
     shown = capsys.readouterr().out
     assert "kohya, a model of text width 5" in shown
-    assert "unet: 5 modules (1 convolutions), rank 4 (3), 8 (1), 2 (1)" in shown
+    assert "text_encoder: 1 modules (0 convolutions), rank 4, alpha 1, F32" in shown
+    assert "unet: 5 modules (1 convolutions), rank 4 (3), 8 (1), 2 (1), alpha 2 (3), 16 (1), 4 (1), F32" in shown
     norm = np.sqrt(sum(np.sum(d**2) for name, d in deltas(two).items() if name.startswith("unet")))
     assert f"norm {norm:.4g}" in shown
+    assert app.run(["fuse", "--inspect", "--json", f"{two}:0.5"]) == 0
+    about = json.loads(capsys.readouterr().out)["files"][0]
+    assert about["sha256"] == [hashlib.sha256(two.read_bytes()).hexdigest()]
+    assert about["components"]["unet"]["alphas"] == {"2": 3, "16": 1, "4": 1}
+    assert about["components"]["unet"]["norm"] == pytest.approx(norm, rel=1e-6)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "x"]
 
 
 def test_fuse_imports_neither_torch_nor_what_draws_bars_where_there_is_no_terminal(tmp_path: Path) -> None:
     path = simple(tmp_path / "a.safetensors")
+    full = [tmp_path / f"full{value}.safetensors" for value in range(2)]
+    for value, file in enumerate(full):
+        safetensors.numpy.save_file({"conv_in.weight": np.full((2, 2, 3, 3), value, np.float32)}, file)
     code = (
         "import sys; from texforce_cli.cli.app import run; "
         f"assert run(['fuse', {str(path)!r}, '--rank', '2', '--dtype', 'bf16', '--out', {str(tmp_path / 'o.safetensors')!r}]) == 0; "
         f"assert run(['fuse', '--inspect', {str(path)!r}]) == 0; "
+        f"assert run(['fuse', '--extract', {str(full[0])!r}, {str(full[1])!r}, '--rank', '1', '--out', {str(tmp_path / 'e.safetensors')!r}]) == 0; "
         "print([m for m in ('torch', 'diffusers', 'transformers', 'peft', 'scipy', 'rich.progress') if m in sys.modules])"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -807,6 +938,29 @@ def test_what_is_written_loads_in_diffusers_with_the_exact_effect(tmp_path: Path
                 delta = 0.5 * made.wanted[key].reshape(parameter.shape) if key in made.wanted else 0.0
                 expected = before[f"{component}.{name}"].double().numpy() + delta
                 assert np.allclose(parameter.detach().double().numpy(), expected, rtol=0, atol=3e-5), (form, key)
+
+
+@pytest.mark.parametrize("names", [("mlp.fc1",), ("mlp.fc2", "self_attn.k_proj")])
+def test_a_text_encoder_of_any_layers_loads_in_diffusers_with_the_exact_effect(
+    tmp_path: Path, names: tuple[str, ...]
+) -> None:
+    """diffusers knows one without attention layers by its older names alone."""
+    pipeline = StableDiffusionPipeline.from_pretrained(WEIGHTS, safety_checker=None, dtype=torch.float32)
+    made, layers = Made(), {}
+    for name in names:
+        found = next(n for n, _ in pipeline.text_encoder.named_modules() if n.endswith(f"layers.1.{name}"))
+        layers[f"text_encoder.text_model.{found.removeprefix('text_model.')}"] = found
+    for key, found in layers.items():
+        shape = tuple(pipeline.text_encoder.get_submodule(found).weight.shape)
+        made.add(key, *(f"{key}.lora_{x}.weight" for x in "AB"), shape=shape)
+    before = {key: pipeline.text_encoder.get_submodule(found).weight.detach().clone() for key, found in layers.items()}
+    assert close(fused(tmp_path / "b.safetensors", made.save(tmp_path / "a.safetensors")), made.wanted)
+    pipeline.load_lora_weights(tmp_path, weight_name="b.safetensors")
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    for key, found in layers.items():
+        change = (pipeline.text_encoder.get_submodule(found).weight - before[key]).detach().double().numpy()
+        assert np.allclose(change, made.wanted[key], rtol=0, atol=3e-5), key
 
 
 def tiny_sdxl() -> StableDiffusionXLPipeline:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,34 @@ def test_names_of_kohya_and_of_the_original_code_are_told_apart(tmp_path: Path) 
     assert read_lora(str(kohya(tmp_path / "y")[0])).format == "kohya"
 
 
+OTHERS = {  # names in use beside those of the whole files above
+    "unet.mid_block.attentions.0.proj_in.lora_A.default.weight": "unet.mid_block.attentions.0.proj_in",
+    "model.diffusion_model.middle_block.1.proj_in.lora_up.weight": "unet.mid_block.attentions.0.proj_in",
+    "lora_unet_output_blocks_2_1_conv.lora_down.weight": "unet.up_blocks.0.upsamplers.0.conv",  # of SD 1.x: no attention
+    "lora_unet_input_blocks_1_1_proj_in.alpha": "unet.down_blocks.0.attentions.0.proj_in",
+    "lora_unet_output_blocks_11_1_proj_out.alpha": "unet.up_blocks.3.attentions.2.proj_out",
+    "lora_te_text_model_encoder_layers_22_mlp_fc1.alpha": "text_encoder.text_model.encoder.layers.22.mlp.fc1",  # SD 2.x
+    "lora_te2_text_model_encoder_layers_31_mlp_fc2.lora_up.weight": (
+        "text_encoder_2.text_model.encoder.layers.31.mlp.fc2"
+    ),
+    "lora_te2_text_projection.lora_down.weight": "text_encoder_2.text_projection",
+    f"text_encoders.clip_h.transformer.{TEXT}.lora_up.weight": f"text_encoder.{TEXT}",
+    f"text_encoders.clip_g.transformer.{TEXT}.lora_up.weight": f"text_encoder_2.{TEXT}",
+    f"clip_l.{TEXT}.lora_up.weight": f"text_encoder.{TEXT}",
+    f"cond_stage_model.transformer.{TEXT}.lora_A.weight": f"text_encoder.{TEXT}",
+    f"conditioner.embedders.0.transformer.{TEXT}.lora_A.weight": f"text_encoder.{TEXT}",
+    f"text_encoder_2.base_model.model.{TEXT}.lora_A.weight": f"text_encoder_2.{TEXT}",
+}
+
+
+@pytest.mark.parametrize("key", OTHERS)
+def test_a_layer_is_known_by_every_name_in_use(key: str) -> None:
+    place = parse_key(key)
+    assert place is not None
+    assert place.module == OTHERS[key]
+    assert not place.bare
+
+
 @pytest.mark.parametrize("depth", [1, 2, 10])
 def test_any_layer_of_a_unet_comes_back_from_its_name_in_kohyas_form(depth: int) -> None:
     for block in ("down_blocks.0", "up_blocks.10", "mid_block"):
@@ -140,6 +169,22 @@ def test_a_pickle_is_refused_unless_allowed_and_then_only_tensors_are_made(tmp_p
     assert close(deltas(read_lora(str(folder), allow_pickle=True)), wanted)
 
 
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\nsize 3\n", "git-lfs pointer.*git lfs pull"),
+        (b"<!DOCTYPE html><html>", "is a web page"),
+        (b"", "is empty"),
+    ],
+)
+def test_what_stands_in_the_place_of_a_pickle_is_told(tmp_path: Path, content: bytes, sentence: str) -> None:
+    folder, _ = peft_folder(tmp_path / "x")
+    (folder / "adapter_model.safetensors").unlink()
+    (folder / "adapter_model.bin").write_bytes(content)
+    with pytest.raises(TexforceError, match=rf"adapter_model.bin' .*{sentence}"):
+        read_lora(str(folder), allow_pickle=True)
+
+
 class _Hostile:
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -153,9 +198,12 @@ def test_a_malicious_pickle_makes_nothing(tmp_path: Path) -> None:
     (tmp_path / "a.bin").write_bytes(pickle.dumps({"x.lora_A.weight": _Hostile(trace)}))
     torch.save({"x.lora_A.weight": _Hostile(trace)}, tmp_path / "b.bin")
     trace.unlink(missing_ok=True)
-    for name in ("a.bin", "b.bin"):
-        with pytest.raises(TexforceError, match="cannot be read as tensors alone"):
-            read_lora(str(tmp_path / name), allow_pickle=True)
+    for name, reason in (("a.bin", "Unsupported operand 149"), ("b.bin", "Unsupported global: GLOBAL _?io.open")):
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            with pytest.raises(TexforceError, match=rf"cannot be read as tensors alone \({reason}"):
+                read_lora(str(tmp_path / name), allow_pickle=True)
+        assert not warned
     assert not trace.exists()
 
 
@@ -170,6 +218,7 @@ def test_a_lora_is_found_in_its_run_adapter_checkpoint_and_hub_folder(tmp_path: 
     with pytest.raises(UsageError, match="there is no LoRA"):
         find_lora(str(tmp_path / "none"))
     (tmp_path / "style.safetensors").write_bytes(file.read_bytes())
+    (tmp_path / "._style.safetensors").write_bytes(b"\x00\x05\x16\x07")  # what macOS leaves on the disks of others
     assert find_lora(str(tmp_path)) == [tmp_path / "style.safetensors"]
     (tmp_path / "other.safetensors").write_bytes(file.read_bytes())
     with pytest.raises(UsageError, match=r"holds several files \(other.safetensors, style.safetensors\)"):
@@ -201,7 +250,14 @@ REFUSED: list[tuple[dict[str, torch.Tensor], str]] = [
     ({f"{STEM}.diff": ONE}, "full differences"),
     ({f"{STEM}.diff_b": ONE}, "full differences"),
     ({f"{STEM}.w_norm": ONE}, "changed norms"),
+    ({f"{STEM}.b_norm": ONE}, "changed norms"),
+    ({f"{STEM}.oft_blocks": ONE}, "is an OFT"),
+    ({f"{STEM}.a1.weight": ONE}, "is a GLoRA"),
+    ({f"{STEM}.on_input": ONE}, "is an IA3"),
+    ({f"{STEM}.lora_embedding_A": ONE}, "of an embedding"),
     ({"emb_params": ONE}, "is a textual inversion"),
+    ({"<cat-toy>": ONE}, "is a textual inversion"),  # as diffusers writes it
+    ({"clip_g": ONE, "clip_l": ONE}, "is a textual inversion"),  # of SDXL
     ({"bundle_emb.x.string_to_param.*": ONE, **PAIR}, "with textual inversions in it"),
     ({"lora_te2_encoder_block_0_layer_0_SelfAttention_q.lora_down.weight": ONE}, "of no LoRA of Stable"),
     (
@@ -238,6 +294,7 @@ def test_what_cannot_be_merged_is_refused_with_file_and_key(
     assert len(said.err.splitlines()) == 1
     assert "a.safetensors" in said.err
     assert not tensors or any(key[:117] in said.err for key in tensors)
+    assert ("no sum of LoRAs can hold" in said.err) == ("merge it into a model there and use --extract" in said.err)
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -468,6 +525,14 @@ def test_alpha_may_be_an_integer_and_its_absence_is_told(tmp_path: Path) -> None
     lora = read_lora(str(folder))
     assert close(deltas(lora), wanted)
     assert "its alpha is not known" in lora.warnings[0]
+
+
+def test_a_file_that_has_gone_while_it_was_to_be_hashed_is_one_sentence(tmp_path: Path) -> None:
+    path, _ = kohya(tmp_path / "x")
+    lora = read_lora(str(path))
+    path.unlink()
+    with pytest.raises(TexforceError, match=r"a.safetensors' could not be read \(No such file"):
+        lora.sha256()
 
 
 def test_a_pickle_beside_the_weights_is_passed_over(tmp_path: Path) -> None:

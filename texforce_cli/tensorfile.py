@@ -36,9 +36,11 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LONGEST_HEADER = 100_000_000
 _MOST_DIMENSIONS, _LARGEST_DIMENSION = 8, 2**48
 _AGAIN = "copy or download it again"
-_IMPOSTORS = {
+_STAND_INS = {
     b"version https://git-lfs": ("a git-lfs pointer, not the file itself", "run `git lfs pull`, or download the file"),
     b"<": ("a web page, not a model", "download the file itself: on the Hub /resolve/ where the page has /blob/"),
+}
+_PICKLES = {
     b"PK": ("a pickle with the ending of another format", "convert it to .safetensors; pickles can run code"),
     b"\x80": ("a pickle with the ending of another format", "convert it to .safetensors; pickles can run code"),
 }
@@ -79,7 +81,7 @@ class TensorFile:
             size = status.st_size
             with path.open("rb") as handle:
                 start = handle.read(64)
-                _refuse_impostors(path, start)
+                refuse_impostors(path, start)
                 length = int.from_bytes(start[:8], "little")
                 if size < 8 or length > size - 8 or length > _LONGEST_HEADER:
                     need = f"its header needs {length + 8} bytes, the file has {size}"
@@ -212,12 +214,17 @@ def _header_text(header: Mapping[str, Any], metadata: Mapping[str, str]) -> byte
     return text + b" " * (-len(text) % 8)
 
 
-def _refuse_impostors(path: Path, start: bytes) -> None:
+def refuse_impostors(path: Path, start: bytes, *, pickles: bool = False) -> None:
+    """Refuse what begins like something else than a file of tensors; `pickles` may be one.
+
+    Raises:
+        TexforceError: it is empty, or what it is instead.
+    """
     if not start:
         raise TexforceError(f"'{path}' is empty", _AGAIN)
     if start[8:9] == b"{":
         return
-    for signature, (what, remedy) in _IMPOSTORS.items():
+    for signature, (what, remedy) in (_STAND_INS if pickles else _STAND_INS | _PICKLES).items():
         if start.lstrip().startswith(signature):
             raise TexforceError(f"'{path}' is {what}", remedy)
 

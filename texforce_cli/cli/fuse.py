@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,15 @@ if TYPE_CHECKING:
 
 EXAMPLE = "Example: [bold]texforce fuse a.safetensors:0.7 b.safetensors:0.3[/bold]"
 _HOW, _OUT, _EXTRACT = "How", "Output", "From whole weights"
+
+
+def _share(value: Optional[float]) -> Optional[float]:
+    """Refuse NaN, which the ranges of options let through, and which is neither below nor above any error."""
+    if value is not None and math.isnan(value):
+        from texforce_cli.errors import UsageError
+
+        raise UsageError("'nan' is no number from 0 to 1", "write for example 0.05")
+    return value
 
 
 def fuse(
@@ -42,7 +52,13 @@ def fuse(
     rank: Annotated[Optional[int], typer.Option(help="Highest rank.", min=1, rich_help_panel=_HOW)] = None,
     max_error: Annotated[
         Optional[float],
-        typer.Option(help="Lowest rank with this relative error in each module.", min=0, max=1, rich_help_panel=_HOW),
+        typer.Option(
+            help="Lowest rank with this relative error in each module.",
+            min=0,
+            max=1,
+            callback=_share,
+            rich_help_panel=_HOW,
+        ),
     ] = None,
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Read .bin, .pt: tensors alone (needs torch).", rich_help_panel=_HOW)
@@ -70,7 +86,11 @@ def fuse(
     max_rest: Annotated[
         float,
         typer.Option(
-            help="Largest share of the change in biases, norms and embeddings.", min=0, max=1, rich_help_panel=_EXTRACT
+            help="Largest share of the change in biases, norms and embeddings.",
+            min=0,
+            max=1,
+            callback=_share,
+            rich_help_panel=_EXTRACT,
         ),
     ] = 0.01,
     force: Annotated[bool, typer.Option("--force", help="Overwrite.", rich_help_panel=_OUT)] = False,

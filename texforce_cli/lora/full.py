@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from texforce_cli.errors import TexforceError, UsageError
-from texforce_cli.files import sha256
-from texforce_cli.lora.lora import Tensors
+from texforce_cli.lora.lora import Tensors, hashes
 from texforce_cli.lora.names import COMPONENTS, locate
 from texforce_cli.lora.pickles import read_pickle
 from texforce_cli.lora.read import PICKLES, no_place
@@ -61,8 +60,8 @@ class FullWeights:
         return sorted({tensors.path for tensors, _ in self.places.values()})
 
     def sha256(self) -> list[str]:
-        """The hash of each file."""
-        return [sha256(path) for path in self.files]
+        """The hash of each file, as `hashes`."""
+        return hashes(self.files)
 
     @property
     def components(self) -> tuple[str, ...]:

@@ -129,8 +129,23 @@ class Lora:
         return arrays
 
     def sha256(self) -> list[str]:
-        """The hash of each file."""
-        return [sha256(path) for path in self.files]
+        """The hash of each file, as `hashes`."""
+        return hashes(self.files)
+
+
+def hashes(files: Iterable[Path]) -> list[str]:
+    """The SHA-256 of each file.
+
+    Raises:
+        TexforceError: one cannot be read any more.
+    """
+    found = []
+    for file in files:
+        try:
+            found.append(sha256(file))
+        except OSError as error:
+            raise TexforceError(f"'{file}' could not be read ({error.strerror or error})", "check the file") from error
+    return found
 
 
 class Sized(Protocol):

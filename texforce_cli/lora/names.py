@@ -106,7 +106,7 @@ REFUSED = (
     (re.compile(r"\.diff(_b)?$"), "a LyCORIS file with full differences"),
     (re.compile(r"\.lora_embedding_[AB]"), "a LoRA of an embedding"),
     (re.compile(r"\.lora_(B|up)(\.[^.]+)?\.bias$"), "a LoRA with a bias (lora_bias)"),
-    (re.compile(r"^emb_params$"), "a textual inversion"),
+    (re.compile(r"^(emb_params|clip_[lg]|<.*>)$"), "a textual inversion"),
     (re.compile(r"^bundle_emb\."), "a LoRA with textual inversions in it (bundle_emb)"),
 )
 """What cannot be merged as a LoRA, by its keys."""

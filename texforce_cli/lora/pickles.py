@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from texforce_cli.errors import TexforceError, UsageError
-from texforce_cli.tensorfile import Array, Entry, finite, shown
+from texforce_cli.tensorfile import Array, Entry, finite, refuse_impostors, shown
 
 
 @dataclass(frozen=True)
@@ -30,14 +31,25 @@ def read_pickle(path: Path) -> PickledTensors:
         UsageError: there is no such file.
         TexforceError: it holds more than tensors, or is damaged.
     """
-    import torch  # the one place of this package that needs it
-
     if not path.is_file():
         raise UsageError(f"there is no file '{path}'", "check the path")
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as handle:
+            start = handle.read(64)
+    except OSError as error:
+        raise TexforceError(f"'{path}' could not be read ({error.strerror or error})", "check the file") from error
+    refuse_impostors(path, start, pickles=True)
+    import torch  # the one place of this package that needs it
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what cannot be read is told below, in a sentence
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a hostile pickle raises whatever it likes
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:150]
+        told = (
+            str(error).rpartition("WeightsUnpickler error: ")[2].strip()
+        )  # before it is advice to read it all the same
+        reason = (told or type(error).__name__).splitlines()[0][:150]
         raise TexforceError(f"'{path}' cannot be read as tensors alone ({reason})", "do not trust this file") from error
     loaded = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
     if not isinstance(loaded, dict) or not loaded:

@@ -52,7 +52,8 @@ def find_lora(source: str) -> list[Path]:
                 return [path / name]
         parts = [[path / part / name for name in (PEFT_NAME, "adapter_model.bin")] for part in COMPONENTS]
         found = [next(file for file in files if file.is_file()) for files in parts if any(f.is_file() for f in files)]
-        found = found or sorted(file for file in path.glob("*.safetensors") if file.is_file())
+        files = [file for file in path.glob("*.safetensors") if not file.name.startswith(".")]  # of macOS, or half made
+        found = found or sorted(file for file in files if file.is_file())
     except (OSError, RuntimeError, ValueError) as error:
         raise no_place(source, error) from error
     if not found:

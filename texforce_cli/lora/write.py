@@ -21,7 +21,7 @@ import numpy as np
 from texforce_cli.core.lora_algebra import Pair, balance
 from texforce_cli.errors import TexforceError, UsageError
 from texforce_cli.files import atomic_path, flush, parents_of, patiently, settle, write_error, write_text
-from texforce_cli.lora.names import kohya_name, peft_name
+from texforce_cli.lora.names import COMPONENTS, kohya_name, peft_name
 from texforce_cli.lora.read import PEFT_CONFIG, PEFT_NAME
 from texforce_cli.tensorfile import Array, TensorWriter, write_tensors
 
@@ -62,13 +62,14 @@ class Slot:
 @dataclass(frozen=True)
 class Layout:
     """How a LoRA is laid out: its format, its precision, `alpha` of the whole file (kohya's), SDXL's names or not, text
-    encoders with the `level` text_model or not (PEFT's)."""
+    encoders with the `level` text_model or not (PEFT's), those that get diffusers' `older` names."""
 
     format: Format
     precision: Precision
     alpha: float
     sdxl: bool
     level: bool
+    older: frozenset[str]
 
     @classmethod
     def of(cls, slots: Sequence[Slot], format: Format, precision: Precision, *, sdxl: bool) -> Layout:
@@ -76,7 +77,8 @@ class Layout:
         rank = Counter(slot.rank for slot in slots).most_common(1)[0][0]
         stored = float(DTYPES[precision].type(rank))  # bfloat16 cannot hold every integer
         second = any(slot.component == "text_encoder_2" for slot in slots)
-        return cls(format, precision, stored, sdxl or second, format == "peft" and _has_level())
+        older = frozenset(COMPONENTS) - {"unet"} - {slot.component for slot in slots if ".self_attn." in slot.path}
+        return cls(format, precision, stored, sdxl or second, format == "peft" and _has_level(), older)
 
     def tensors(self, slot: Slot, pair: Pair) -> Iterator[tuple[str, Array]]:
         """The tensors of one module by their keys, in this format and precision.
@@ -120,6 +122,8 @@ class Layout:
             name = kohya_name(slot.component, slot.path, sdxl=self.sdxl)
             return f"{name}.lora_down.weight", f"{name}.lora_up.weight", f"{name}.alpha"
         name = self.peft_name(slot) if self.format == "peft" else slot.name
+        if self.format == "diffusers" and slot.component in self.older:  # diffusers tells the others by their attention
+            return f"{name}.lora_linear_layer.down.weight", f"{name}.lora_linear_layer.up.weight", None
         return f"{name}.lora_A.weight", f"{name}.lora_B.weight", None
 
 

@@ -49,7 +49,8 @@ ENDING = ".safetensors"
 _LONGEST_NAME = 150
 _LONGEST_LINEAGE = 20_000
 _EXACT = 1e-7
-_UNTELLING = {FILE_NAME, PEFT_NAME, "pytorch_lora_weights.bin", "adapter_model.bin", "adapter"}
+_UNTELLING = {FILE_NAME, PEFT_NAME, "pytorch_lora_weights.bin", "adapter_model.bin", "adapter", "checkpoints"}
+_CHECKPOINT = re.compile(r"(epoch_|checkpoint-)\d+")
 
 
 @dataclass(frozen=True)
@@ -315,10 +316,13 @@ def _out(request: FuseRequest, loras: Sequence[tuple[LoraSpec, Lora]]) -> Path:
 
 
 def _stem(source: str) -> str:
-    """What a source is called: its file's name, or its folder's where that says nothing."""
+    """What a source is called: its file's name, or its folder's where that says nothing, a checkpoint's behind its run's."""
     path = Path(source).expanduser().absolute()
+    path = path.resolve() if ".." in path.parts else path  # a link keeps the name that it was asked for by
     while path.name in _UNTELLING and path.parent != path:
         path = path.parent
+    if _CHECKPOINT.fullmatch(path.name):
+        return f"{_stem(str(path.parent))}-{path.name}"
     name = path.stem if path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".ckpt") else path.name
     return re.sub(r"[^\w.,+-]", "_", name) or "lora"
 
@@ -337,7 +341,7 @@ def refuse_output(out: Path, inputs: Iterable[Path], *, folder: bool, force: boo
             if (
                 there
                 and out.exists()
-                and (out.samefile(file) or (is_folder and out.resolve() in file.resolve().parents))
+                and (out.samefile(file) or (folder and is_folder and out.resolve() in file.resolve().parents))
             ):
                 raise UsageError(f"'{out}' is one of the sources", "choose another --out")
     except OSError as error:
