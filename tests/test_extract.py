@@ -297,6 +297,19 @@ def test_what_is_not_compared_is_told(tmp_path: Path) -> None:
     assert said == [f"weights under '{prefix}' are not compared" for prefix in ("first_stage_model.", "model_ema.")]
 
 
+def test_a_part_that_one_model_holds_alone_is_told(tmp_path: Path) -> None:
+    for name, value in (("base", 0.0), ("tuned", 1.0)):
+        keys = ["model.diffusion_model.input_blocks.0.0.weight"]
+        if name == "tuned":
+            keys.append("cond_stage_model.transformer.text_model.encoder.layers.0.self_attn.q_proj.weight")
+        safetensors.torch.save_file({key: torch.full((2, 2), value) for key in keys}, tmp_path / f"{name}.safetensors")
+    told: list[Any] = []
+    models = [str(tmp_path / f"{name}.safetensors") for name in ("base", "tuned")]
+    extract(ExtractRequest(*models, tmp_path / "out.safetensors", rank=1), told.append)
+    said = [event.text for event in told if isinstance(event, Warned)]
+    assert said == [f"the text_encoder of '{models[1]}' is not compared: the other model holds none"]
+
+
 @pytest.mark.parametrize("source", ["~nobody-of-that-name/x", "x" * 300, "a\0b"])
 def test_a_path_that_cannot_be_is_one_sentence(source: str) -> None:
     with pytest.raises(UsageError, match=r"cannot be looked at|there is no folder or file"):

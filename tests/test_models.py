@@ -220,6 +220,20 @@ def test_a_damaged_folder_is_refused_in_one_sentence(folder: Path, damage: Calla
     assert says in refused(folder)
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "~nobody-of-that-name/model", "~nobody-of-that-name/model.safetensors"])
+def test_a_path_that_cannot_be_is_no_model(name: str) -> None:
+    with pytest.raises(UsageError):
+        resolve_model(name)
+
+
+def test_a_model_is_known_by_each_of_its_networks(folder: Path) -> None:
+    assert {Path(name).parent.name for name in fingerprint(resolve_model(str(folder)))} == {
+        "unet",
+        "text_encoder",
+        "vae",
+    }
+
+
 @pytest.mark.parametrize("safety_checker", [["stable_diffusion", "StableDiffusionSafetyChecker"], [None, None], None])
 def test_folders_of_older_libraries_draw_the_same(
     folder: Path, reference: Any, safety_checker: list[str] | None

@@ -191,7 +191,7 @@ def contents_hash(place: str) -> str:
     import hashlib
 
     try:
-        path = Path(place).expanduser()
+        path = user_path(place)
         if not place or not path.exists():
             return ""
         if path.is_file():
@@ -223,11 +223,16 @@ def write_error(path: Path, error: OSError) -> NotWritten:
     return NotWritten(f"'{path}' could not be written ({error.strerror or error})", "choose another folder with --out")
 
 
+def user_path(text: str | Path) -> Path:
+    """The path that a user's text names: `~` in front is a home, where somebody has it."""
+    return Path(os.path.expanduser(text))  # noqa: PTH111  pathlib's raises where nobody has it
+
+
 def user_folder(kind: Literal["cache", "data"]) -> Path:
     """Where things are kept between runs: TEXFORCE_HOME, else the system's place for an application's cache or data."""
     home = os.environ.get("TEXFORCE_HOME")
     if home:
-        return Path(home).expanduser() / kind
+        return user_path(home) / kind
     import platformdirs
 
     return Path(platformdirs.user_cache_dir("texforce") if kind == "cache" else platformdirs.user_data_dir("texforce"))

@@ -18,7 +18,7 @@ from texforce_cli import tiny
 from texforce_cli.devices import device_memory_gb, full_memory
 from texforce_cli.diffusion import single_file
 from texforce_cli.errors import TexforceError, UsageError
-from texforce_cli.files import sha256
+from texforce_cli.files import sha256, user_path
 from texforce_cli.presets import Family
 from texforce_cli.quiet import quiet
 from texforce_cli.tensorfile import Array, TensorFile
@@ -95,11 +95,15 @@ def resolve_model(name: str, device: str = "auto") -> ModelSource:
         return _automatic(device)
     if name in NAMES:
         return cast(ModelSource, known_model(name))
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path = user_path(name)
+    try:
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except OSError as error:
+        raise UsageError(f"there is no model '{name[:60]}' ({error.strerror})", "check the path") from error
+    if is_folder:
         return _folder(path.resolve())
-    if path.is_file() or path.suffix in (".safetensors", ".ckpt", ".bin", ".pt", ".pth"):
-        if not path.is_file():
+    if is_file or path.suffix in (".safetensors", ".ckpt", ".bin", ".pt", ".pth"):
+        if not is_file:
             raise UsageError(f"there is no file '{name}'", "check the path")
         return _file(path.absolute())  # unresolved: the Hub's cache links names to files without an ending
     repository, _, revision = name.partition("@")
@@ -258,7 +262,7 @@ def _hashes(location: str) -> tuple[tuple[str, str], ...]:
     path = Path(location)
     if path.is_file():
         return ((path.name, sha256(path)),)
-    files = sorted(path.glob("unet/*.safetensors")) + sorted(path.glob("text_encoder/*.safetensors"))
+    files = [file for part in ("unet", "text_encoder", "vae") for file in sorted(path.glob(f"{part}/*.safetensors"))]
     return tuple((file.relative_to(path).as_posix(), sha256(file)) for file in files)
 
 

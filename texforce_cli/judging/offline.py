@@ -15,7 +15,7 @@ from PIL import Image
 from scipy import stats
 
 from texforce_cli.errors import TexforceError, UsageError
-from texforce_cli.files import contents_hash
+from texforce_cli.files import contents_hash, user_path
 from texforce_cli.judging.answers import HIGHEST, LOWEST, TIE
 from texforce_cli.judging.judge import ALIGNMENT, Failed, Repair, Reply
 from texforce_cli.judging.questions import MODES, Case, Mode, Question
@@ -111,7 +111,7 @@ class VotesJudge:
     def __init__(self, file: str = "") -> None:
         if not file:
             raise UsageError("the judge 'votes' needs a file", "add --judge-option file=votes.json")
-        self._file = Path(file).expanduser()
+        self._file = user_path(file)
         self.identity = ""
         self.setting = "votes"  # more votes make the same ranking anew
         # prompt and pictures -> points of the first picture: votes are on pictures, whoever drew them

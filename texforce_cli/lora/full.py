@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from texforce_cli.errors import TexforceError, UsageError
+from texforce_cli.files import user_path
 from texforce_cli.lora.lora import Tensors, hashes
 from texforce_cli.lora.names import COMPONENTS, locate
 from texforce_cli.lora.pickles import read_pickle
@@ -78,7 +79,7 @@ def open_full(source: str, *, allow_pickle: bool = False) -> FullWeights:
         TexforceError: damaged, a LoRA, or of another kind of model; the sentence names the file and the key.
     """
     try:
-        files = _files(source, Path(source).expanduser())
+        files = _files(source, user_path(source))
     except (OSError, RuntimeError, ValueError) as error:
         raise no_place(source, error) from error
     places: dict[str, tuple[Tensors, str]] = {}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from texforce_cli.errors import TexforceError, UsageError
+from texforce_cli.files import user_path
 from texforce_cli.lora.header import without_abysses
 from texforce_cli.lora.lora import Lora, LoraModule, Tensors, bases_of
 from texforce_cli.lora.names import COMPONENTS, REFUSED, Place, parse_key
@@ -42,7 +43,7 @@ def find_lora(source: str) -> list[Path]:
         UsageError: nothing is there, or several that could be meant.
     """
     try:
-        path = Path(source).expanduser()
+        path = user_path(source)
         if path.is_file():
             return [path]
         if not path.is_dir():

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from texforce_cli.errors import UsageError
+from texforce_cli.files import user_path
 from texforce_cli.presets import Family
 
 _SUFFIXES = (".txt", ".jsonl", ".csv")
@@ -67,20 +68,13 @@ def load_prompts(spec: str, family: Family, *, to_train: bool = True) -> PromptS
     if spec in FETCHED:
         return fetch(spec)
     if Path(spec).suffix.lower() in _SUFFIXES:
-        return _checked(read_prompts(_expanded(Path(spec))), to_train)
+        return _checked(read_prompts(user_path(spec)), to_train)
     names = [*SETS, *FETCHED]
     close = difflib.get_close_matches(spec, names, n=1)
     hint = f"did you mean '{close[0]}'? " if close else ""
     raise UsageError(
         f"unknown prompts '{spec}'", f"{hint}Give one of {', '.join(names)}, or a file ({', '.join(_SUFFIXES)})"
     )
-
-
-def _expanded(path: Path) -> Path:
-    try:
-        return path.expanduser()
-    except RuntimeError:  # the home of nobody: there is no such file
-        return path
 
 
 def _checked(found: PromptSet, to_train: bool) -> PromptSet:

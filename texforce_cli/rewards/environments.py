@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from texforce_cli.errors import TexforceError, UsageError
-from texforce_cli.files import patiently, user_folder, write_error, write_json
+from texforce_cli.files import patiently, user_folder, user_path, write_error, write_json
 from texforce_cli.rewards import builtin
 from texforce_cli.rewards.places import Place
 from texforce_cli.rewards.registry import REWARDS, Registry, normal, plugin_calls, plugin_manager, plugins
@@ -135,7 +135,7 @@ def resolve(asked: str) -> Source:
     built_in = _built_in()
     if normal(asked) in map(normal, built_in):
         raise UsageError(f"the reward '{asked}' is built in, there is nothing to install", "see texforce rewards")
-    path = Path(asked).expanduser()
+    path = user_path(asked)
     if path.exists() or os.sep in asked or asked.startswith((".", "~")):
         if path.suffix == ".whl" and path.is_file():
             return Source(str(path.resolve()), False, path.name)

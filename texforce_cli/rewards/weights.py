@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from texforce_cli.errors import TexforceError
-from texforce_cli.files import atomic_path, sha256, user_folder
+from texforce_cli.files import atomic_path, sha256, user_folder, user_path
 
 Tensors = dict[str, torch.Tensor]
 
@@ -48,7 +48,7 @@ def locate(published: Published, given: str, option: str) -> Path:
     """
     if not given:
         return _fetched(published, option)
-    path = Path(given).expanduser()
+    path = user_path(given)
     if path.is_dir():
         path = path / published.file
     if not path.is_file():

@@ -145,6 +145,9 @@ def _common(base: FullWeights, tuned: FullWeights, listener: Listener) -> list[s
             f"'{base.source}' holds {', '.join(base.components)}, '{tuned.source}' {', '.join(tuned.components)}",
             "give two models with the same part",
         )
+    for name in sorted({*base.components, *tuned.components} - {*components}):
+        holder = base if name in base.components else tuned
+        listener(Warned(f"the {name} of '{holder.source}' is not compared: the other model holds none"))
     for prefix in sorted(base.elsewhere | tuned.elsewhere):
         listener(Warned(f"weights under '{prefix}' are not compared"))
     of = tuple(f"{component}." for component in components)

@@ -32,7 +32,7 @@ from texforce_cli.core.lora_algebra import (
     truncate,
 )
 from texforce_cli.errors import TexforceError, UsageError
-from texforce_cli.files import flush
+from texforce_cli.files import flush, user_path
 from texforce_cli.lora.header import model_keys, shared_training
 from texforce_cli.lora.lora import Lora, LoraModule, common_bases
 from texforce_cli.lora.names import COMPONENTS, is_convolution
@@ -317,7 +317,7 @@ def _out(request: FuseRequest, loras: Sequence[tuple[LoraSpec, Lora]]) -> Path:
 
 def _stem(source: str) -> str:
     """What a source is called: its file's name, or its folder's where that says nothing, a checkpoint's behind its run's."""
-    path = Path(source).expanduser().absolute()
+    path = user_path(source).absolute()
     path = path.resolve() if ".." in path.parts else path  # a link keeps the name that it was asked for by
     while path.name in _UNTELLING and path.parent != path:
         path = path.parent

@@ -16,6 +16,7 @@ from texforce_cli.diffusion.models import (
     resolve_model,
 )
 from texforce_cli.errors import UsageError
+from texforce_cli.files import user_path
 from texforce_cli.lora.read import find_lora
 from texforce_cli.lora.spec import parse_lora
 from texforce_cli.presets import computed_hours, computed_memory_gb, computed_micro_batch, computed_petaflop
@@ -159,4 +160,4 @@ def _chosen(config: TrainConfig, origins: Mapping[str, str], source: ModelSource
 def _absolute(source: str) -> str:
     """The file of a LoRA, or its folder where it is made of several, from any folder."""
     files = find_lora(source)
-    return str(files[0].absolute() if len(files) == 1 else Path(source).expanduser().absolute())
+    return str(files[0].absolute() if len(files) == 1 else user_path(source).absolute())

@@ -16,7 +16,7 @@ from typing import Any
 import tomli_w
 
 from texforce_cli.errors import TexforceError, UsageError
-from texforce_cli.files import write_error, write_json, write_text
+from texforce_cli.files import user_path, write_error, write_json, write_text
 
 _LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.tmp(\.\w+)?")
 _LOCK = ".lock"
@@ -92,7 +92,7 @@ class RunFolder:
             UsageError: there is something in `out`.
             TexforceError: it cannot be written.
         """
-        path = Path("runs") if out is None else Path(out).expanduser()
+        path = Path("runs") if out is None else user_path(out)
         try:
             if out is not None:
                 folder = cls(path)
@@ -118,7 +118,7 @@ class RunFolder:
         Raises:
             UsageError: there is no run in that folder.
         """
-        folder = cls(Path(path).expanduser())
+        folder = cls(user_path(path))
         if folder.path.is_dir() and not folder._taken():
             raise UsageError(f"no run has begun in '{path}'", f"begin it with --out {path}")
         if not folder.record.is_file():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch.nn import functional as F
@@ -12,6 +11,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from transformers.initialization import no_init_weights
 
 from texforce_cli.errors import TexforceError
+from texforce_cli.files import user_path
 from texforce_cli.rewards.builtin.vision import MEAN, STD, Crop, Head, PictureReward, Reading
 from texforce_cli.rewards.weights import Published, load_strictly, locate, read_tensors, shape
 
@@ -159,7 +159,7 @@ class Aesthetic(ClipReward):
 def load_clip(published: Published, given: str, option: str, allow_pickle: bool) -> tuple[CLIPModel, Crop]:
     """The CLIP model of a repository, or of the folder `given`, strictly; and how it reads pictures."""
     safe = published.sibling("model.safetensors")
-    path = locate(safe if given and (Path(given).expanduser() / safe.file).is_file() else published, given, option)
+    path = locate(safe if given and (user_path(given) / safe.file).is_file() else published, given, option)
     settings = locate(published.sibling("config.json"), str(path.parent) if given else "", option)
     reward = option.rpartition(".")[0]
     tensors = read_tensors(path, reward, known=published.sha256, allow_pickle=allow_pickle)
@@ -179,8 +179,8 @@ def load_tokenizer(published: Published, given: str, weights: str, option: str, 
     Raises:
         TexforceError: it is not there, or knows more than the `vocabulary` words of the model.
     """
-    beside = Path(weights).expanduser()
-    folder = Path(given).expanduser() if given else beside.parent if beside.is_file() else beside
+    beside = user_path(weights)
+    folder = user_path(given) if given else beside.parent if beside.is_file() else beside
     if not (given or weights) or not (folder / "tokenizer.json").is_file():
         there = given or (str(folder) if weights and (folder / "vocab.json").is_file() else "")
         for file in ("merges.txt", "vocab.json"):

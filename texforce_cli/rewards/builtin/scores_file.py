@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from texforce_cli.errors import TexforceError, UsageError
+from texforce_cli.files import user_path
 
 _SUFFIXES = (".csv", ".jsonl", ".json")
 
@@ -43,7 +44,7 @@ class ScoresFile:
     def __init__(self, path: str = "", missing: str = "error") -> None:
         if not path:
             raise UsageError("the reward scores-file has no table", "give one: --reward-option scores-file.path=FILE")
-        self._path = Path(path).expanduser()
+        self._path = user_path(path)
         self._scores = _read(self._path)
         self._missing = None if missing == "error" else _number(missing, "the option scores-file.missing")
         self.counts = {"pictures_not_in_the_table": 0}

@@ -14,6 +14,7 @@ from PIL import Image
 
 from texforce_cli.core.seeds import derive
 from texforce_cli.errors import TexforceError, UsageError
+from texforce_cli.files import user_path
 from texforce_cli.prompts import Prompt
 from texforce_cli.report.pictures import read_picture, save_png
 from texforce_cli.rewards.builtin.scores_file import picture_hash
@@ -119,7 +120,7 @@ def foreign_pictures(variant: Variant, items: Sequence[Item]) -> dict[Item, Path
         UsageError: nothing in the folder tells prompts and seeds, or two pictures have the same.
     """
     assert variant.images is not None
-    folder = Path(variant.images).expanduser()
+    folder = user_path(variant.images)
     wanted = {(item.text, item.seed): item for item in items}
     found: dict[Item, Path] = {}
     told = 0

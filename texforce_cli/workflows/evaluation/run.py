@@ -10,7 +10,7 @@ from typing import Any
 from texforce_cli.config import DIVERSITY
 from texforce_cli.devices import claim, resolve_device
 from texforce_cli.errors import UsageError
-from texforce_cli.files import held
+from texforce_cli.files import held, user_path
 from texforce_cli.judging.votes import Vote, read_votes
 from texforce_cli.prompts import PromptSet
 from texforce_cli.report.page import Page, PageMetric, PagePrompt, PageVariant, Picture, pictures_hash, write_page
@@ -254,7 +254,7 @@ def _votes(request: EvalRequest, data: str, listener: Listener) -> list[Vote]:
     votes: list[Vote] = []
     for path in request.votes:
         try:
-            votes += read_votes(Path(path).expanduser(), data)
+            votes += read_votes(user_path(path), data)
         except UsageError as error:
             if "votes" in request.given:
                 raise

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from texforce_cli.errors import UsageError
+from texforce_cli.files import user_path
 from texforce_cli.lora.spec import parse_lora
 
 _NAME = re.compile(r"(?!(?i:con|prn|aux|nul|com\d|lpt\d)(\.|$))[A-Za-z0-9]([\w.-]{0,58}[\w-])?")
@@ -154,9 +155,9 @@ def _checked(variant: Variant) -> Variant:
 def placed(text: str) -> Path | None:
     """The path that a text names, if something is there."""
     try:
-        path = Path(text).expanduser()
+        path = user_path(text)
         return path if path.exists() else None
-    except (OSError, RuntimeError):  # longer than a name may be; the home of nobody
+    except OSError:  # longer than a name may be
         return None
 
 
