@@ -191,3 +191,21 @@ def test_auto_is_the_micro_batch_of_the_preset_and_is_fitted_on_a_gpu_alone(monk
     monkeypatch.setattr("texforce_cli.workflows.plan.gpu_precision", lambda: "bf16")
     made = plan({**flags, "device": "cuda"}).config
     assert (made.micro_batch, made.grad_accum, made.fit_micro_batch) == (32, 2, True)
+
+
+def test_stable_diffusion_takes_the_micro_batch_that_fits_into_the_memory_of_a_machine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """fp32 on a CPU: 1.07 G parameters of 4 bytes, and 4.8 GB of activations for each of two branches of an image."""
+    flags = {"reward": ["brightness"], "model": "sd15", "device": "cpu", "samples_per_epoch": 8, "grad_accum": 1}
+    told = {}
+    for memory in (12.0, 32.0, 128.0):
+        monkeypatch.setattr("texforce_cli.workflows.plan.machine_memory_gb", lambda gb=memory: gb)
+        made = plan(flags)
+        assert made.config.fit_micro_batch is False and made.config.precision == "fp32"
+        told[memory] = made.config.micro_batch, [line for line in made.advice() if "memory" in line]
+    assert told[32.0] == (2, []) and told[128.0] == (8, [])
+    assert told[12.0][0] == 1 and "about 14 GB of memory are needed at --micro-batch 1" in told[12.0][1][0]
+    assert plan({**flags, "micro_batch": "8", "precision": "bf16"}).config.micro_batch == 8
+    monkeypatch.setattr("texforce_cli.workflows.plan.machine_memory_gb", lambda: 12.0)
+    assert not plan({**flags, "gradient_checkpointing": True}).advice()

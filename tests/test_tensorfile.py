@@ -110,7 +110,7 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "no JSON": (bytes_of(b"{nonsense}"), "its header cannot be read"),
     "not UTF-8": (bytes_of(b'{"\xff": 1}'), "its header cannot be read"),
     "a list": (bytes_of([1]), "is no safetensors file"),
-    "nested deeply": (bytes_of(b'{"a":' * 3000 + b"1" + b"}" * 3000), "its header cannot be read"),
+    "nested deeply": (bytes_of(b'{"a":' * 100_000 + b"1" + b"}" * 100_000), "its header cannot be read"),
     "a key twice": (bytes_of(b'{"x": 1, "x": 2}'), "stands in it twice"),
     "overlapping": (bytes_of({"x": entry(0, 4), "y": entry(2, 6)}, bytes(6)), "has overlapping tensors"),
     "a hole": (bytes_of({"x": entry(4, 8)}, bytes(8)), "has 4 bytes before 'x' that belong to nothing"),

@@ -122,3 +122,10 @@ def device_memory_gb(device: torch.device) -> float | None:
     if device.type != "cuda" or not torch.cuda.is_available():
         return None
     return float(torch.cuda.get_device_properties(device).total_memory) / 1e9
+
+
+def machine_memory_gb() -> float:
+    """The memory of this machine in GB, which its CPU has to itself and Apple's GPUs share with it."""
+    import psutil
+
+    return float(psutil.virtual_memory().total) / 1e9

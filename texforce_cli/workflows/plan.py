@@ -9,7 +9,7 @@ from typing import Any
 
 from texforce_cli.config import TrainConfig, resolve
 from texforce_cli.core.train_steps import TrainSteps
-from texforce_cli.devices import claim, device_memory_gb, resolve_device
+from texforce_cli.devices import claim, device_memory_gb, machine_memory_gb, resolve_device
 from texforce_cli.diffusion.models import (
     ModelSource,
     gpu_precision,
@@ -38,7 +38,7 @@ class Plan:
     rewards: tuple[RewardInfo, ...]
 
     def advice(self) -> list[str]:
-        """What is worth saying of these rewards before they are trained on: chosen prompts, and strangers to drawings."""
+        """What is worth saying before a run: prompts that were chosen, rewards that are strangers to drawings, memory."""
         said = []
         if self.origins.get("prompts", "").startswith("reward "):
             said.append(
@@ -53,6 +53,12 @@ class Plan:
         strange = [info.name for info in self.rewards if info.domain == "emoji"] if self.source.family == "sd" else []
         if strange:
             said.append(f"{', '.join(strange)} knows the drawings of the embedded model and nothing else")
+        kept = self.config.device == "cpu" and not self.config.gradient_checkpointing
+        if kept and (needed := self.cost().get("computed_memory_gb", 0.0)) > (there := machine_memory_gb()):
+            said.append(
+                f"about {needed:.0f} GB of memory are needed at --micro-batch {self.config.micro_batch}, and this machine has "
+                f"{there:.0f}: take --precision bf16 or a smaller --micro-batch"
+            )
         return said
 
     def cost(self) -> dict[str, float]:
@@ -141,19 +147,24 @@ def _chosen(config: TrainConfig, origins: Mapping[str, str], source: ModelSource
         chosen["fit_micro_batch"] = False
     if device.type != "cuda":
         chosen["timestep_batch"] = config.timestep_batch or 1
-    memory = device_memory_gb(device)
-    if memory is not None and source.family == "sd":
-        if origins["precision"] == "default":
+    if source.family == "sd":
+        memory = device_memory_gb(device)
+        if memory is not None and origins["precision"] == "default":
             chosen["precision"] = gpu_precision()
         if origins["micro_batch"] == "default":
             precision = chosen.get("precision", config.precision)
             size = config.size or (768 if source.name == "sd21" else 512)
             fits = computed_micro_batch(
-                memory, precision, config.branches[1], config.samples_per_epoch, config.kept_latents, size
+                memory or machine_memory_gb(),
+                precision,
+                config.branches[1],
+                config.samples_per_epoch,
+                config.kept_latents,
+                size,
             )
             chosen["micro_batch"] = fits
             chosen["grad_accum"] = config.update_batch // fits
-            chosen["fit_micro_batch"] = True
+            chosen["fit_micro_batch"] = memory is not None  # one that is the machine's own swaps before it is full
     return chosen
 
 
