@@ -24,11 +24,11 @@ from benchmarks.floor import Floor
 from texforce_cli.config import TrainConfig, resolve
 from texforce_cli.devices import claim, same_bits
 from texforce_cli.files import write_json
-from texforce_cli.presets import computed_memory_gb
 from texforce_cli.prompts import Prompt
 from texforce_cli.rewards.registry import load_registry
 from texforce_cli.tiny import WEIGHTS
 from texforce_cli.workflows.assembly import make_adapter, make_algorithm, make_optimisation, make_policy, make_rewards
+from texforce_cli.workflows.plan import memory_of
 from texforce_cli.workflows.run_folder import versions
 
 _PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -133,9 +133,7 @@ def measured(pipeline: StableDiffusionPipeline, config: TrainConfig, rounds: int
         "images_per_second": images / total,
         "share_of_peak": work / total / peak,
         "memory_gb": memory,
-        "predicted_memory_gb": computed_memory_gb(
-            config.precision, config.micro_batch, config.branches[1], images, config.kept_latents, size
-        ),
+        "predicted_memory_gb": memory_of(config, size).gb(config.micro_batch),
     }
 
 

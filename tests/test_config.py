@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,8 @@ from texforce_cli.errors import UsageError
 from texforce_cli.presets import (
     PRESETS,
     Family,
+    Memory,
     automatic_preset,
-    computed_memory_gb,
-    computed_micro_batch,
     computed_petaflop,
 )
 from texforce_cli.workflows.plan import plan
@@ -146,12 +146,14 @@ def test_only_what_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_computed_memory_by_hand() -> None:
-    # fp16: 2.14 GB of weights, 2 images * 2 branches * 2.4 GB, 2 * 10 images * 51 latents * 64 kB
-    expected = 2.14 + 9.6 + 2 * 10 * 51 * 16384 * 4 / 1e9
-    assert computed_memory_gb("fp16", 2, 2, 10, 51, 512) == pytest.approx(expected)
-    assert computed_micro_batch(80, "bf16", 2, 512, 51, 512) == 8
-    assert computed_micro_batch(24, "bf16", 2, 512, 51, 512) == 2
-    assert computed_micro_batch(8, "bf16", 2, 512, 51, 512) == 1
+    # fp16: 2.14 GB of weights, 2 images * 2 branches * 0.84 GB, 2 * 10 images * 51 latents * 64 kB
+    memory = Memory("text-encoder", "fp16", False, 2, 10, 51, 512)
+    trajectories = 2 * 10 * 51 * 16384 * 4 / 1e9
+    assert memory.gb(2) == pytest.approx(2.14 + 3.36 + trajectories)
+    assert replace(memory, train="both", size=1024).gb(1) == pytest.approx(2.14 + 4 * (2.24 + trajectories))
+    assert replace(memory, checkpointing=True, precision="fp32").gb(1) == pytest.approx(4.28 + 1.2 + trajectories)
+    memory = replace(memory, images=512)  # 5.6 GB and 1.7 an image, of nine tenths
+    assert [memory.micro_batch(gb) for gb in (80, 24, 11, 10, 8)] == [8, 8, 2, 2, 1]
 
 
 def test_the_computed_work_by_hand() -> None:
@@ -196,16 +198,16 @@ def test_auto_is_the_micro_batch_of_the_preset_and_is_fitted_on_a_gpu_alone(monk
 def test_stable_diffusion_takes_the_micro_batch_that_fits_into_the_memory_of_a_machine(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """fp32 on a CPU: 1.07 G parameters of 4 bytes, and 4.8 GB of activations for each of two branches of an image."""
+    """fp32 on a CPU: 1.07 G parameters of 4 bytes, and 3.4 GB of activations of the two branches of an image."""
     flags = {"reward": ["brightness"], "model": "sd15", "device": "cpu", "samples_per_epoch": 8, "grad_accum": 1}
     told = {}
-    for memory in (12.0, 32.0, 128.0):
+    for memory in (7.0, 14.0, 128.0):
         monkeypatch.setattr("texforce_cli.workflows.plan.machine_memory_gb", lambda gb=memory: gb)
         made = plan(flags)
         assert made.config.fit_micro_batch is False and made.config.precision == "fp32"
         told[memory] = made.config.micro_batch, [line for line in made.advice() if "memory" in line]
-    assert told[32.0] == (2, []) and told[128.0] == (8, [])
-    assert told[12.0][0] == 1 and "about 14 GB of memory are needed at --micro-batch 1" in told[12.0][1][0]
+    assert told[14.0] == (2, []) and told[128.0] == (8, [])
+    assert told[7.0][0] == 1 and "about 8 GB of memory are needed at --micro-batch 1" in told[7.0][1][0]
     assert plan({**flags, "micro_batch": "8", "precision": "bf16"}).config.micro_batch == 8
-    monkeypatch.setattr("texforce_cli.workflows.plan.machine_memory_gb", lambda: 12.0)
+    monkeypatch.setattr("texforce_cli.workflows.plan.machine_memory_gb", lambda: 7.0)
     assert not plan({**flags, "gradient_checkpointing": True}).advice()

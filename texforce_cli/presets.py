@@ -9,6 +9,7 @@ on one tuning seed of the embedded model, not at all on Stable Diffusion.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 Family = Literal["tiny", "sd"]
@@ -86,26 +87,35 @@ def computed_petaflop(sampling_calls: float, training_calls: float, size: int) -
     return (sampling_calls + 2 * training_calls) * TFLOP_PER_CALL * (size / 512) ** 2 / 1000
 
 
-def computed_memory_gb(precision: str, micro_batch: int, branches: int, samples: int, latents: int, size: int) -> float:
-    """GPU memory on SD 1.x, computed and not measured: weights, activations of one pass of training through `branches`, and
-    trajectories of `latents` an image.
-
-    1.07 G parameters; 2.4 GB of fp16 activations a branch and image of 512 pixels, without gradient checkpointing; the
-    latents of an epoch in fp32, twice while they are joined.
-    """
-    number = 4 if precision == "fp32" else 2
-    pixels = (size / 512) ** 2
-    activations = 1.2 * number * micro_batch * branches * pixels
-    trajectories = 2 * samples * latents * 16384 * pixels * 4 / 1e9
-    return 1.07 * number + activations + trajectories
+_ACTIVATIONS = {"text-encoder": 0.42, "unet": 0.53, "both": 0.56}
+_CHECKPOINTED = 0.15
+"""G numbers that a pass of training holds for a branch and an image of 512 pixels. Measured on a CPU on SD 1.5's layers, with fused
+attention: the peak of the process above its weights (docs/performance.md)."""
 
 
-def computed_micro_batch(memory_gb: float, precision: str, branches: int, samples: int, latents: int, size: int) -> int:
-    """The largest micro-batch of 8, 4, 2, 1 whose computed memory fits into 90 % of `memory_gb`."""
-    fits = [
-        n for n in (8, 4, 2) if computed_memory_gb(precision, n, branches, samples, latents, size) < 0.9 * memory_gb
-    ]
-    return max(fits, default=1)
+@dataclass(frozen=True)
+class Memory:
+    """What a run on SD 1.x holds, computed: 1.07 G parameters, the activations of one pass of training through `branches`, and
+    `latents` an image in fp32, twice while an epoch's are joined."""
+
+    train: str
+    precision: str
+    checkpointing: bool
+    branches: int
+    images: int
+    latents: int
+    size: int
+
+    def gb(self, micro_batch: int) -> float:
+        """With so many images in a pass."""
+        number, pixels = 4 if self.precision == "fp32" else 2, (self.size / 512) ** 2
+        one = (_CHECKPOINTED if self.checkpointing else _ACTIVATIONS[self.train]) * number * self.branches * pixels
+        trajectories = 2 * self.images * self.latents * 16384 * pixels * 4 / 1e9
+        return 1.07 * number + one * micro_batch + trajectories
+
+    def micro_batch(self, gb: float) -> int:
+        """The largest of 8, 4, 2, 1 that fits into 90 % of `gb`."""
+        return max((n for n in (8, 4, 2) if self.gb(n) < 0.9 * gb), default=1)
 
 
 def computed_hours(petaflop: float, teraflops: float) -> float:

@@ -19,7 +19,7 @@ from texforce_cli.errors import UsageError
 from texforce_cli.files import user_path
 from texforce_cli.lora.read import find_lora
 from texforce_cli.lora.spec import parse_lora
-from texforce_cli.presets import computed_hours, computed_memory_gb, computed_micro_batch, computed_petaflop
+from texforce_cli.presets import Memory, computed_hours, computed_petaflop
 from texforce_cli.prompts import PromptSet, load_prompts
 from texforce_cli.prompts.heldout import heldout_pairs, repeated
 from texforce_cli.rewards.registry import Registry, RewardInfo, load_registry
@@ -53,11 +53,11 @@ class Plan:
         strange = [info.name for info in self.rewards if info.domain == "emoji"] if self.source.family == "sd" else []
         if strange:
             said.append(f"{', '.join(strange)} knows the drawings of the embedded model and nothing else")
-        kept = self.config.device == "cpu" and not self.config.gradient_checkpointing
-        if kept and (needed := self.cost().get("computed_memory_gb", 0.0)) > (there := machine_memory_gb()):
+        needed = self.cost().get("computed_memory_gb", 0.0) if self.config.device == "cpu" else 0.0
+        if needed > (there := machine_memory_gb()):
             said.append(
                 f"about {needed:.0f} GB of memory are needed at --micro-batch {self.config.micro_batch}, and this machine has "
-                f"{there:.0f}: take --precision bf16 or a smaller --micro-batch"
+                f"{there:.0f}: take --precision bf16, --gradient-checkpointing, or a smaller --micro-batch"
             )
         return said
 
@@ -80,13 +80,11 @@ class Plan:
             "unet_calls_training": training,
         }
         if self.source.family == "sd":
-            size = c.size or (768 if self.source.name == "sd21" else 512)
-            work = computed_petaflop(sampling, training, size)
+            memory = memory_of(c, _size(c, self.source))
+            work = computed_petaflop(sampling, training, memory.size)
             cost["computed_petaflop"] = work
             cost["computed_hours_at_100_tflops"] = computed_hours(work, 100)
-            cost["computed_memory_gb"] = computed_memory_gb(
-                c.precision, c.micro_batch, learning, c.samples_per_epoch, c.kept_latents, size
-            )
+            cost["computed_memory_gb"] = memory.gb(c.micro_batch)
         return cost
 
 
@@ -152,20 +150,29 @@ def _chosen(config: TrainConfig, origins: Mapping[str, str], source: ModelSource
         if memory is not None and origins["precision"] == "default":
             chosen["precision"] = gpu_precision()
         if origins["micro_batch"] == "default":
-            precision = chosen.get("precision", config.precision)
-            size = config.size or (768 if source.name == "sd21" else 512)
-            fits = computed_micro_batch(
-                memory or machine_memory_gb(),
-                precision,
-                config.branches[1],
-                config.samples_per_epoch,
-                config.kept_latents,
-                size,
-            )
+            made = replace(config, precision=chosen.get("precision", config.precision))
+            fits = memory_of(made, _size(config, source)).micro_batch(memory or machine_memory_gb())
             chosen["micro_batch"] = fits
             chosen["grad_accum"] = config.update_batch // fits
             chosen["fit_micro_batch"] = memory is not None  # one that is the machine's own swaps before it is full
     return chosen
+
+
+def _size(config: TrainConfig, source: ModelSource) -> int:
+    return config.size or (768 if source.name == "sd21" else 512)
+
+
+def memory_of(config: TrainConfig, size: int) -> Memory:
+    """What a run on Stable Diffusion holds, with pictures of `size` pixels."""
+    return Memory(
+        config.train,
+        config.precision,
+        config.gradient_checkpointing,
+        config.branches[1],
+        config.samples_per_epoch,
+        config.kept_latents,
+        size,
+    )
 
 
 def _absolute(source: str) -> str:
