@@ -19,6 +19,8 @@ from texforce_cli.errors import TexforceError
 from texforce_cli.lora.read import read_lora
 from texforce_cli.lora.write import lora_bytes
 from texforce_cli.tiny import WEIGHTS
+from texforce_cli.workflows.model_card import adapter_bytes
+from texforce_cli.workflows.plan import plan
 
 PROMPTS, SEEDS = ["a cat", "two red dogs"], [3, 4]
 
@@ -194,3 +196,18 @@ def test_a_layer_that_loads_but_at_another_scale_is_told(monkeypatch: pytest.Mon
     monkeypatch.setattr(type(pipeline), "set_adapters", half)
     with pytest.raises(TexforceError, match=r"attn1.to_q' of 'x' did not arrive"):
         stack(pipeline, [("x", good)])
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "base"),
+    [
+        ("text_encoder.text_model.encoder.layers.0.self_attn.q_proj", 768, "SD 1.x"),
+        ("text_encoder.text_model.encoder.layers.0.self_attn.q_proj", 1024, "SD 2.x"),
+        ("unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k", 768, "SD 1.x"),
+    ],
+)
+def test_a_lora_tells_its_base_also_where_that_is_a_folder(tmp_path: Path, name: str, width: int, base: str) -> None:
+    made = plan({"reward": ["brightness"], "model": str(WEIGHTS)})
+    weights = {f"{name}.lora_A.weight": torch.ones(2, width), f"{name}.lora_B.weight": torch.ones(8, 2)}
+    (tmp_path / "a.safetensors").write_bytes(adapter_bytes(weights, made, 256))
+    assert read_lora(str(tmp_path / "a.safetensors")).base == base

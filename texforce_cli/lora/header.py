@@ -7,11 +7,12 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from itertools import accumulate
 
-_ARCHITECTURES = {
+ARCHITECTURES = {
     "SD 1.x": ("stable-diffusion-v1/lora", "sd_v1"),
     "SD 2.x": ("stable-diffusion-v2-512/lora", "sd_v2"),
     "SDXL": ("stable-diffusion-xl-v1-base/lora", "sdxl_base_v1-0"),
 }
+"""Base model -> `modelspec.architecture` and `ss_base_model_version` of its LoRAs."""
 _CARRIED = ("modelspec.architecture", "ss_base_model_version", "ss_sd_model_name")
 _OURS = ("texforce", "texforce.fuse", "texforce.extract")
 _DEEPEST = 300  # what is nested more deeply cannot always be written again; a lineage is cut long before
@@ -28,7 +29,7 @@ def model_keys(
     alpha: float,
 ) -> dict[str, str]:
     """What a fused file says of its base, rank and origin; what all the sources agree on is carried over."""
-    known = _ARCHITECTURES.get(next(iter(bases)), ("", "")) if len(bases) == 1 else ("", "")
+    known = ARCHITECTURES.get(next(iter(bases)), ("", "")) if len(bases) == 1 else ("", "")
     made = dict(zip(_CARRIED, known))
     shared = {key: sources[0][key] for key in _CARRIED if sources[0].get(key) and _agree(sources, key)}
     described = {key: value for key, value in {**made, **shared}.items() if value}

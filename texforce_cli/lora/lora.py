@@ -16,7 +16,8 @@ from texforce_cli.files import sha256
 from texforce_cli.lora.names import COMPONENTS
 from texforce_cli.tensorfile import Array, Entry
 
-_GENERATIONS = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}
+GENERATIONS = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}
+"""Base models by the width of the text that their U-Net attends to."""
 _TEXT_WIDTHS = {768: {"SD 1.x", "SDXL"}, 1024: {"SD 2.x"}, 1280: {"SDXL"}}
 _BASE_PATH = "base_model_name_or_path"
 _TOLD = (  # how other tools' headers call a base model
@@ -170,7 +171,7 @@ def bases_of(modules: Iterable[Sized], metadata: Mapping[str, str], whole: str =
     for module in modules:
         width: Collection[str] | None = None
         if module.component == "unet" and module.path.endswith((".attn2.to_k", ".attn2.to_v")):
-            width = {_GENERATIONS.get(module.inputs, f"a model of text width {module.inputs}")}
+            width = {GENERATIONS.get(module.inputs, f"a model of text width {module.inputs}")}
         elif module.component == "text_encoder_2":  # a small model made for tests may have another width
             width = {"SDXL"} if module.inputs == 1280 else None
         elif module.path.endswith((".q_proj", ".k_proj", ".v_proj", ".out_proj")):

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from texforce_cli.diffusion.models import fingerprint
 from texforce_cli.files import write_bytes, write_text
+from texforce_cli.lora.header import ARCHITECTURES
+from texforce_cli.lora.lora import GENERATIONS
 from texforce_cli.lora.read import FILE_NAME
 from texforce_cli.lora.write import lora_bytes
 from texforce_cli.workflows.events import Evaluation
@@ -32,11 +34,11 @@ _PARTS = {"text-encoder": "text encoder", "unet": "U-Net", "both": "text encoder
 _EMBEDDED = {"trained": "tuned", "snapshot": "tuned", "base": "base"}
 
 
-def header(plan: Plan, images: int) -> dict[str, str]:
+def header(plan: Plan, images: int, weights: Mapping[str, Tensor]) -> dict[str, str]:
     """Metadata of the LoRA file: `texforce` (JSON), and the keys that other tools read. No date: same run, same bits."""
     config, source = plan.config, plan.source
-    known = _ARCHITECTURE if source.kind in ("tiny", "hub") else {}
-    architecture, base = known.get(source.name, ("stable-diffusion/lora", ""))
+    known = _ARCHITECTURE.get(source.name) if source.kind in ("tiny", "hub") else None
+    architecture, base = known or _told_by(weights)
     about = {
         "base": source.location if source.kind == "hub" else source.name,
         "base_kind": source.kind,
@@ -71,9 +73,16 @@ def header(plan: Plan, images: int) -> dict[str, str]:
     }
 
 
+def _told_by(weights: Mapping[str, Tensor]) -> tuple[str, str]:
+    """Architecture and base of a model that only its files know: SD 1.x and 2.x differ in the width of their texts."""
+    text = (".q_proj.lora_A.weight", ".attn2.to_k.lora_A.weight")
+    width = next((weight.shape[1] for name, weight in weights.items() if name.endswith(text)), 0)
+    return ARCHITECTURES.get(GENERATIONS.get(width, ""), ("stable-diffusion/lora", ""))
+
+
 def adapter_bytes(weights: Mapping[str, Tensor], plan: Plan, images: int) -> bytes:
     """The LoRA file (fp32, alpha = rank) of a run after `images`."""
-    return lora_bytes(weights, header(plan, images))
+    return lora_bytes(weights, header(plan, images, weights))
 
 
 def write_adapter(
