@@ -163,6 +163,25 @@ def test_a_ratio_of_nan_at_any_step_fails_the_preflight(pipeline: Any) -> None:
     assert not result.ok and result.ratio_error == float("inf")
 
 
+def test_a_preflight_can_be_stopped_between_its_passes(pipeline: Any) -> None:
+    """Minutes on Stable Diffusion: 8 images in 6 steps, drawn by four and computed again by four, a step a pass."""
+    algorithm, told = make(pipeline, steps="all"), []
+
+    def stop(phase: str, done: int, total: int, *, reward: float | None = None) -> None:
+        told.append((phase, done, total))
+        if done == limit:
+            raise KeyboardInterrupt
+
+    algorithm.progress = stop
+    limit = 52
+    with pytest.raises(KeyboardInterrupt):
+        algorithm.preflight()
+    assert told == [("preflight", done, 96) for done in (24, 48, 52)]
+    limit = 0
+    algorithm.preflight()
+    assert told[-1] == ("preflight", 96, 96)
+
+
 def half_the_gradient(graph: Any, inputs: Any) -> Any:
     """A compiler with a fault: the values are right, the gradient is half."""
     return lambda *arguments: [(value + value.detach()) / 2 for value in graph(*arguments)]

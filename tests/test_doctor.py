@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from texforce_cli.cli.app import run
+from texforce_cli.tiny import WEIGHTS
 from texforce_cli.workflows import doctor
+from texforce_cli.workflows.plan import plan
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +52,23 @@ def test_a_folder_that_may_not_be_written_is_trouble(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(doctor.os, "access", lambda path, mode: False)
     assert run(["doctor", "--model", "nowhere", "--json"]) == 1
     assert "cannot be written" in findings(capsys)["disk here"]["trouble"]
+
+
+def test_stable_diffusion_on_a_cpu_is_looked_at_in_few_steps_and_it_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    told: list[Any] = []
+
+    def planned(flags: dict[str, Any], file: Any) -> Any:
+        asked.append(flags)
+        return plan(flags, file)
+
+    monkeypatch.setattr(doctor, "plan", planned)
+    _, ready = doctor.examine(str(WEIGHTS), "cpu", None, told.append)
+    assert ready and asked[-1]["steps"] == 2
+    # two images of one in a pass, two steps each, drawn and then computed again
+    assert [(event.phase, event.done, event.total) for event in told] == [
+        ("preflight", done, 8) for done in (2, 4, 5, 6, 7, 8)
+    ]
 
 
 def test_a_ratio_that_is_not_one_is_trouble(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

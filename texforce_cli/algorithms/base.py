@@ -18,8 +18,10 @@ Phase = Literal["sampling", "rewards", "training"]
 class Progress(Protocol):
     """Called after each batch and each optimiser step; it may raise to stop the run there."""
 
-    def __call__(self, phase: Phase, done: int, total: int, *, reward: float | None = None) -> None:
-        """`done` of `total` in a phase; `reward` is the mean of the epoch's images so far, where some are scored."""
+    def __call__(
+        self, phase: Phase | Literal["preflight", "evaluation"], done: int, total: int, *, reward: float | None = None
+    ) -> None:
+        """`done` of `total` in a phase of an epoch, or in what is done between them; `reward` is the mean of the epoch's images so far, where some are scored."""
         ...
 
 

@@ -211,9 +211,14 @@ class DDPO:
         size = self.micro_batch
         prompts = [prompt.text for prompt in self._prompts_of(epoch=-1)[: 2 * size]]
         batches = [range(i, min(i + size, len(prompts))) for i in range(0, len(prompts), size)]
-        drawn = Trajectory.join([self._draw(-1, batch, [prompts[i] for i in batch]) for batch in batches])
-        order = torch.from_numpy(self._rng("order", -1).permutation(len(prompts))).to(self.policy.device)
         schedule, errors = self.policy.schedule, dict.fromkeys(self.policy.schedule.stochastic, 0.0)
+        parts, done, total = [], 0, 2 * len(prompts) * len(errors)
+        for batch in batches:
+            parts.append(self._draw(-1, batch, [prompts[i] for i in batch]))
+            done += len(batch) * len(errors)
+            self.progress("preflight", done, total)
+        drawn = Trajectory.join(parts)
+        order = torch.from_numpy(self._rng("order", -1).permutation(len(prompts))).to(self.policy.device)
         for images in order.split(size):
             embeddings = self.policy.embed([prompts[i] for i in images.tolist()])
             for several in torch.tensor(schedule.stochastic, device=images.device).split(self.timestep_batch):
@@ -221,6 +226,8 @@ class DDPO:
                 error = self._ratio_error(drawn, places, steps, embeddings.leaf().repeat(len(several)))
                 for index, worst in zip(several.tolist(), error.view(len(several), -1).amax(dim=1).tolist()):
                     errors[index] = max(errors[index], worst) if math.isfinite(worst) else math.inf
+                done += len(places)
+                self.progress("preflight", done, total)
         shares = dict(zip(schedule.stochastic, self.settings.train_steps.shares(len(schedule.stochastic))))
         return Preflight(
             ratio_error=max((errors[index] for index, share in shares.items() if share), default=0.0),

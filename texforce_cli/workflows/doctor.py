@@ -14,6 +14,7 @@ import psutil
 from texforce_cli.errors import TexforceError
 from texforce_cli.files import user_folder
 from texforce_cli.rewards.registry import load_registry
+from texforce_cli.workflows.events import Listener, Progressed, silent
 from texforce_cli.workflows.plan import plan
 from texforce_cli.workflows.run_folder import versions
 
@@ -30,12 +31,14 @@ class Finding:
     trouble: str = ""
 
 
-def examine(model: str | None, device: str | None, precision: str | None) -> tuple[list[Finding], bool]:
+def examine(
+    model: str | None, device: str | None, precision: str | None, listener: Listener = silent
+) -> tuple[list[Finding], bool]:
     """Everything that was found, and whether a run on the chosen model will work."""
     findings = [Finding("versions", ", ".join(f"{name} {value}" for name, value in versions().items()))]
     findings += [*_room(), *_plugins()]
     try:
-        findings += _model({"model": model, "device": device, "precision": precision})
+        findings += _model({"model": model, "device": device, "precision": precision}, listener)
     except TexforceError as error:
         findings.append(Finding("model", str(model or "auto"), str(error)))
     ready = not any(finding.trouble for finding in findings if finding.name != "plugins")
@@ -73,7 +76,7 @@ def _plugins() -> list[Finding]:
     return [Finding("plugins", value, f"broken, repair or remove: {broken}" if broken else "")]
 
 
-def _model(wanted: dict[str, Any]) -> list[Finding]:
+def _model(wanted: dict[str, Any], listener: Listener) -> list[Finding]:
     """The device, and what the preflight of a run says of model and precision.
 
     Raises:
@@ -91,8 +94,10 @@ def _model(wanted: dict[str, Any]) -> list[Finding]:
         make_rewards,
     )
 
-    flags = {key: value for key, value in wanted.items() if value is not None}
-    made = plan({**flags, "reward": ["brightness"]}, None)
+    flags = {"reward": ["brightness"], **{key: value for key, value in wanted.items() if value is not None}}
+    made = plan(flags, None)
+    if made.source.family == "sd" and made.config.device == "cpu":  # on which 50 steps are hours
+        made = plan({**flags, "steps": 2, "micro_batch": "1"}, None)
     config, device = made.config, torch.device(made.config.device)
     found = [
         Finding("devices", f"{', '.join(present())}; this run: {device}"),
@@ -105,7 +110,7 @@ def _model(wanted: dict[str, Any]) -> list[Finding]:
         policy = make_policy(pipeline, config, adapter)
         optimisation = make_optimisation(config, adapter)
         result = make_algorithm(
-            config, policy, rewards, optimisation, made.prompts.seen, lambda *about, **more: None
+            config, policy, rewards, optimisation, made.prompts.seen, lambda *done, **more: listener(Progressed(*done))
         ).preflight()
     except torch.OutOfMemoryError as error:
         raise TexforceError(

@@ -140,8 +140,7 @@ class Learner:
                 return result
 
     def _measuring(self, done: int, total: int) -> None:
-        # not a phase of the algorithm
-        self.progress("evaluation", done, total)  # type: ignore[arg-type]
+        self.progress("evaluation", done, total)
 
 
 def lead(team: Team, config: TrainConfig, prompts: PromptSet, scoring: Scoring) -> None:

@@ -415,7 +415,7 @@ class TrainingRun:
 
     def _seconds_left(self, phase: Phase | str) -> float:
         """Until the epoch is saved, as the last one took; what is not part of an epoch can be done again."""
-        if phase == "evaluation" or not self.rows:
+        if phase in ("preflight", "evaluation") or not self.rows:
             return math.inf
         last: float = self.rows[-1]["seconds_total"]
         return max(0.0, last - (time.monotonic() - self._begun))
