@@ -18,6 +18,7 @@ from texforce_cli.workflows.plan import plan
 @pytest.fixture(autouse=True)
 def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TEXFORCE_MICRO_BATCH", "2")  # a preflight of four pictures
 
 
 def findings(capsys: Any) -> dict[str, dict[str, str]]:
