@@ -49,8 +49,8 @@ MOST_LOST = 5
 """So many gradients in a row that are not finite end a run."""
 
 
-_FUSED = ("cpu", "cuda", "mps", "xpu")
-"""Devices on which torch updates all parameters in one kernel."""
+_FUSED = ("cpu", "cuda")
+"""Devices on which every torch since 2.4 updates all parameters in one kernel."""
 
 
 class Optimisation:
