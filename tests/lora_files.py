@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -287,3 +289,15 @@ FORMATS: dict[str, Callable[[Path], tuple[Path, Arrays]]] = {
     "sgm names": sgm_dotted,
     "kohya, ComfyUI": comfyui,
 }
+
+
+def peak_of(arguments: list[str]) -> int:
+    """The most bytes that `texforce ARGUMENTS`, which must succeed, has held in a process of its own."""
+    code = (
+        f"import resource; from texforce_cli.cli.app import run; assert run({arguments!r}) == 0; "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    # by way of a shell: a process counts what its parent held when it was forked
+    command = ["sh", "-c", '"$@"; exit $?', "sh", sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1]) * (1 if sys.platform == "darwin" else 1024)

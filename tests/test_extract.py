@@ -6,8 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from lora_files import close, deltas
+from lora_files import close, deltas, peak_of
 from PIL import Image
 
 from texforce_cli.cli import app
@@ -262,15 +260,7 @@ def test_large_models_are_streamed(tmp_path: Path) -> None:
             for index in range(layers):
                 handle.seek(8 + len(text) + index * size)
                 handle.write(np.float32(value).tobytes())
-    code = (
-        "import resource; from texforce_cli.cli.app import run; "
-        f"assert run(['fuse', '--extract', *{[str(model) for model in models]!r}, '--rank', '1', '--out', {str(out)!r}]) == 0; "
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-    )
-    # by way of a shell: a process counts what its parent held when it was forked
-    command = ["sh", "-c", '"$@"; exit $?', "sh", sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    peak = int(done.stdout.split()[-1]) * (1 if sys.platform == "darwin" else 1024)
+    peak = peak_of(["fuse", "--extract", *map(str, models), "--rank", "1", "--out", str(out)])
     assert len(read_lora(str(out)).modules) == layers
     assert peak < 300e6 + 5 * size
 

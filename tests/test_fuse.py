@@ -26,7 +26,7 @@ from diffusers import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lora_files import FORMATS, TEXT, UNET, Made, close, deltas, diffusers_old, kohya, kohya_sdxl, peft_folder
+from lora_files import FORMATS, TEXT, UNET, Made, close, deltas, diffusers_old, kohya, kohya_sdxl, peak_of, peft_folder
 from peft import PeftModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -493,15 +493,7 @@ def test_a_large_file_is_streamed(tmp_path: Path, options: list[str]) -> None:
     with (tmp_path / "a.safetensors").open("wb") as handle:
         handle.write(len(text).to_bytes(8, "little") + text)
         handle.truncate(8 + len(text) + len(header) * size)  # zeros that take no place on the disk
-    code = (
-        "import resource; from texforce_cli.cli.app import run; "
-        f"assert run(['fuse', {str(tmp_path / 'a.safetensors')!r}, '--out', {str(out)!r}, *{options!r}]) == 0; "
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-    )
-    # by way of a shell: a process counts what its parent held when it was forked
-    command = ["sh", "-c", '"$@"; exit $?', "sh", sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    peak = int(done.stdout.split()[-1]) * (1 if sys.platform == "darwin" else 1024)
+    peak = peak_of(["fuse", str(tmp_path / "a.safetensors"), "--out", str(out), *options])
     assert size_of(out) > 600e6 or "svd" in options  # the lowest rank of zeros is 1
     assert peak < 300e6 + 5 * 2 * size
 

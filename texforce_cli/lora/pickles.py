@@ -48,7 +48,7 @@ def read_pickle(path: Path) -> PickledTensors:
     except Exception as error:  # a hostile pickle raises whatever it likes
         told = (
             str(error).rpartition("WeightsUnpickler error: ")[2].strip()
-        )  # before it is advice to read it all the same
+        )  # without the advice to read it all the same
         reason = (told or type(error).__name__).splitlines()[0][:150]
         raise TexforceError(f"'{path}' cannot be read as tensors alone ({reason})", "do not trust this file") from error
     loaded = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded

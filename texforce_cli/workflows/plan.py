@@ -54,7 +54,7 @@ class Plan:
         if strange:
             said.append(f"{', '.join(strange)} knows the drawings of the embedded model and nothing else")
         needed = self.cost().get("computed_memory_gb", 0.0) if self.config.device == "cpu" else 0.0
-        if needed > (there := machine_memory_gb()):
+        if needed and needed > (there := machine_memory_gb()):
             said.append(
                 f"about {needed:.0f} GB of memory are needed at --micro-batch {self.config.micro_batch}, and this machine has "
                 f"{there:.0f}: take --precision bf16, --gradient-checkpointing, or a smaller --micro-batch"
