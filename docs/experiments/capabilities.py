@@ -1,6 +1,9 @@
 """The tables and the figures of capabilities.sh: what training the text encoder, the U-Net, and both put together change.
 
-    python docs/experiments/capabilities.py FOLDER BARS.png PICTURES.png
+    python docs/experiments/capabilities.py FOLDER [BARS.png [PICTURES.png]]
+
+FOLDER holds the files SET-SEED.json of capabilities.sh; those of docs/results.md are kept in docs/experiments/capabilities. The
+pictures are in the evaluations that lie beside them.
 
 Changes from the base with the same prompts and noise, with the 95 % intervals of `texforce eval` over prompts (the seeds of a
 prompt are averaged first: they are not independent); those of a mean over runs are the same, of each prompt's change averaged
@@ -77,15 +80,17 @@ def pictures(runs: Runs, path: Path) -> None:
     made.savefig(path, dpi=110)
 
 
-def main(folder: Path, bars_path: Path, pictures_path: Path) -> None:
+def main(folder: Path, bars_path: Path | None = None, pictures_path: Path | None = None) -> None:
     """The tables on stdout: means of the seeds, pairs of variants, each seed; and both figures."""
-    runs = {name: {seed: Evaluation.read(folder / f"{name}-{seed}") for seed in SEEDS} for name in SETS}
+    runs = {name: {seed: Evaluation.read_means(folder / f"{name}-{seed}") for seed in SEEDS} for name in SETS}
     print(bases(runs), end="\n\n")
     print(table(runs, AGAINST_BASE, "above the base", seeds=False), end="\n\n")
     print(table(runs, PAIRS, "difference", seeds=False), end="\n\n")
     print(table(runs, AGAINST_BASE, "above the base", seeds=True))
-    shown_bars(runs, bars_path)
-    pictures(runs, pictures_path)
+    if bars_path:
+        shown_bars(runs, bars_path)
+    if pictures_path:
+        pictures(runs, pictures_path)
 
 
 if __name__ == "__main__":

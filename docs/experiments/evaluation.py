@@ -1,4 +1,6 @@
-"""The folders of `texforce eval` as capabilities.py and equal_reward.py read them, and the changes that they report.
+"""The folders of `texforce eval` as capabilities.py, backbones.py and equal_reward.py read them, and the changes that they report.
+
+    python docs/experiments/evaluation.py FOLDER     FOLDER.json: the mean of each prompt, all that the tables are made of
 
 Intervals are the 95 % ones of `texforce eval`, over prompts (the seeds of a prompt are averaged first: they are not
 independent); those of a mean over runs are the same, of each prompt's change averaged over the runs.
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +20,7 @@ from PIL import Image
 
 from texforce_cli.core.comparison import interval
 from texforce_cli.core.statistics import Interval
+from texforce_cli.files import write_json
 from texforce_cli.workflows.evaluation.pictures import Item, picture_path
 
 SEEDS = ("10", "11", "12")
@@ -33,7 +37,7 @@ NOISE = 1000
 class Evaluation:
     """A finished folder of `texforce eval`: (metric, variant) -> prompt -> seed -> value, and split -> prompts.
 
-    `diversity` has one value a prompt, without a seed.
+    `diversity`, and everything that was read from FOLDER.json, has one value a prompt, without a seed.
     """
 
     folder: Path
@@ -54,6 +58,26 @@ class Evaluation:
                 of_variant.setdefault(row["prompt"], {})[row["seed"]] = float(row["value"])
                 splits[row["split"]][row["prompt"]] = None
         return cls(folder, values, {split: tuple(prompts) for split, prompts in splits.items()})
+
+    @classmethod
+    def read_means(cls, folder: Path) -> Evaluation:
+        """From FOLDER.json, which `write_means` has written."""
+        found = json.loads(folder.with_name(folder.name + ".json").read_text(encoding="utf-8"))
+        values = {
+            (metric, variant): {prompt: {"": value} for prompt, value in means.items()}
+            for metric, of_metric in found["means"].items()
+            for variant, means in of_metric.items()
+        }
+        return cls(folder, values, {split: tuple(prompts) for split, prompts in found["splits"].items()})
+
+    def write_means(self) -> None:
+        """FOLDER.json: every prompt's mean over its seeds."""
+        means: dict[str, dict[str, dict[str, float]]] = {}
+        for metric, variant in self.values:
+            rounded = {prompt: round(value, 6) for prompt, value in self.by_prompt(metric, variant).items()}
+            means.setdefault(metric, {})[variant] = rounded
+        file = self.folder.with_name(self.folder.name + ".json")
+        write_json(file, {"splits": self.splits, "means": means})
 
     def by_prompt(self, metric: str, variant: str) -> dict[str, float]:
         """The mean over the seeds of each prompt."""
@@ -126,3 +150,7 @@ def bars(series: Sequence[Series], base: str, path: Path) -> None:
     handles = made.axes[0].get_legend_handles_labels()
     made.legend(*handles, loc="outside upper center", ncols=len(series), frameon=False, fontsize=9)
     made.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    Evaluation.read(Path(sys.argv[1])).write_means()
