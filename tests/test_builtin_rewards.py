@@ -22,7 +22,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from texforce_cli.errors import TexforceError, UsageError
 from texforce_cli.files import sha256
-from texforce_cli.rewards import weights
+from texforce_cli.rewards import environments, weights
 from texforce_cli.rewards.builtin import hps
 from texforce_cli.rewards.builtin.clip import Aesthetic, ClipScore, PickScore
 from texforce_cli.rewards.builtin.hps import Fit, Hpsv2, Hpsv21
@@ -31,6 +31,8 @@ from texforce_cli.rewards.builtin.scores_file import ScoresFile, picture_hash
 from texforce_cli.rewards.builtin.vision import Crop, Head, PictureReward
 from texforce_cli.rewards.registry import load_registry
 from texforce_cli.rewards.terms import RewardSet, parse_terms
+from texforce_cli.testing import check_reward
+from texforce_cli.testing import pictures as contract_pictures
 from tools import reward_weights
 
 Tensors = dict[str, torch.Tensor]
@@ -294,6 +296,22 @@ def test_the_lines_that_the_tool_prints_work(made: Path, capsys: pytest.CaptureF
     found = RewardSet(parse_terms(names, options), load_registry()).score(images, ["a cat", "a dog"], [{}, {}])
     assert set(found) == set(names)
     assert load_registry().find("image-reward").differentiable
+
+
+@pytest.mark.parametrize("name", sorted(environments.built_in_names()))
+def test_every_built_in_reward_passes_the_test_for_authors_of_plugins(made: Path, tmp_path: Path, name: str) -> None:
+    clip, pickles = str(made / "clip"), {"allow_pickle": "true"}
+    rows = [(picture_hash(image), i) for i, image in enumerate(contract_pictures())]
+    options = {
+        "clip-score": {"weights": clip},
+        "pickscore": {"weights": clip},
+        "aesthetic": {"weights": str(made / "aesthetic"), "clip": clip, **pickles},
+        "hpsv2": {"weights": str(made / "hpsv2"), **pickles},
+        "hpsv2.1": {"weights": str(made / "hpsv2"), **pickles},
+        "image-reward": {"weights": str(made / "image-reward"), **pickles},
+        "scores-file": {"path": table(tmp_path, "csv", rows)},
+    }
+    check_reward("texforce_cli.rewards.builtin", name, options=options.get(name), tolerance=2e-5)
 
 
 def test_the_registering_module_imports_nothing_heavy() -> None:

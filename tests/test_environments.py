@@ -11,6 +11,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -217,6 +218,17 @@ def test_names_of_ours_come_from_the_table_and_strangers_are_strangers(tmp_path:
             r"index could not be reached \(ERROR: Could not find a version",
         ),
         ("error: Failed to write to the distribution cache\n  Caused by: No space ... (os error 28)", "no space left"),
+        ("error: failed to create directory\n  Caused by: Disk quota exceeded (os error 122)", "no space left"),
+        (
+            "WARNING: Retrying (Retry(total=0, ...)) after connection broken by 'ConnectTimeoutError(<...>, 'Connection to "
+            "10.0.0.1 timed out. (connect timeout=15)')': /simple/x/\nERROR: No matching distribution found for x",
+            r"index could not be reached \(ERROR: No matching distribution",
+        ),
+        (
+            "WARNING: Retrying (Retry(total=0, ...)) after connection broken by 'ProxyError('Cannot connect to proxy.', "
+            "OSError('Tunnel connection failed: 403'))': /simple/x/\nERROR: No matching distribution found for x",
+            "index could not be reached",
+        ),
         (
             "error: Failed to fetch: `https://x/simple/y/`\n  Caused by: dns error: failed to lookup address",
             r"index could not be reached \(error: Failed to fetch",
@@ -254,6 +266,18 @@ def test_nothing_half_made_stays(tmp_path: Path, body: str, sentence: str) -> No
     assert list(environments.root().iterdir()) == []
 
 
+def test_a_full_disk_is_said_also_where_the_installer_hides_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = (
+        "Error: Command '[...ensurepip...]' returned non-zero exit status 1."  # venv shows no more of pip's own error
+    )
+    python, source = fake_interpreter(tmp_path, f"sys.exit({said!r})"), environments.Source("x", True, "x")
+    for free, sentence in ((3_000_000, "no space left on the disk"), (10**12, "the installer refused: Error: Command")):
+        monkeypatch.setattr(environments.shutil, "disk_usage", lambda path, free=free: mock.Mock(free=free))
+        with pytest.raises(TexforceError, match=sentence):
+            environments.install_isolated(source, python=python, variant="cpu", say=lambda text: None)
+        assert list(environments.root().iterdir()) == []
+
+
 def test_no_space_for_the_manifest_leaves_the_environment_before_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(path: Path, content: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -282,6 +306,53 @@ def test_beside_texforce_a_package_is_installed_with_what_it_requires(
     ((python, *words),) = asked
     assert (python, words[:3], words[-1]) == (sys.executable, ["-m", "pip", "install"], str(folder))
     assert "--no-deps" not in words
+
+
+UV = """
+import json, os, subprocess, sys
+with open(os.environ["UV_LOG"], "a") as log:
+    log.write(json.dumps(sys.argv[1:]) + "\\n")
+if sys.argv[1] == "venv":
+    sys.exit(subprocess.run([sys.argv[3], "-m", "venv", "--without-pip", sys.argv[4]]).returncode)
+sys.exit("error: Failed to fetch\\n  Caused by: dns error")
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a script as a program")
+def test_uv_is_taken_where_it_is_on_the_path_and_pip_where_that_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tools, log = tmp_path / "bin", tmp_path / "log"
+    tools.mkdir()
+    (tools / "uv").write_text(f"#!{sys.executable}\n{UV}")
+    (tools / "uv").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tools), prepend=os.pathsep)
+    monkeypatch.setenv("UV_LOG", str(log))
+    source = environments.Source("whatever", True, "whatever")
+    for installer, fake in (
+        ("", sys.executable),
+        ("uv", sys.executable),
+        ("pip", fake_interpreter(tmp_path, "sys.exit(7)")),
+    ):
+        monkeypatch.setenv("TEXFORCE_INSTALLER", installer)
+        with pytest.raises(TexforceError, match="refused" if installer == "pip" else "could not be reached"):
+            environments.install_isolated(source, python=fake, variant="cpu", say=lambda text: None)
+        assert list(environments.root().iterdir()) == []
+    asked = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [words[0] for words in asked] == ["venv", "pip"] * 2
+    assert asked[0][1:3] == ["--python", sys.executable]
+    (folder,) = asked[0][3:]
+    assert asked[1] == ["pip", "install", "--python", f"{folder}/bin/python", "--no-deps", "whatever"]
+    monkeypatch.setenv("TEXFORCE_INSTALLER", "uv")
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    with pytest.raises(UsageError, match="TEXFORCE_INSTALLER is 'uv', which is not on the PATH"):
+        environments.install_isolated(source, python=sys.executable, variant="cpu", say=lambda text: None)
+
+
+def test_what_pip_refuses_beside_texforce_is_one_sentence(tmp_path: Path) -> None:
+    source = environments.Source(str(tmp_path / "nowhere"), False, "nowhere")
+    with pytest.raises(TexforceError, match=r"the installer refused: ERROR: .*nowhere"):
+        environments.install_here(source, lambda text: None)
 
 
 def test_an_install_that_was_killed_is_swept_away_by_the_next(tmp_path: Path) -> None:
@@ -449,6 +520,12 @@ def test_what_was_installed_here_is_removed_by_pip(
     for name in ("sharp-edges", "texforce-sharp-edges"):
         assert run(["rewards", "remove", name]) == 2
         assert "pip uninstall texforce-sharp-edges" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["brightness", "clip-score", "hand", "hpsv2-1"])
+def test_a_plugin_gets_no_name_that_texforce_has_given_away(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=f"'{name}' is the name of a reward that comes with texforce; choose another"):
+        write_plugin(name, tmp_path / "p")
 
 
 @pytest.mark.parametrize("name", ["Sharp", "a_b", "-x", "../evil", "a--b", "", "none", "true", "cli"])

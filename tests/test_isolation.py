@@ -196,6 +196,18 @@ def test_numbers_that_are_not_finite_arrive_as_they_are(make: Make) -> None:
     assert np.isnan(found[0]) and found[1] == np.inf
 
 
+def test_a_reward_elsewhere_that_answers_nan_in_a_run_is_named_with_the_prompt(make: Make) -> None:
+    one = make("return np.where(images.mean((1, 2, 3)) == 66, np.nan, 1.0)")._workers[0]
+    registry = Registry({("r", ""): RewardInfo("r", one._start["factory"], "x", "1")})
+    rewards = RewardSet([TermSpec("r")], registry, hosts={"r": [one.place]})
+    try:
+        with pytest.raises(TexforceError, match="reward 'r' returned nan for the prompt 'p66'"):
+            rewards.score(images(5, 66), ["p5", "p66"], [{}] * 2)
+        assert rewards.score(images(5), ["p5"], [{}])["r"].tolist() == [1.0]
+    finally:
+        rewards.close()
+
+
 def test_a_slow_start_is_waited_for_and_one_that_never_ends_is_not(make: Make) -> None:
     assert ask(make(MEAN, start="time.sleep(1.5)", timeout=1.0), 1) == [1.0]
     begun = time.monotonic()
@@ -260,6 +272,21 @@ def test_counts_survive_a_restart(make: Make, tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's PR_SET_PDEATHSIG")
 def test_a_worker_ends_with_its_parent_even_while_it_holds_the_interpreter(make: Make, tmp_path: Path) -> None:
     reward = make("import ctypes; ctypes.PyDLL(None).sleep(60)")  # only for its interpreter and module
+    assert eventually_gone(worker_of_a_killed_trainer(reward)), "the worker outlived its parent by five seconds"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's PR_SET_PDEATHSIG")
+@pytest.mark.parametrize("busy", ["time.sleep(60)", "import ctypes; ctypes.PyDLL(None).sleep(60)"])
+def test_what_a_worker_has_started_ends_with_its_parent(make: Make, tmp_path: Path, busy: str) -> None:
+    begin = "import subprocess; Path(mark).write_text(str(subprocess.Popen(['sleep', '60']).pid))"
+    reward = make(busy, {"mark": str(tmp_path / "pid")}, start=begin)
+    reward.close()
+    assert eventually_gone(worker_of_a_killed_trainer(reward))
+    assert eventually_gone(int((tmp_path / "pid").read_text())), "it outlived the trainer by five seconds"
+
+
+def worker_of_a_killed_trainer(reward: IsolatedReward) -> int:
+    """The process that scores for a trainer that was killed in mid batch."""
     program = textwrap.dedent(
         f"""
         import sys, time, numpy as np
@@ -279,7 +306,7 @@ def test_a_worker_ends_with_its_parent_even_while_it_holds_the_interpreter(make:
     parent.kill()
     parent.wait()
     parent.stdout.close()
-    assert eventually_gone(pid), "the worker outlived its parent by five seconds"
+    return pid
 
 
 def eventually_gone(pid: int) -> bool:
@@ -317,6 +344,40 @@ def test_what_a_worker_has_started_ends_with_its_stdin(make: Make, tmp_path: Pat
         worker.write_frame(process.stdin, one._start)  # type: ignore[arg-type]
         assert worker.read_frame(process.stdout)[0]["type"] == "ready"  # type: ignore[arg-type]
     assert eventually_gone(int((tmp_path / "pid").read_text()))
+
+
+def test_a_worker_ends_with_its_stdin_also_in_mid_batch(make: Make, tmp_path: Path) -> None:
+    """As one does on another machine, whose parent the kernel does not know."""
+    (one,) = make("Path(self.mark).touch()\ntime.sleep(60)", {"mark": str(tmp_path / "mark")})._workers
+    command = [one.place.python, "-I", worker.__file__]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdin is not None and process.stdout is not None
+        worker.write_frame(process.stdin, one._start)  # type: ignore[arg-type]
+        assert worker.read_frame(process.stdout)[0]["type"] == "ready"  # type: ignore[arg-type]
+        batch = {"type": "score", "shape": [1, 1, 1, 3], "prompts": ["p"], "metadata": [{}]}
+        worker.write_frame(process.stdin, batch, b"rgb")  # type: ignore[arg-type]
+        for _ in range(200):
+            if (tmp_path / "mark").exists():
+                break
+            time.sleep(0.05)
+        assert process.poll() is None
+        process.stdin.close()
+        try:
+            process.wait(10)
+        finally:
+            process.kill()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a script as an interpreter")
+def test_an_interpreter_that_speaks_another_protocol_is_ended_and_quoted(tmp_path: Path) -> None:
+    (tmp_path / "python").write_text("#!/bin/sh\necho HTTP/1.1 400 Bad Request\nexec sleep 60\n")
+    (tmp_path / "python").chmod(0o755)
+    one = isolation.Worker(Place(str(tmp_path / "python")), {}, WorkerSettings())
+    one.ensure()
+    pid = one.pid
+    with pytest.raises(WorkerFailure, match=r"does not speak this protocol \(it said b'HTTP'\)"):
+        one.ask({"type": "describe"}, timeout=20)
+    assert pid is not None and eventually_gone(pid) and not one.alive
 
 
 def test_closing_while_a_batch_is_out_starts_nothing_again(make: Make) -> None:
@@ -585,6 +646,20 @@ def test_the_workers_of_one_process_are_lent_to_another(make: Make) -> None:
             one.close()
     with pytest.raises(TexforceError, match="the process that owns the workers of reward 'r' has ended"):
         RewardSet([TermSpec("r")], registry, hosts={"r": [worker.place]}, lender=address)
+
+
+def test_a_borrower_waits_longer_than_a_batch_may_take_the_owner(make: Make) -> None:
+    place = make(MEAN)._workers[0].place
+    lender = Lender({"r": Slow(0)})  # type: ignore[dict-item]
+    registry = Registry({("r", ""): RewardInfo("r", "x:Y", "x", "1")})
+    settings = WorkerSettings(timeout=5000.0)  # the batch is asked again, so that twice as much is no failure yet
+    borrower = RewardSet([TermSpec("r")], registry, hosts={"r": [place]}, lender=lender.address, workers=settings)
+    try:
+        lent = borrower._terms[0].reward
+        assert isinstance(lent, Lent) and lent.timeout > 2 * 5000
+    finally:
+        borrower.close()
+        lender.close()
 
 
 class Slow:

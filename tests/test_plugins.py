@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -54,6 +56,8 @@ def test_the_example_is_listed_explained_and_checked(capfd: pytest.CaptureFixtur
     out, err = capfd.readouterr()
     assert out.strip() == f"mean-colour: {1 - 3**-0.5:.6g}"
     assert "MB at most (isolated)" in err
+    assert run(["rewards", "check", "mean-colour", "--reward-timeout", "0"]) == 1
+    assert "mean-colour" in capfd.readouterr().err
     assert run(["rewards", "check", "mean-colour", "--image", "nowhere.png"]) == 2
 
 
@@ -77,8 +81,9 @@ def test_an_environment_in_use_by_a_run_stays(
 ) -> None:
     (environment,) = environments.installed()[0]
     with environment.in_use():
-        assert run(["rewards", "remove", "mean-colour", "--yes"]) == 1
-    assert "in use by a run" in capfd.readouterr().err
+        for spelt in ("mean-colour", "Mean_Colour", "texforce-example", "TexForce_Example"):
+            assert run(["rewards", "remove", spelt, "--yes"]) == 1
+            assert "the environment of 'texforce-example' is in use by a run" in capfd.readouterr().err
 
 
 def test_what_is_not_installed_says_how(
@@ -90,7 +95,28 @@ def test_what_is_not_installed_says_how(
     assert run(["rewards", "check", "mean-color"]) == 2
     assert "did you mean 'mean-colour'" in capfd.readouterr().err
     assert run(["rewards"]) == 0
-    assert "not installed" in capfd.readouterr().out
+    out, err = capfd.readouterr()
+    assert "not installed" in out and "texforce rewards install NAME" in err
+    assert run(["rewards", "--json"]) == 0
+    absent = {(row["name"], row["backend"]): row for row in json.loads(capfd.readouterr().out)["not_installed"]}
+    assert {name for name, _ in absent} == set(environments.OURS)
+    assert absent["face-iqa", ""]["licence"].startswith("non-commercial")
+    assert absent["hpsv2", "original"]["origin"] == "texforce-hpsv2" and all(row["summary"] for row in absent.values())
+
+
+def test_only_commands_that_need_rewards_look_for_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, find = [], importlib.metadata.entry_points
+
+    def entry_points(**about: Any) -> Any:
+        asked.append(about.get("group"))
+        return find(**about)
+
+    monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
+    for arguments in (["--help"], ["train", "--help"], ["fuse", "nowhere"], ["sample", "a cat", "--lora", "nowhere"]):
+        run(arguments)
+        assert "texforce" not in asked, arguments
+    run(["rewards"])
+    assert "texforce" in asked
 
 
 def test_third_party_code_is_confirmed(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -114,18 +140,24 @@ def test_the_contract_test_finds_what_is_wrong(monkeypatch: pytest.MonkeyPatch, 
         top: str = "",
         mark: str = "@pluggy.HookimplMarker('texforce')",
         kind: str = "uint8",
+        more: str = "",
     ) -> str:
         text = (
             f"import pluggy\n{top}\n{mark}\n"
             f"def texforce_register_rewards(register):\n    register('r', '{name}:R', {about})\n"
             f"class R:\n    input = '{kind}'\n    n = 0\n    def score(self, images, prompts, metadata):\n"
-            f"        import numpy as np\n        {score}\n"
+            f"        import numpy as np\n        {score}\n{more}"
         )
         (tmp_path / f"{name}.py").write_text(text)
         return name
 
+    def gradient(formula: str) -> dict[str, str]:
+        method = f"    def score_tensor(self, images, prompts):\n        return {formula}\n"
+        return {"about": "summary='s', api_version=1, differentiable=True", "more": method}
+
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    check_reward(plugin("smooth", "return images.mean((1, 2, 3))", **gradient("images.mean((1, 2, 3))")), "r")
     check_reward(plugin("fine", "return images.mean((1, 2, 3))"), "r")
     faults = {
         "returned 1 values": ("return [1.0]", {}),
@@ -138,6 +170,13 @@ def test_the_contract_test_finds_what_is_wrong(monkeypatch: pytest.MonkeyPatch, 
         "takes more than 0.05 s": ("return images.mean((1, 2, 3))", {"top": "import time; time.sleep(0.06)"}),
         "writes into the images": ("images[0].paste(0, (0, 0, 9, 9)); return [1.0] * len(images)", {"kind": "pil"}),
         "imports torch": ("return images.mean((1, 2, 3))", {"top": "import torch"}),
+        "option 'size' is of the type": (
+            "return images.mean((1, 2, 3))",
+            {"more": "    def __init__(self, size: tuple = (1, 2)):\n        pass\n"},
+        ),
+        "counts must be whole numbers": ("self.counts = {'seen': 0.5}; return images.mean((1, 2, 3))", {}),
+        "returns the shape": ("return images.mean((1, 2, 3))", gradient("images.mean()")),
+        "the gradient is zero": ("return images.mean((1, 2, 3))", gradient("0 * images.mean((1, 2, 3))")),
     }
     for i, (sentence, (score, more)) in enumerate(faults.items()):
         module = plugin(f"fault{i}", score, **more)

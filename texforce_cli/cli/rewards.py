@@ -32,25 +32,27 @@ def rewards(context: typer.Context, json: _JSON = False) -> None:
         return
     import dataclasses
 
-    from texforce_cli.cli.console import Dim, show_columns, write_json
-    from texforce_cli.rewards.environments import OURS
+    from texforce_cli.cli.console import Dim, note, show_columns, write_json
+    from texforce_cli.rewards.environments import offered
 
     registry = _registry()
     found = [registry.rewards[key] for key in sorted(registry.rewards)]
-    absent = sorted(name for name in OURS if not any(info.origin == OURS[name] for info in found))
+    there = {info.origin for info in found}
+    absent = sorted((info for info in offered() if info.origin not in there), key=lambda info: info.name)
     if json:
         rows = [{**dataclasses.asdict(info), "environment": None, "state": info.state} for info in found]
-        write_json({"rewards": rows, "broken": registry.broken, "not_installed": {name: OURS[name] for name in absent}})
+        missing = [{**dataclasses.asdict(info), "state": "not installed"} for info in absent]
+        write_json({"rewards": rows, "broken": registry.broken, "not_installed": missing})
         return
     lines: list[tuple[str, ...]] = []
-    for info in found:
+    for info in [*found, *absent]:
         name = f"{info.name} ({info.backend})" if info.backend else info.name
         unit = f" ({info.unit})" if info.unit else ""
-        lines.append((name, info.state, f"{info.origin} {info.version}", info.licence, info.summary + unit))
-    for name in absent:
-        label = f"{name} (original)" if name in registry.names else name
-        lines.append((label, Dim("not installed"), OURS[name], "", Dim(f"texforce rewards install {name}")))
+        state = info.state if info.origin in there else Dim("not installed")
+        lines.append((name, state, f"{info.origin} {info.version}".strip(), info.licence, info.summary + unit))
     show_columns(("name", "state", "origin", "licence", "summary"), lines, unbroken=("name", "state"))
+    if absent:
+        note("install one with: texforce rewards install NAME")
 
 
 @app.command(epilog="Example: [bold]texforce rewards info jpeg-incompressibility[/bold]")
@@ -103,6 +105,7 @@ def check(
     image: Annotated[Optional[Path], typer.Option("--image", help="A picture; by default one is drawn.")] = None,
     prompt: Annotated[str, typer.Option("--prompt", help="Its prompt.")] = "a cat",
     reward_option: Annotated[Optional[list[str]], typer.Option(help="NAME.key=value; may be repeated.")] = None,
+    reward_timeout: Annotated[float, typer.Option(min=0, help="Seconds that an isolated reward may take.")] = 300.0,
     json: _JSON = False,
 ) -> None:
     """Load a reward, score a picture, and say how long it took and how much memory."""
@@ -111,7 +114,7 @@ def check(
     from texforce_cli.cli.console import note, write_json
     from texforce_cli.workflows.check_reward import check_reward
 
-    result = check_reward(name, reward_option or [], image, prompt)
+    result = check_reward(name, reward_option or [], image, prompt, reward_timeout)
     if json:
         write_json({"check": dataclasses.asdict(result)})
         return
@@ -167,13 +170,19 @@ def remove(
     """Delete the environment of a reward."""
     from texforce_cli.cli.console import note
     from texforce_cli.rewards import environments
+    from texforce_cli.rewards.registry import normal
 
     for environment in environments.installed()[0]:
-        if package in [str(entry["name"]) for entry in environment.rewards]:
+        if normal(package) in [normal(str(entry["name"])) for entry in environment.rewards]:
             package = environment.package
+    package = normal(package)
     there = (environments.root() / package).is_dir()
     if not there:
-        beside = [info.origin for info in _registry().rewards.values() if info.name == package and info.state == "here"]
+        beside = [
+            info.origin
+            for info in _registry().rewards.values()
+            if normal(info.name) == package and info.state == "here"
+        ]
         package = beside[0] if beside else package
     if there and not yes:
         _confirm(f"Delete the environment of '{package}'?")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import re
@@ -25,7 +26,7 @@ from texforce_cli.errors import TexforceError, UsageError
 from texforce_cli.files import patiently, user_folder, user_path, write_error, write_json
 from texforce_cli.rewards import builtin
 from texforce_cli.rewards.places import Place
-from texforce_cli.rewards.registry import REWARDS, Registry, normal, plugin_calls, plugin_manager, plugins
+from texforce_cli.rewards.registry import REWARDS, Registry, RewardInfo, normal, plugin_calls, plugin_manager, plugins
 
 MANIFEST_VERSION = 1
 OURS: Mapping[str, str] = {
@@ -132,7 +133,7 @@ def resolve(asked: str) -> Source:
     known = {normal(name): package for name, package in OURS.items()} | {package: package for package in OURS.values()}
     if package := known.get(normal(asked)):
         return Source(str(_bundled(package)), True, package)
-    built_in = _built_in()
+    built_in = built_in_names()
     if normal(asked) in map(normal, built_in):
         raise UsageError(f"the reward '{asked}' is built in, there is nothing to install", "see texforce rewards")
     path = user_path(asked)
@@ -151,9 +152,28 @@ def resolve(asked: str) -> Source:
     return Source(asked, False, f"{asked} of the package index")
 
 
-def _built_in() -> list[str]:
+def built_in_names() -> list[str]:
     """The rewards that need no package of their own."""
     return [call["name"] for call in plugin_calls(plugin_manager(), builtin, "texforce", REWARDS)]
+
+
+def offered() -> list[RewardInfo]:
+    """Every reward of the packages that come with texforce, as these register it, whether or not they are installed."""
+    registry = Registry()
+    for package in dict.fromkeys(OURS.values()):
+        with contextlib.suppress(TexforceError):  # a texforce without its packages has nothing to say of them
+            path = _bundled(package) / package.replace("-", "_") / "__init__.py"
+            registry.add(_calls_in(path, package), package, "")
+    return list(registry.rewards.values())
+
+
+def _calls_in(path: Path, package: str) -> list[dict[str, Any]]:
+    spec = importlib.util.spec_from_file_location(f"texforce_offered.{path.parent.name}", path)
+    if spec is None or spec.loader is None:
+        raise TexforceError(f"'{path}' is no Python module", "reinstall texforce")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return plugin_calls(plugin_manager(), module, package, REWARDS)
 
 
 def _bundled(package: str) -> Path:
@@ -255,12 +275,13 @@ def _adopt(folder: Path, lock: str) -> Environment:
 
 
 def remove(package: str) -> int:
-    """Delete the environment of `package`; bytes freed.
+    """Delete the environment of `package`, however its name is spelt; bytes freed.
 
     Raises:
         UsageError: there is none.
         TexforceError: a run uses it, or it cannot be deleted.
     """
+    package = normal(package)
     home = root() / package
     if not re.fullmatch(_NAME, package) or not home.is_dir():
         if any(plugin.origin == package for plugin in plugins()):
@@ -336,27 +357,33 @@ class _Installer:
                 f"'{command[0]}' could not be run ({error.strerror})", "choose another --python"
             ) from error
         if process.returncode:
-            raise _refusal(process.stdout + "\n" + process.stderr)
+            raise _refusal(process.stdout + "\n" + process.stderr, shutil.disk_usage(self.folder.parent).free)
 
 
 _NO_NETWORK = (
     r"(NewConnectionError|ConnectionError|Temporary failure in name resolution|Max retries exceeded|ReadTimeout|"
-    r"Connection (?:refused|reset)|Network is unreachable|dns error|error sending request)"
+    r"ConnectTimeout|after connection broken by|Connection (?:refused|reset|aborted)|Network is unreachable|dns error|"
+    r"error sending request)"
 )
 
-_NO_ROOM = ("No space left on device", "os error 28", "Errno 122", "os error 112", "WinError 112")
+_NO_ROOM = ("No space left on device", "os error 28", "Errno 122", "os error 122", "os error 112", "WinError 112")
 
 
-def _refusal(output: str) -> TexforceError:
-    """The sentence for what pip or uv said; passwords in addresses are left out."""
+_LITTLE = 50_000_000
+"""Fewer bytes do not hold an environment; venv hides what pip says in it of a full disk."""
+
+
+def _refusal(output: str, free: int = _LITTLE) -> TexforceError:
+    """The sentence for what pip or uv said, with so many bytes `free` on the disk; passwords in addresses are left out."""
     output = re.sub(r"//[^/@\s]+@", "//***@", output)
-    if any(sign in output for sign in _NO_ROOM):
+    no_network = re.search(_NO_NETWORK, output, re.IGNORECASE)
+    if any(sign in output for sign in _NO_ROOM) or (free < _LITTLE and not no_network):
         return TexforceError(
             "no space left on the disk for the environment", "free some space; nothing half-made is left"
         )
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = [line for line in lines if line.lower().startswith(("error", "×", "fatal"))] or lines[-1:] or ["no output"]
-    if re.search(_NO_NETWORK, output, re.IGNORECASE):
+    if no_network:
         return TexforceError(
             f"the package index could not be reached ({errors[-1][:300]})",
             "look at the network, or at PIP_INDEX_URL; nothing half-made is left",

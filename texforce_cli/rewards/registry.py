@@ -349,8 +349,10 @@ def plugins() -> list[Plugin]:
     found: dict[tuple[str, str], Plugin] = {}
     for entry in _entries():
         origin, version = _distribution(entry)
-        if not {entry.name, origin} & _blocked():  # an interrupted uninstall leaves a second folder of one distribution
-            found.setdefault((origin, entry.name), Plugin(origin, version, entry))
+        if {normal(entry.name), origin} & _blocked():
+            continue
+        # an interrupted uninstall leaves a second folder of one distribution
+        found.setdefault((origin, entry.name), Plugin(origin, version, entry))
     return list(found.values())
 
 
@@ -407,7 +409,7 @@ def plugin_calls(manager: pluggy.PluginManager, module: Any, origin: str, hook: 
 
 
 def _blocked() -> set[str]:
-    return {name.strip() for name in os.environ.get("TEXFORCE_BLOCK_PLUGINS", "").split(",")}
+    return {normal(name.strip()) for name in os.environ.get("TEXFORCE_BLOCK_PLUGINS", "").split(",")}
 
 
 def normal(name: str) -> str:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from texforce_cli.errors import UsageError
 from texforce_cli.files import write_text
+from texforce_cli.rewards.environments import OURS, built_in_names
+from texforce_cli.rewards.registry import normal
 
 _PYPROJECT = """\
 [build-system]
@@ -100,12 +102,14 @@ def write_plugin(name: str, out: Path | None = None) -> Path:
     """Write the package for the reward `name` into `out`, by default `texforce-<name>`; the folder.
 
     Raises:
-        UsageError: a name that cannot be one, or a folder that exists.
+        UsageError: a name that cannot be one or that texforce's own rewards have, or a folder that exists.
     """
     if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name):
         raise UsageError(
             f"'{name}' cannot be the name of a reward", "use lower case, digits and hyphens, as in edge-count"
         )
+    if name in map(normal, [*OURS, *built_in_names()]):
+        raise UsageError(f"'{name}' is the name of a reward that comes with texforce", "choose another")
     words = {
         "name": name,
         "module": "texforce_" + name.replace("-", "_"),

@@ -72,7 +72,7 @@ class Lent:
 
     input = "uint8"
 
-    def __init__(self, name: str, lender: Address, timeout: float = 3600.0) -> None:
+    def __init__(self, name: str, lender: Address, timeout: float) -> None:
         """`timeout`: seconds without an answer, more than the owner takes to start a worker anew and ask again."""
         self.name, self.timeout = name, timeout
         try:

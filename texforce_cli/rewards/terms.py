@@ -125,7 +125,10 @@ class RewardSet:
                 options = {key: value for key, value in spec.options.items() if key != "backend"}
                 places = (hosts or {}).get(spec.name) or ((hosts or {}).get("", ()) if info.environment else ())
                 elsewhere = lender is not None and (info.environment or places)
-                reward = Lent(spec.name, lender) if lender and elsewhere else info.create(options, workers, places)
+                if lender and elsewhere:
+                    reward: Reward = Lent(spec.name, lender, (workers or WorkerSettings()).patience)
+                else:
+                    reward = info.create(options, workers, places)
                 if isinstance(reward, IsolatedReward) and info.higher_is_better != (spec.weight > 0):
                     reward.worst = max
                 self._terms.append(_Term(spec, info, reward))

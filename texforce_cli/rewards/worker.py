@@ -328,13 +328,39 @@ def _listen(reader: BinaryIO, requests: queue.Queue[tuple[dict[str, Any], bytes]
 
 
 def _die_with(parent: int) -> None:
-    """On Linux the kernel kills this process with its parent, even while the reward holds the interpreter."""
+    """On Linux the kernel kills this process with its parent, even while the reward holds the interpreter; what the reward
+    has started, of which the kernel knows nothing, is ended by a guard."""
     if sys.platform == "linux":
         import ctypes
 
         with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))
+            prctl = ctypes.CDLL(None).prctl
+            prctl(_PARENT_DEATH_SIGNAL, int(signal.SIGKILL))
+            if os.getpgrp() == os.getpid():
+                _start_guard(prctl)
     if sys.platform != "win32" and os.getppid() != parent:  # there a launcher stands between
+        os._exit(0)
+
+
+_PARENT_DEATH_SIGNAL = 1
+
+
+def _start_guard(prctl: Callable[[int, int], int]) -> None:
+    """A second process that sleeps until this one has ended, and then ends its whole group, itself among it.
+
+    It is made before there is a thread or anything of the reward.
+    """
+    worker = os.getpid()
+    if os.fork():
+        return
+    try:
+        os.closerange(0, 256)  # the pipes end with the worker
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+        prctl(_PARENT_DEATH_SIGNAL, int(signal.SIGUSR1))
+        while os.getppid() == worker:
+            signal.sigwait({signal.SIGUSR1})
+        os.killpg(0, signal.SIGKILL)
+    finally:
         os._exit(0)
 
 

@@ -12,6 +12,7 @@ from PIL import Image, UnidentifiedImageError
 
 from texforce_cli.errors import UsageError
 from texforce_cli.rewards import worker
+from texforce_cli.rewards.isolation import WorkerSettings
 from texforce_cli.rewards.registry import load_registry
 from texforce_cli.rewards.terms import RewardSet, find, parse_terms
 
@@ -32,8 +33,8 @@ class Check:
     warnings: tuple[str, ...]
 
 
-def check_reward(name: str, options: Sequence[str], image: Path | None, prompt: str) -> Check:
-    """Load `name` and score `image` (by default a drawn one) with `prompt`.
+def check_reward(name: str, options: Sequence[str], image: Path | None, prompt: str, timeout: float) -> Check:
+    """Load `name` and score `image` (by default a drawn one) with `prompt`, within `timeout` seconds if it is isolated.
 
     Raises:
         UsageError, TexforceError: what training would say of it.
@@ -43,7 +44,7 @@ def check_reward(name: str, options: Sequence[str], image: Path | None, prompt: 
     info = find(terms[0], registry)
     pixels = _read(image) if image else _drawn()
     begun = time.perf_counter()
-    rewards = RewardSet(terms, registry)
+    rewards = RewardSet(terms, registry, workers=WorkerSettings(timeout))
     loaded = time.perf_counter()
     try:
         score = rewards.score(pixels[None], [prompt], [{}])[name]

@@ -18,6 +18,7 @@ def texforce_register_rewards(register: Callable[..., None]) -> None:
         f"{_PICTURES}:JpegIncompressibility",
         summary="size of the picture as a JPEG file, quality 95: more detail is better",
         unit="kB",
+        licence="Apache-2.0",
         api_version=1,
     )
     register(
@@ -25,6 +26,7 @@ def texforce_register_rewards(register: Callable[..., None]) -> None:
         f"{_PICTURES}:JpegCompressibility",
         summary="minus the size of the picture as a JPEG file, quality 95: plainer is better",
         unit="kB",
+        licence="Apache-2.0",
         api_version=1,
     )
     register(
@@ -32,6 +34,7 @@ def texforce_register_rewards(register: Callable[..., None]) -> None:
         f"{_PICTURES}:Brightness",
         summary="mean luminance, 0 (black) to 1 (white): the plainest check that learning works",
         range=(0.0, 1.0),
+        licence="Apache-2.0",
         api_version=1,
     )
     for name, factory, summary in (
@@ -55,6 +58,7 @@ def texforce_register_rewards(register: Callable[..., None]) -> None:
         "scores-file",
         f"{_HERE}.scores_file:ScoresFile",
         summary="what a table says of each picture: the door for other tools and for people",
+        licence="Apache-2.0",
         api_version=1,
     )
     register(
