@@ -22,13 +22,13 @@ from test_team import Missing, alone_with
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from texforce_cli import team, tiny
+from texforce_cli import tiny
 from texforce_cli.algorithms import ddpo
 from texforce_cli.cli.app import run
 from texforce_cli.devices import claim, full_memory, present, resolve_device, same_bits
 from texforce_cli.diffusion.models import load_pipeline, resolve_model
 from texforce_cli.errors import TexforceError, UsageError
-from texforce_cli.team import Team
+from texforce_cli.team import Team, processes
 from texforce_cli.workflows import assembly, learner, plan, sample
 from texforce_cli.workflows.drawing import draw_pictures
 from texforce_cli.workflows.evaluation import draw as evaluation_draw
@@ -272,7 +272,7 @@ def test_a_sum_of_gpus_that_fails_is_an_error_of_this_process(gpus: list[str], m
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **about: begun.append((backend, dict(os.environ))))
     monkeypatch.setattr(dist, "all_reduce", lambda tensor: None)
     with contextlib.closing(alone_with(Missing())) as ours:
-        monkeypatch.setattr(team, "_uuid", lambda device: f"the GPU {device}")
+        monkeypatch.setattr(processes, "_uuid", lambda device: f"the GPU {device}")
         monkeypatch.setattr(ours, "each", lambda value: [value] * 2)
         with pytest.raises(UsageError, match="2 processes share 1 GPUs; give fewer processes"):
             ours.compute("cuda", 60.0)

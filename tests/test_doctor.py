@@ -39,7 +39,9 @@ def test_a_machine_that_is_well_is_told_so_in_two_lines(tmp_path: Path, capsys: 
 
 def test_a_model_that_is_not_there_is_named(capsys: Any) -> None:
     assert run(["doctor", "--model", "nowhere", "--json"]) == 1
-    assert "nowhere" in findings(capsys)["model"]["trouble"]
+    found = findings(capsys)
+    assert "nowhere" in found["model"]["trouble"]
+    assert found["devices"]["value"].endswith("cpu")  # what there is to choose from is told all the same
 
 
 def test_a_full_disk_is_trouble(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -103,4 +105,5 @@ def test_every_device_is_listed_with_its_room(monkeypatch: pytest.MonkeyPatch, c
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (7e9 + 1e9 * index, 16e9))
     assert present()[:2] == ["cuda:0 (GPU 0, 7.0 of 16.0 GB free)", "cuda:1 (GPU 1, 8.0 of 16.0 GB free)"]
     assert run(["doctor", "--model", "tiny", "--device", "cpu", "--json"]) == 0
-    assert findings(capsys)["devices"]["value"].endswith("cpu; this run: cpu")
+    found = findings(capsys)
+    assert found["devices"]["value"].endswith("16.0 GB free), cpu") and found["model"]["value"].endswith(", on cpu")

@@ -17,13 +17,14 @@ import psutil
 import pytest
 import torch
 
-from texforce_cli import errors, files, team
+from texforce_cli import errors, files
 from texforce_cli.cli.app import run
 from texforce_cli.diffusion.models import resolve_model
 from texforce_cli.errors import UsageError
 from texforce_cli.lora.write import lora_bytes
 from texforce_cli.rewards import environments, isolation, worker
 from texforce_cli.rewards.places import Place
+from texforce_cli.team import start
 from texforce_cli.workflows import checkpoint
 from texforce_cli.workflows.evaluation.pictures import foreign_pictures
 from texforce_cli.workflows.evaluation.variants import Variant, check_variants, parse_variant, read_variants
@@ -144,7 +145,7 @@ def test_processes_meet_at_the_interface_that_leads_nowhere_else(monkeypatch: py
 
     there = {"Ethernet": [address("10.0.0.7")], "Loopback Pseudo-Interface 1": [address("::1"), address("127.0.0.1")]}
     monkeypatch.setattr(psutil, "net_if_addrs", lambda: there)
-    assert team._loopback() == "Loopback Pseudo-Interface 1"
+    assert start._loopback() == "Loopback Pseudo-Interface 1"
 
 
 def test_ctrl_c_is_not_for_a_worker_on_windows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -29,9 +31,13 @@ from texforce_cli.diffusion.models import load_pipeline, resolve_model
 from texforce_cli.diffusion.sampler import rollout
 from texforce_cli.errors import Interrupted, TexforceError, UsageError
 from texforce_cli.lora.read import FILE_NAME
-from texforce_cli.team import Folder, Processes, Team, _refuse_device, launched, team
+from texforce_cli.team import Team, launched
+from texforce_cli.team.processes import Processes
+from texforce_cli.team.start import _refuse_device, team
+from texforce_cli.team.store import Folder
 from texforce_cli.workflows.learner import follow
 from texforce_cli.workflows.stopping import StopRequest
+from texforce_cli.workflows.training_run import TrainingRun
 
 IMAGES = 12
 
@@ -147,7 +153,7 @@ def die_in_a_sum(place: Processes) -> None:
 def test_a_process_that_dies_within_a_sum_is_named_where_only_its_launcher_sees_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("texforce_cli.team._PULSE", 0.2)
+    monkeypatch.setattr("texforce_cli.team.processes._PULSE", 0.2)
     with team(2, "cpu", die_in_a_sum) as ours:
         assert isinstance(ours, Processes)
         ours.compute("cpu", 60)
@@ -157,7 +163,7 @@ def test_a_process_that_dies_within_a_sum_is_named_where_only_its_launcher_sees_
 
 
 def test_of_those_left_in_a_broken_sum_the_silent_ones_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("texforce_cli.team._PULSE", 0.1)
+    monkeypatch.setattr("texforce_cli.team.processes._PULSE", 0.1)
     store = Missing()
     ours, other = (Processes(store, lambda: None, rank, 4) for rank in (0, 2))
     with contextlib.closing(ours), contextlib.closing(other):
@@ -208,7 +214,7 @@ def test_a_process_that_goes_wrong_is_named_in_time(
     says: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("texforce_cli.team._PULSELESS", 4.0)
+    monkeypatch.setattr("texforce_cli.team.processes._PULSELESS", 4.0)
     before = dict(os.environ)
     with pytest.raises(kind, match=says), team(2, "cpu", follower) as ours:
         assert isinstance(ours, Processes)
@@ -301,7 +307,7 @@ def test_a_request_to_stop_is_heard_while_another_process_hangs(number: signal.S
 
 
 def test_a_process_shows_its_life_again_after_a_write_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("texforce_cli.team._PULSE", 0.01)
+    monkeypatch.setattr("texforce_cli.team.processes._PULSE", 0.01)
     store, deadline = Missing(failures=1), time.monotonic() + 10
     with contextlib.closing(alone_with(store)):
         while not store.check(["pulse/0"]):
@@ -340,6 +346,70 @@ def test_the_patience_begins_when_all_have_loaded_the_model() -> None:
         with pytest.raises(TexforceError, match=r"did not answer within 0.1 s"):
             ours.each(None)
         late.join()
+
+
+def test_who_left_or_ended_is_heard_of_between_exchanges() -> None:
+    store, ended = Missing(), list[int]()
+    ours = Processes(store, lambda: None, 0, 3, lambda: ended)
+    with contextlib.closing(ours):
+        ours.look()
+        ended.append(2)
+        with pytest.raises(TexforceError, match="process 2 of 3 ended or hangs; see its messages"):
+            ours.look()
+        store.kept["left/1"] = pickle.dumps(("the reward 'x' failed", "mend it", 0))  # its word says more
+        with pytest.raises(TexforceError, match="process 1: the reward 'x' failed; mend it"):
+            ours.look()
+        assert ours.told and ours.knows(0)
+
+
+@pytest.mark.parametrize(("asleep", "shown"), [(60.0, {"pulse/1": pickle.dumps("17")}), (3600.0, {})])
+def test_a_process_that_was_stopped_itself_blames_nobody(
+    asleep: float, shown: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-Z stops all of a job: the one that wakes up first finds the last signs of life of the others old."""
+    store, real, looks = Missing(), time.monotonic, list[int]()
+    monkeypatch.setattr(time, "monotonic", lambda: real() + asleep * (len(looks) > 1))
+    store.kept |= shown
+
+    def heed() -> None:
+        looks.append(1)
+        if len(looks) == 9:
+            store.set("1/1", pickle.dumps("word"))
+
+    with contextlib.closing(alone_with(store)) as ours:
+        ours.heed, ours._patience = heed, 600.0
+        assert ours.each("mine") == ["mine", "word"]
+
+
+HANGS = """
+import time
+from texforce_cli.team import start
+
+def follow(place):
+    start._LEADER_HEARS = 0.5
+    place._patience = 1.0
+    try:
+        place.each(None)
+    except BaseException as error:
+        place.leave(error)
+        raise
+
+if __name__ == "__main__":
+    with start.team(2, "cpu", follow):
+        time.sleep(600)
+"""
+
+
+def test_a_leader_that_hangs_is_named_and_ended_by_the_others(tmp_path: Path) -> None:
+    (tmp_path / "hangs.py").write_text(HANGS)
+    job = subprocess.Popen([sys.executable, tmp_path / "hangs.py"], stderr=subprocess.PIPE, text=True)
+    try:
+        _, said = job.communicate(timeout=60)
+    finally:
+        job.kill()
+    assert job.returncode == -signal.SIGKILL
+    assert "error: process 0 of 2 ended or hangs (did not answer within 1 s); see its messages" in said
+    assert "Traceback" not in said
 
 
 def test_nothing_is_broken_off_within_a_shield() -> None:
@@ -399,8 +469,9 @@ def same(one: Path, other: Path) -> None:
     assert difference**0.5 <= 1e-3 * sum(float(value.square().sum()) for value in theirs.values()) ** 0.5
     for mine, other_row in zip(metrics(one), metrics(other), strict=True):
         assert mine.keys() == other_row.keys()
-        for name in ("images", "reward_mean", "reward_std", "clip_fraction", "learning_rate"):
+        for name in ("images", "reward_mean", "reward_std", "clip_fraction", "learning_rate", "approx_kl", "grad_norm"):
             assert mine[name] == pytest.approx(other_row[name], rel=1e-3, abs=1e-6), name
+        assert mine["terms"]["brightness"] == pytest.approx(other_row["terms"]["brightness"], rel=1e-3)
     evaluations = [json.loads((f / "evaluations.jsonl").read_text().splitlines()[-1]) for f in (one, other)]
     assert evaluations[0]["rewards"] == pytest.approx(evaluations[1]["rewards"], abs=1e-4)
 
@@ -453,6 +524,73 @@ def test_a_process_that_is_killed_ends_the_run_and_another_number_goes_on(by_one
     same(out, by_one)
 
 
+@pytest.mark.slow
+def test_a_process_that_is_killed_is_named_before_the_others_have_drawn_their_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    progress, batches = TrainingRun._progress, []
+
+    def killing(self: TrainingRun, phase: str, done: int, total: int, **reward: float) -> None:
+        if phase == "sampling":
+            batches.append(done)
+            for process in multiprocessing.active_children():
+                process.kill()
+                process.join()
+        progress(self, phase, done, total, **reward)
+
+    monkeypatch.setattr(TrainingRun, "_progress", killing)
+    assert run([*SMALL, "--out", str(tmp_path / "run"), "--num-processes", "2"]) == 1
+    assert "process 1 of 2 ended or hangs" in " ".join(capsys.readouterr().err.split())
+    assert len(batches) == 1  # of three
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_the_processes_start_is_no_traceback(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "texforce_cli", *SMALL, "--out", str(tmp_path / "run"), "--num-processes", "2"]
+    job = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not any(b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children(job.pid)):
+            assert job.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        time.sleep(0.5)  # it imports torch
+        os.killpg(job.pid, signal.SIGINT)  # as a terminal does, to all
+        _, said = job.communicate(timeout=60)
+    finally:
+        job.kill()
+    assert job.returncode == 130
+    assert "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_nothing_is_left_of_a_job_whose_leader_is_killed(tmp_path: Path) -> None:
+    out, places = tmp_path / "run", tmp_path / "places"
+    places.mkdir()
+    command = [sys.executable, "-m", "texforce_cli", *SMALL, "--out", str(out), "--num-processes", "2"]
+    job = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "TMPDIR": str(places)})
+    try:
+        deadline = time.monotonic() + 120
+        while not (out / "checkpoints" / "epoch_0001").exists():
+            assert job.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        others = children(job.pid)
+        assert others and list(places.glob("texforce-*"))
+    finally:
+        job.kill()
+        job.wait()
+    deadline = time.monotonic() + 20
+    while any(map(works, others)) or list(places.glob("texforce-*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def works(pid: int) -> bool:
+    """Whether there is such a process, and not only its name."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
+
+
 def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
@@ -473,3 +611,40 @@ def test_the_processes_of_a_launcher_share_a_run(launcher: list[str], by_one: Pa
     assert done.stderr.count("run folder:") == 1  # one process speaks
     assert json.loads((tmp_path / "run" / "run.json").read_text())["processes"] == 2
     same(tmp_path / "run", by_one)
+
+
+@pytest.mark.slow
+def test_the_processes_of_two_machines_share_a_run(by_one: Path, tmp_path: Path) -> None:
+    """Two launchers that know of each other by an address alone, as on two machines; only the first one's folder is used."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "2"]
+    launch += ["--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", port]
+    jobs = [
+        subprocess.Popen(
+            [
+                *launch,
+                "--machine_rank",
+                str(rank),
+                "-m",
+                "texforce_cli",
+                *SMALL,
+                "--out",
+                str(tmp_path / f"run-{rank}"),
+            ],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [job.communicate(timeout=300)[1] for job in jobs]
+    finally:
+        for job in jobs:
+            job.kill()
+    assert [job.returncode for job in jobs] == [0, 0], said
+    assert ["run folder:" in text for text in said] == [True, False]
+    assert json.loads((tmp_path / "run-0" / "run.json").read_text())["processes"] == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["run-0"]
+    same(tmp_path / "run-0", by_one)

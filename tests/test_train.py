@@ -339,6 +339,26 @@ def test_a_dry_run_loads_nothing_and_writes_nothing(capsys: pytest.CaptureFixtur
     assert not list(Path().iterdir())
 
 
+def test_the_memory_of_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has the weights and a pass to itself, and its share of an epoch's images; on a CPU the machine is one for all."""
+    from texforce_cli.workflows import plan as planning
+
+    monkeypatch.setattr(planning, "machine_memory_gb", lambda: 20.0)
+    flags = {"reward": ["brightness"], "model": "sd15", "device": "cpu", "samples_per_epoch": 8, "grad_accum": 1}
+    alone, two = planning.plan(flags), planning.plan({**flags, "num_processes": 2})
+    assert (alone.config.micro_batch, two.config.micro_batch) == (4, 1)
+    image = 2 * 51 * 16384 * 4 / 1e9
+    assert two.cost()["computed_memory_gb"] == pytest.approx(4.28 + 3.36 + 4 * image)
+    assert two.advice() == []
+    monkeypatch.setattr(planning, "machine_memory_gb", lambda: 10.0)
+    assert "about 15 GB of memory are needed by 2 processes at --micro-batch 1" in two.advice()[-1]
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # two machines
+    assert alone.cost()["computed_memory_gb"] == pytest.approx(4.28 + 4 * 3.36 + image)
+    assert "about 71 GB of memory are needed by 4 processes at --micro-batch 4" in alone.advice()[-1]
+
+
 @pytest.mark.parametrize(("train", "branches"), [("text-encoder", 1), ("unet", 2)])
 def test_a_dry_run_counts_the_branch_that_is_kept_from_drawing_once(
     train: str, branches: int, capsys: pytest.CaptureFixture[str]
@@ -819,6 +839,21 @@ def test_a_run_ends_when_what_is_watched_has_fallen(
     record = json.loads(Path("a/run.json").read_text())
     assert (record["status"], record["epochs_done"]) == ("finished", 2)
     assert "surely below" in record["reason"]
+
+
+def test_a_run_that_ends_by_diversity_says_what_its_best_epoch_is_best_by(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from texforce_cli.workflows.heldout import HeldOut
+
+    monkeypatch.setattr(HeldOut, "fallen", lambda self, patience: "diversity" if self.history else None)
+    options = "--watch diversity --watch-patience 1 --eval-every 1 --eval-images 40 --prompts color --steps 2"
+    train("--out", "a", *options.split(), epochs=3)
+    said = " ".join(capsys.readouterr().err.split())
+    assert (
+        "diversity was surely below the base in 1 measurements in a row; the best epoch by the reward, brightness, is 1"
+        in said
+    )
 
 
 def test_only_a_sure_fall_of_the_first_watched_reward_counts() -> None:

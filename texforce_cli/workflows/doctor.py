@@ -36,7 +36,7 @@ def examine(
 ) -> tuple[list[Finding], bool]:
     """Everything that was found, and whether a run on the chosen model will work."""
     findings = [Finding("versions", ", ".join(f"{name} {value}" for name, value in versions().items()))]
-    findings += [*_room(), *_plugins()]
+    findings += [*_devices(), *_room(), *_plugins()]
     try:
         findings += _model({"model": model, "device": device, "precision": precision}, listener)
     except TexforceError as error:
@@ -48,6 +48,12 @@ def examine(
 def document(findings: Sequence[Finding], ready: bool) -> dict[str, Any]:
     """The same as JSON values."""
     return {"doctor": {"ready": ready, "findings": [asdict(finding) for finding in findings]}}
+
+
+def _devices() -> list[Finding]:
+    from texforce_cli.devices import present
+
+    return [Finding("devices", ", ".join(present()))]
 
 
 def _room() -> list[Finding]:
@@ -77,14 +83,13 @@ def _plugins() -> list[Finding]:
 
 
 def _model(wanted: dict[str, Any], listener: Listener) -> list[Finding]:
-    """The device, and what the preflight of a run says of model and precision.
+    """The model with its device, and what the preflight of a run says of model and precision.
 
     Raises:
         TexforceError: the model cannot be found or loaded, the device is not there.
     """
     import torch
 
-    from texforce_cli.devices import present
     from texforce_cli.diffusion.models import load_pipeline
     from texforce_cli.workflows.assembly import (
         make_adapter,
@@ -99,10 +104,7 @@ def _model(wanted: dict[str, Any], listener: Listener) -> list[Finding]:
     if made.source.family == "sd" and made.config.device == "cpu":  # on which 50 steps are hours
         made = plan({**flags, "steps": 2, "micro_batch": "1"}, None)
     config, device = made.config, torch.device(made.config.device)
-    found = [
-        Finding("devices", f"{', '.join(present())}; this run: {device}"),
-        Finding("model", f"{made.source.name} ({made.source.reason})"),
-    ]
+    found = Finding("model", f"{made.source.name} ({made.source.reason}), on {device}")
     rewards = make_rewards(config, made.registry)
     try:
         pipeline = load_pipeline(made.source, device=device, precision=config.precision)
@@ -121,4 +123,4 @@ def _model(wanted: dict[str, Any], listener: Listener) -> list[Finding]:
         rewards.close()
     value = f"max |ratio - 1| = {result.ratio_error:.1e} in {config.precision}, limit {result.limit:.1e}"
     remedy = "train with a larger --clip-range" + ("" if config.precision == "fp32" else ", or with --precision fp32")
-    return [*found, Finding("preflight", value, "" if result.ok else remedy)]
+    return [found, Finding("preflight", value, "" if result.ok else remedy)]

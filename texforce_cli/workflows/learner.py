@@ -18,7 +18,8 @@ from texforce_cli.diffusion.models import fingerprint, load_pipeline, resolve_mo
 from texforce_cli.errors import TexforceError
 from texforce_cli.prompts import PromptSet
 from texforce_cli.rewards.registry import load_registry
-from texforce_cli.team import Processes, Team, machine
+from texforce_cli.team import Team, machine
+from texforce_cli.team.processes import Processes
 from texforce_cli.workflows.assembly import (
     Scoring,
     make_adapter,
@@ -163,6 +164,11 @@ def follow(team: Processes) -> Any:
         config = TrainConfig(**values)
         stop = StopRequest(config.save_within)
         claim(team.device(config.device))  # before the rewards, which choose a GPU too
+
+        def progress(phase: str, done: int, total: int, *, reward: float | None = None) -> None:
+            stop.check(saved_in=0.0)  # whether an epoch is finished is the leader's to say
+            team.look()
+
         with stop.listening(), contextlib.closing(_scoring_beside(team, config)) as scoring:
             team.shield, team.heed = stop.shielded, stop.heed
             if fingerprint(resolve_model(config.model)) != made_of:
@@ -173,8 +179,7 @@ def follow(team: Processes) -> Any:
                 prompts,
                 scoring,
                 team=team,
-                # whether an epoch is finished is the leader's to say
-                progress=lambda phase, done, total, *, reward=None: stop.check(saved_in=0.0),
+                progress=progress,
                 begin=False,
             )
             return learner.follow()

@@ -24,6 +24,7 @@ from texforce_cli.prompts import PromptSet, load_prompts
 from texforce_cli.prompts.heldout import heldout_pairs, repeated
 from texforce_cli.rewards.registry import Registry, RewardInfo, load_registry
 from texforce_cli.rewards.terms import find, parse_hosts, parse_terms
+from texforce_cli.team import sharing
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,12 @@ class Plan:
         strange = [info.name for info in self.rewards if info.domain == "emoji"] if self.source.family == "sd" else []
         if strange:
             said.append(f"{', '.join(strange)} knows the drawings of the embedded model and nothing else")
-        needed = self.cost().get("computed_memory_gb", 0.0) if self.config.device == "cpu" else 0.0
+        here = sharing(self.config.num_processes)[1]
+        needed = here * self.cost().get("computed_memory_gb", 0.0) if self.config.device == "cpu" else 0.0
         if needed and needed > (there := machine_memory_gb()):
+            by = f" by {here} processes" if here > 1 else ""
             said.append(
-                f"about {needed:.0f} GB of memory are needed at --micro-batch {self.config.micro_batch}, and this machine has "
+                f"about {needed:.0f} GB of memory are needed{by} at --micro-batch {self.config.micro_batch}, and this machine has "
                 f"{there:.0f}: take --precision bf16, --gradient-checkpointing, or a smaller --micro-batch"
             )
         return said
@@ -64,7 +67,8 @@ class Plan:
     def cost(self) -> dict[str, float]:
         """Images and U-Net calls (one image, one branch, one step) of the whole run.
 
-        For Stable Diffusion also what is computed from its layers, and not measured: see `presets`.
+        For Stable Diffusion also what is computed from its layers, and not measured, the memory that of one process: see
+        `presets`.
         """
         c = self.config
         images = c.total_epochs * c.samples_per_epoch
@@ -151,7 +155,8 @@ def _chosen(config: TrainConfig, origins: Mapping[str, str], source: ModelSource
             chosen["precision"] = gpu_precision()
         if origins["micro_batch"] == "default":
             made = replace(config, precision=chosen.get("precision", config.precision))
-            fits = memory_of(made, _size(config, source)).micro_batch(memory or machine_memory_gb())
+            room = memory or machine_memory_gb() / sharing(config.num_processes)[1]  # a GPU is nobody else's
+            fits = memory_of(made, _size(config, source)).micro_batch(room)
             chosen["micro_batch"] = fits
             chosen["grad_accum"] = config.update_batch // fits
             chosen["fit_micro_batch"] = memory is not None  # one that is the machine's own swaps before it is full
@@ -163,13 +168,13 @@ def _size(config: TrainConfig, source: ModelSource) -> int:
 
 
 def memory_of(config: TrainConfig, size: int) -> Memory:
-    """What a run on Stable Diffusion holds, with pictures of `size` pixels."""
+    """What each process of a run on Stable Diffusion holds, with pictures of `size` pixels."""
     return Memory(
         config.train,
         config.precision,
         config.gradient_checkpointing,
         config.branches[1],
-        config.samples_per_epoch,
+        -(-config.samples_per_epoch // sharing(config.num_processes)[0]),
         config.kept_latents,
         size,
     )

@@ -18,8 +18,9 @@ from texforce_cli.files import held, write_text
 from texforce_cli.prompts import read_prompts
 from texforce_cli.rewards.registry import load_registry
 from texforce_cli.rewards.terms import find, parse_terms
-from texforce_cli.team import Team, joined, launched
-from texforce_cli.team import team as team_of
+from texforce_cli.team import Team, launched
+from texforce_cli.team.start import joined
+from texforce_cli.team.start import team as team_of
 from texforce_cli.workflows import checkpoint as checkpoints
 from texforce_cli.workflows.assembly import Scoring, make_scoring
 from texforce_cli.workflows.events import (

@@ -189,7 +189,8 @@ class TrainingRun:
                 logger.log(self._epoch())
                 self.stop.check()
             if reason := self._ended_early():
-                self.listener(Warned(f"{reason}; the best epoch by it is {self.best_epoch}"))
+                by = self._judge or f"the reward, {self.rewards},"
+                self.listener(Warned(f"{reason}; the best epoch by {by} is {self.best_epoch}"))
             self._save_before_after()
         finally:
             logger.close()
@@ -204,11 +205,16 @@ class TrainingRun:
         self.heldout.restore(row for row in measured if row["epoch"] <= self.epoch)
 
     @property
+    def _judge(self) -> str:
+        """The first watched reward; "" where there is none: pictures that differ more are not better ones."""
+        return next((name for name in self.heldout.watched if name != DIVERSITY), "")
+
+    @property
     def best_epoch(self) -> int | None:
         """The epoch with the highest held-out value of the first watched reward, else of the reward, else of its own images."""
         history = self.heldout.history
-        watched = next((name for name in self.heldout.watched if name != DIVERSITY), "")
-        values = {e.epoch: e.watched[watched].mean if watched else e.mean for e in history}
+        judge = self._judge
+        values = {e.epoch: e.watched[judge].mean if judge else e.mean for e in history}
         values = values or {row["epoch"]: row["reward_mean"] for row in self.rows}
         return max(values, key=lambda epoch: values[epoch]) if values else None
 
@@ -412,6 +418,7 @@ class TrainingRun:
     def _progress(self, phase: Phase | str, done: int, total: int, *, reward: float | None = None) -> None:
         self.listener(Progressed(phase, done, total, reward))
         self.stop.check(self._seconds_left(phase))
+        self.team.look()
 
     def _seconds_left(self, phase: Phase | str) -> float:
         """Until the epoch is saved, as the last one took; what is not part of an epoch can be done again."""
