@@ -2,10 +2,12 @@
 
 python benchmarks/time_to_reward.py --out FILE.json --figure FILE.png
 
-The reference is the textbook form of DDPO (PlainDDPO) with the default preset of the embedded model, for its whole budget. The held-out
-difference that it ends with is the goal; an arm's time is that of its first measurement at or above the goal, the reference's as
-well. Arms take turns epoch by epoch in one process; only drawing, scoring and learning count, measuring does not. All arms
-are measured alike: the same prompts, noise and number of denoising steps, whatever they train with. The file is written after every seed, and begun again with the same options the seeds in it are not repeated.
+The reference is the textbook form of DDPO (PlainDDPO) with the default preset of the embedded model, for its whole budget. The
+held-out difference that it ends with is the goal; an arm's time is that of its first measurement at or above the goal, the
+reference's as well. Arms take turns epoch by epoch in one process; each trains as long as the reference, but no more images than its
+preset says, for there its learning rate ends. Only drawing, scoring and learning count, measuring does not. All arms are measured alike: the
+same prompts, noise and number of denoising steps, whatever they train with. The file is written after every seed; begun again with
+the same options, the seeds in it are not repeated.
 
 The figure has the means of the seeds against images and against seconds. `default` is exact: its gradient is the reference's.
 The others learn from fewer steps (`window`, `six-steps`), from smaller groups (`groups-of-8`), or all of that (`fast`).
@@ -57,6 +59,8 @@ class Track:
 
     arm: TexforceArm
     heldout: HeldOut
+    budget: int
+    """Epochs."""
     seconds: float = 0.0
     images: int = 0
     points: list[tuple[int, float, float, float]] = field(default_factory=list)
@@ -87,7 +91,7 @@ def make_track(name: str, seed: int, a: argparse.Namespace) -> Track:
     policy = Policy(trained.pipeline, drawing, adapter=trained.adapter)
     heldout = HeldOut(made.prompts, a.pairs, policy, arm.algorithm.rewards, batch=measured.micro_batch)
     heldout.measure_base(lambda done, total: None)
-    return Track(arm, heldout)
+    return Track(arm, heldout, made.config.total_epochs)
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -161,9 +165,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         reference = tracks[REFERENCE]
         while len(reference.points) < a.epochs:
             reference.step()
-            for name in names[1:]:  # each gets the seconds that the reference has had, and no more
-                while tracks[name].seconds < reference.seconds:
-                    tracks[name].step()
+            for track in list(tracks.values())[1:]:  # each gets the seconds that the reference has had, and no more
+                while track.seconds < reference.seconds and track.arm.epochs < track.budget:
+                    track.step()
             shown = (f"{name} {t.points[-1][2]:+.3f} at {t.seconds:.0f} s" for name, t in tracks.items())
             print(f"seed {seed}: {', '.join(shown)}", file=sys.stderr)
         goal = reference.points[-1][2]
