@@ -95,6 +95,33 @@ def test_one_encoder_backward_gives_the_gradient_of_the_plain_way(
     assert ((ours - plain).norm() / plain.norm()).item() <= 1e-9
 
 
+def test_what_makes_an_epoch_exact_and_fast(pipeline: Any) -> None:
+    """Each distinct prompt is encoded once a pass; autograd begins at the first cross-attention; attention and AdamW are fused."""
+    algorithm = make(pipeline, guidance=3.0)
+    encoded, graphs = [], []
+    unet = algorithm.policy.pipeline.unet
+    block = next(block for block in unet.down_blocks if hasattr(block, "attentions"))
+    first = block.attentions[0].transformer_blocks[0]
+    hooks = [
+        algorithm.policy.pipeline.text_encoder.register_forward_hook(
+            lambda module, args, output: encoded.append(len(output[0]))
+        ),
+        unet.conv_in.register_forward_hook(lambda module, args, output: graphs.append((0, output.requires_grad))),
+        first.attn1.register_forward_hook(lambda module, args, output: graphs.append((0, output.requires_grad))),
+        first.attn2.register_forward_hook(lambda module, args, output: graphs.append((1, output.requires_grad))),
+    ]
+    algorithm.run_epoch(0)
+    for hook in hooks:
+        hook.remove()
+    drawn, learnt = encoded[:3], encoded[3:]  # three passes of four images each
+    assert max(encoded) <= len(PROMPTS) + 1 and drawn == [2, 2, 2]  # a group of four is one prompt, and the empty one
+    assert len(learnt) == 3
+    assert (0, False) in graphs and (1, True) in graphs and (0, True) not in graphs
+    kinds = {type(processor).__name__ for processor in unet.attn_processors.values()}
+    assert kinds == {"AttnProcessor2_0"}
+    assert algorithm.optimisation._adam.defaults["fused"]
+
+
 @pytest.mark.parametrize(
     ("unconditional", "steps", "kl"),
     [("trained", "first:3", 0.1), ("snapshot", "random:0.5", 0.0), ("base", "all", 0.1)],

@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from texforce_cli import tiny
 from texforce_cli.tiny.words import ANIMALS, COLOURS, TINTED, held_out
+from tools.tiny import __main__ as command_of_tiny
+from tools.tiny import pictures
 from tools.tiny.training import Recipe, train
 from tools.tiny.world import FONT, Item, Scene, caption, changes, corrupt, draw_scene, render
 
@@ -42,6 +45,18 @@ def test_held_out_pairs_are_neither_drawn_nor_named_in_training() -> None:
         assert not scene.pairs_held_out
         assert not corrupt(scene, rng).pairs_held_out
     assert draw_scene(rng, "color", held=True).pairs_held_out
+
+
+def test_the_share_of_wrong_captions_is_what_the_model_card_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures, "render", lambda scene, rng: np.zeros((1, 1, 3), np.uint8))  # captions alone matter
+    _, lines = pictures._chunk(("train", 0, 0, 1000, {}))
+    wrong = 0
+    for row in map(json.loads, lines):
+        scene = Scene(tuple(Item(**item) for item in row["items"]), row["place"])
+        wrong += row["caption"] not in {caption(scene, random.Random(seed)) for seed in range(100)}
+    card = (tiny.WEIGHTS.parent / "README.md").read_text()
+    assert "22 % lose or change an attribute" in card
+    assert wrong / len(lines) == pytest.approx(0.22, abs=0.02)
 
 
 def test_people_are_never_tinted() -> None:
@@ -94,10 +109,68 @@ def test_an_interrupted_training_continues_to_the_same_bits(tmp_path: Path) -> N
     assert torch.equal(regression(tmp_path / "whole", 120, stop_at=0), whole)  # a finished one is only loaded
 
 
+def kernels(folder: Path, stop_at: int | None = None) -> torch.Tensor:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(4, 6, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(6, 4, 3, padding=1)
+    )
+    model.to(memory_format=torch.channels_last)
+    taken = 0
+
+    def loss(generator: torch.Generator) -> torch.Tensor:
+        nonlocal taken
+        if taken == stop_at:
+            raise KeyboardInterrupt
+        taken += 1
+        x = torch.randn((4, 4, 8, 8), generator=generator)
+        return (model(x) - x).pow(2).mean()
+
+    train(Recipe("kernels", 40, 1e-3, muon=3e-3, warmup=5, ema=0.9), {"kernels": model}, [loss, loss], folder)
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_the_recipe_of_the_u_net_continues_to_the_same_bits(tmp_path: Path) -> None:
+    """Muon within, AdamW around it, kernels in channels_last, two parts of a batch."""
+    whole = kernels(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        kernels(tmp_path / "broken", stop_at=31)
+    assert torch.equal(kernels(tmp_path / "broken"), whole)
+
+
 def test_a_checkpoint_of_another_recipe_is_not_continued(tmp_path: Path) -> None:
     regression(tmp_path, 10)
     with pytest.raises(SystemExit, match="another recipe"):
         regression(tmp_path, 20)
+
+
+def test_what_is_installed_is_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, package = tmp_path / "made", tmp_path / "package"
+    for name in ("weights", "clip", "judge"):
+        (made / name).mkdir(parents=True)
+        (made / name / "config.json").write_text(name)
+    (made / "measured.json").write_text('{"steps": 20}\n')
+    (package / "weights").mkdir(parents=True)
+    (package / "weights" / "old.safetensors").write_text("of another version")
+    (package / "measured.json").write_text('{"steps": 10}\n')
+    monkeypatch.setattr(tiny, "WEIGHTS", package / "weights")
+    monkeypatch.setattr(tiny, "MANIFEST", package / "manifest.json")
+    command_of_tiny.install(made, "9.9")
+    assert tiny.manifest() == {"version": "9.9", "sha256": tiny.weights_sha256()}
+    assert [file.name for file in (package / "weights").iterdir()] == ["config.json"]
+    assert (package / "judge" / "config.json").read_text() == "judge"
+    assert json.loads((package / "measured.json").read_text()) == {"steps": 20}
+
+
+def test_three_steps_of_everything_are_never_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tiny, "WEIGHTS", tmp_path / "package" / "weights")
+    monkeypatch.setattr(tiny, "MANIFEST", tmp_path / "package" / "manifest.json")
+    with pytest.raises(SystemExit) as ended:
+        command_of_tiny.main([str(tmp_path / "made"), "--smoke", "--install", "9.9"])
+    assert ended.value.code == 2
+    assert "--smoke" in capsys.readouterr().err
+    assert not (tmp_path / "made").exists()
 
 
 needs_font = pytest.mark.skipif(not Path(FONT).exists(), reason="needs the package fonts-noto-color-emoji")

@@ -1,7 +1,7 @@
 """`python -m tools.tiny FOLDER`: make the embedded model and its judges from nothing, measure them, install them.
 
 Every stage leaves its result in FOLDER and is passed over when it is there; a stage that was interrupted continues from
-its checkpoint. Fixed steps and seeds: the same machine and number of threads gives the same bits.
+its checkpoint. Fixed steps and seeds: on a CPU the same machine and number of threads gives the same bits.
 """
 
 from __future__ import annotations
@@ -189,11 +189,12 @@ def _grid(images: np.ndarray) -> Image.Image:
 
 
 def install(folder: Path, version: str) -> None:
-    """Copy the weights of `folder` into the package and write the manifest."""
+    """Copy the weights of `folder` and what was measured of them into the package, and write the manifest."""
     for name in ("weights", "clip", "judge"):
         target = tiny.WEIGHTS.parent / name
         shutil.rmtree(target, ignore_errors=True)
         shutil.copytree(folder / name, target)
+    write_bytes(tiny.MANIFEST.with_name("measured.json"), (folder / "measured.json").read_bytes())
     manifest = {"version": version, "sha256": tiny.weights_sha256()}
     write_bytes(tiny.MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
 
@@ -209,6 +210,8 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     if options.install and options.epsilon:
         parser.error("the package holds the first backbone alone: leave out --install")
+    if options.install and options.smoke:
+        parser.error("three steps of everything, --smoke, are not for the package: leave out --install or --smoke")
     if options.threads:
         torch.set_num_threads(options.threads)
     scale = SMOKE if options.smoke else Scale()

@@ -20,7 +20,7 @@ _CHUNK = 1000
 
 @dataclass(frozen=True)
 class Pictures:
-    """`images` uint8 (n, 64, 64, 3); what they show; and a caption of each, a quarter of them corrupted."""
+    """`images` uint8 (n, 64, 64, 3); what they show; and a caption of each, some of them corrupted."""
 
     images: np.ndarray
     scenes: list[Scene]

@@ -23,7 +23,7 @@ _EMPTY = 0.1  # share of captions left empty, for guidance
 
 TIMESTEPS = 1300
 """Stable Diffusion's noise schedule goes on 300 steps longer. Where it ends, the picture's mean still shows (the signal
-has 7 % of its amplitude at t = 999 and 11 % at t = 901, where ten leading steps begin), so that a network asked to begin
+has 7 % of its amplitude at t = 999 and 12 % at t = 901, where ten leading steps begin), so that a network asked to begin
 with pure noise sees a mean of zero and draws pale, confused pictures; at t = 1171 of 1300 two per cent are left."""
 _BETA_START, _BETA_END, _SD_TIMESTEPS = 0.00085, 0.012, 1000
 

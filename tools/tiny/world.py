@@ -48,10 +48,10 @@ KINDS = {"plain": 0.13, "color": 0.23, "count": 0.2, "composition": 0.15, "locat
 """Kinds of scenes and their shares."""
 
 TINTED_PAIRS = 0.15
-"""Share of the pairs of two nouns whose sprites are tinted."""
+"""Share of the pairs of two nouns whose sprites are tinted; without held-out colours a tenth is left."""
 
 CORRUPTED = 0.25
-"""Share of the captions that name a wrong value of one attribute, or leave it out."""
+"""Share of the captions given to `corrupt`, which finds something to change in six of seven: 22 % of all captions are wrong."""
 
 
 @dataclass(frozen=True)
