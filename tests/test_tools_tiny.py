@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import CLIPTokenizer
 
 from texforce_cli import tiny
 from texforce_cli.tiny.words import ANIMALS, COLOURS, TINTED, held_out
 from tools.tiny import __main__ as command_of_tiny
 from tools.tiny import pictures
+from tools.tiny.tokenizer import build_tokenizer, words
 from tools.tiny.training import Recipe, train
 from tools.tiny.world import FONT, Item, Scene, caption, changes, corrupt, draw_scene, render
 
@@ -49,7 +51,7 @@ def test_held_out_pairs_are_neither_drawn_nor_named_in_training() -> None:
 
 def test_the_share_of_wrong_captions_is_what_the_model_card_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pictures, "render", lambda scene, rng: np.zeros((1, 1, 3), np.uint8))  # captions alone matter
-    _, lines = pictures._chunk(("train", 0, 0, 1000, {}))
+    _, lines = pictures._chunk(("train", 0, 0, 2000, {}))
     wrong = 0
     for row in map(json.loads, lines):
         scene = Scene(tuple(Item(**item) for item in row["items"]), row["place"])
@@ -57,6 +59,17 @@ def test_the_share_of_wrong_captions_is_what_the_model_card_says(monkeypatch: py
     card = (tiny.WEIGHTS.parent / "README.md").read_text()
     assert "22 % lose or change an attribute" in card
     assert wrong / len(lines) == pytest.approx(0.22, abs=0.02)
+
+
+def test_the_tokenizer_is_the_same_each_time_and_knows_every_word(tmp_path: Path) -> None:
+    made = set()
+    for turn in range(6):  # the library's tables of words begin each in an order of their own
+        learnt = build_tokenizer(tmp_path / str(turn))
+        made.add((tmp_path / str(turn) / "tokenizer.json").read_bytes())
+    assert len(made) == 1
+    shipped = CLIPTokenizer.from_pretrained(tiny.WEIGHTS / "tokenizer")
+    assert len(learnt) == len(shipped) == 765
+    assert all(len(shipped(word).input_ids) == 3 for word in words())  # start, the word, end
 
 
 def test_people_are_never_tinted() -> None:

@@ -1,6 +1,6 @@
 """Settings that belong together. Values that are not named keep the defaults of `config.TrainConfig`.
 
-`tiny` was found by experiment on the embedded model (docs/results.md). `phrase`, `many`, `face` and `hand` are the
+`tiny` was found by experiment on the embedded model; what it gives is in docs/results.md. `phrase`, `many`, `face` and `hand` are the
 paper's settings for Stable Diffusion 1.4, 1.5 and 2.1 (sec. 3 and supplement; DDPO's where it is silent: two updates an
 epoch); nobody has measured them with texforce yet. `fast` is the automatic one with fewer steps, fewer of them trained: tried
 on one tuning seed of the embedded model, not at all on Stable Diffusion.

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The runs behind docs/results.md: the embedded model, jpeg-incompressibility, the defaults; three components, seeds 10, 11,
-# 12. (The preset's rank was chosen on seeds 0, 1 and 100 of the first embedded model, which are reported apart.)
+# 12. (The preset's rank was chosen on seeds 0, 1 and 100 of the embedded model's first form, and not again.)
 # Training prompts: the 18 seen animals of `animals`, plain and as "a photo of". Measured on 64 held-out (prompt, seed)
 # pairs: 32 of seen animals and 32 of the 8 animals that are never trained on, with seeds that no training image has.
 # The runs of the U-Net and of both are measured and saved after every epoch, so that they can be compared with the text

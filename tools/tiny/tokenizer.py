@@ -47,16 +47,19 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
         ]
     )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    last = [letter + "</w>" for letter in alphabet]
     trainer = trainers.BpeTrainer(
         vocab_size=4000,
         min_frequency=50,
         initial_alphabet=alphabet,
+        # ties between merges go by the letters' numbers, which the trainer would give in the order of a table that is another each time
+        special_tokens=last,
         end_of_word_suffix="</w>",
         show_progress=False,
     )
     bpe.train_from_iterator([word for word in words() for _ in range(200)], trainer)
     merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
-    tokens = [*alphabet, *(letter + "</w>" for letter in alphabet), *dict.fromkeys(a + b for a, b in merges)]
+    tokens = [*alphabet, *last, *dict.fromkeys(a + b for a, b in merges)]
     vocabulary = {token: i for i, token in enumerate(dict.fromkeys([*tokens, _START, _END]))}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
