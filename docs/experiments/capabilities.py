@@ -2,8 +2,8 @@
 
     python docs/experiments/capabilities.py FOLDER [BARS.png [PICTURES.png]]
 
-FOLDER holds the files SET-SEED.json of capabilities.sh; those of docs/results.md are kept in docs/experiments/capabilities. The
-pictures are in the evaluations that lie beside them.
+FOLDER holds the files SET-SEED.json of capabilities.sh, and seeds are shown of which all sets are there; those of docs/results.md
+are kept in docs/experiments/capabilities. The pictures are in the evaluations that lie beside them.
 
 Changes from the base with the same prompts and noise, with the 95 % intervals of `texforce eval` over prompts (the seeds of a
 prompt are averaged first: they are not independent); those of a mean over runs are the same, of each prompt's change averaged
@@ -82,7 +82,8 @@ def pictures(runs: Runs, path: Path) -> None:
 
 def main(folder: Path, bars_path: Path | None = None, pictures_path: Path | None = None) -> None:
     """The tables on stdout: means of the seeds, pairs of variants, each seed; and both figures."""
-    runs = {name: {seed: Evaluation.read_means(folder / f"{name}-{seed}") for seed in SEEDS} for name in SETS}
+    seeds = [seed for seed in SEEDS if all((folder / f"{name}-{seed}.json").exists() for name in SETS)]
+    runs = {name: {seed: Evaluation.read_means(folder / f"{name}-{seed}") for seed in seeds} for name in SETS}
     print(bases(runs), end="\n\n")
     print(table(runs, AGAINST_BASE, "above the base", seeds=False), end="\n\n")
     print(table(runs, PAIRS, "difference", seeds=False), end="\n\n")

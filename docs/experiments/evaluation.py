@@ -138,7 +138,7 @@ def bars(series: Sequence[Series], base: str, path: Path) -> None:
             errors = ([f.mean - f.low for f in found], [f.high - f.mean for f in found])
             axes.bar(x, [f.mean for f in found], 0.92 * width, color=one.colour, alpha=0.55, label=one.label)
             axes.errorbar(x, [f.mean for f in found], errors, fmt="none", color=one.colour, capsize=3, linewidth=1.2)
-            for j in range(len(SEEDS)):
+            for j in range(len(one.runs[SETS[0]])):
                 points = [changed([one.runs[name][j]], metric, one.variant, "base", split).mean for name in SETS]
                 axes.plot(x + width / 4 * (j - 1), points, ".", color="#1c1917", markersize=4)
         axes.axhline(0, color="#57534e", linewidth=0.8)
