@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-_PIPE_WIDTH = 200  # columns where there is no terminal
+_PIPE_WIDTH = 300  # columns where there is no terminal
 
 
 class Dim(str):
