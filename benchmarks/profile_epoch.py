@@ -78,10 +78,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     heads = ("epoch s", "floor s", "ratio", "GFLOP", "of the floor", "GFLOP/s")
     print(f"{'phase':<10}" + "".join(f"{head:>13}" for head in heads))
     for phase, seconds in ours.items():
-        cells = [
-            f"{seconds:.3f}",
-            *(("", "") if phase not in least else (f"{least[phase]:.3f}", f"{seconds / least[phase]:.3f}")),
-        ]
+        cells = [f"{seconds:.3f}"]
+        cells += [f"{least[phase]:.3f}", f"{seconds / least[phase]:.3f}"] if phase in least else ["", ""]
         cells += [f"{of[phase]:.0f}" if phase in of else "" for of in (counted, least_counted)]
         cells.append(f"{counted[phase] / seconds:.0f}" if counted.get(phase) else "")
         print(f"{phase:<10}" + "".join(f"{cell:>13}" for cell in cells))

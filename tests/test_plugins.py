@@ -45,7 +45,9 @@ def installed(example: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("installed")
 def test_the_example_is_listed_explained_and_checked(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert run(["rewards", "--json"]) == 0
-    listed = {row["name"]: row for row in json.loads(capfd.readouterr().out)["rewards"]}
+    document = json.loads(capfd.readouterr().out)
+    listed = {row["name"]: row for row in document["rewards"]}
+    assert "mean-colour" not in [row["name"] for row in document["not_installed"]]
     assert listed["mean-colour"]["state"] == "isolated"
     assert listed["mean-colour"]["licence"] == "Apache-2.0"
     assert run(["rewards", "info", "mean-colour"]) == 0

@@ -1,10 +1,12 @@
 """The world that the embedded model is trained on, and the loop that trains it."""
 
+import itertools
 import json
 import random
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -96,20 +98,30 @@ def test_each_change_differs_in_its_attribute_alone(seed: int) -> None:
             assert [item.colour for item in other.items] == [item.colour for item in scene.items]
 
 
+Loss = Callable[[torch.Generator], torch.Tensor]
+
+
+def broken_off(loss: Loss, stop_at: int | None) -> Loss:
+    """`loss`, with Ctrl-C before its call number `stop_at`."""
+    calls = itertools.count()
+
+    def counted(generator: torch.Generator) -> torch.Tensor:
+        if next(calls) == stop_at:
+            raise KeyboardInterrupt
+        return loss(generator)
+
+    return counted
+
+
 def regression(folder: Path, steps: int, stop_at: int | None = None) -> torch.Tensor:
     torch.manual_seed(0)
     model = torch.nn.Linear(3, 1)
-    taken = 0
 
     def loss(generator: torch.Generator) -> torch.Tensor:
-        nonlocal taken
-        if taken == stop_at:
-            raise KeyboardInterrupt
-        taken += 1
         x = torch.randn((8, 3), generator=generator)
         return (model(x) - x.sum(1, keepdim=True)).pow(2).mean()
 
-    train(Recipe("line", steps, 0.05, warmup=5, ema=0.9), {"line": model}, [loss], folder)
+    train(Recipe("line", steps, 0.05, warmup=5, ema=0.9), {"line": model}, [broken_off(loss, stop_at)], folder)
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
@@ -128,17 +140,13 @@ def kernels(folder: Path, stop_at: int | None = None) -> torch.Tensor:
         torch.nn.Conv2d(4, 6, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(6, 4, 3, padding=1)
     )
     model.to(memory_format=torch.channels_last)
-    taken = 0
 
     def loss(generator: torch.Generator) -> torch.Tensor:
-        nonlocal taken
-        if taken == stop_at:
-            raise KeyboardInterrupt
-        taken += 1
         x = torch.randn((4, 4, 8, 8), generator=generator)
         return (model(x) - x).pow(2).mean()
 
-    train(Recipe("kernels", 40, 1e-3, muon=3e-3, warmup=5, ema=0.9), {"kernels": model}, [loss, loss], folder)
+    parts = [broken_off(loss, stop_at)] * 2
+    train(Recipe("kernels", 40, 1e-3, muon=3e-3, warmup=5, ema=0.9), {"kernels": model}, parts, folder)
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 

@@ -33,12 +33,12 @@ def rewards(context: typer.Context, json: _JSON = False) -> None:
     import dataclasses
 
     from texforce_cli.cli.console import Dim, note, show_columns, write_json
-    from texforce_cli.rewards.environments import offered
+    from texforce_cli.rewards import environments
 
     registry = _registry()
     found = [registry.rewards[key] for key in sorted(registry.rewards)]
     there = {info.origin for info in found}
-    absent = sorted((info for info in offered() if info.origin not in there), key=lambda info: info.name)
+    absent = environments.absent(there)
     if json:
         rows = [{**dataclasses.asdict(info), "environment": None, "state": info.state} for info in found]
         missing = [{**dataclasses.asdict(info), "state": "not installed"} for info in absent]

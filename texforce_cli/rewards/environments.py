@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -157,23 +157,25 @@ def built_in_names() -> list[str]:
     return [call["name"] for call in plugin_calls(plugin_manager(), builtin, "texforce", REWARDS)]
 
 
-def offered() -> list[RewardInfo]:
-    """Every reward of the packages that come with texforce, as these register it, whether or not they are installed."""
-    registry = Registry()
+def absent(there: Collection[str]) -> list[RewardInfo]:
+    """The rewards of the packages that come with texforce and are not `there`, by name, as these register them."""
+    registry, manager = Registry(), plugin_manager()
     for package in dict.fromkeys(OURS.values()):
+        if package in there:
+            continue
         with contextlib.suppress(TexforceError):  # a texforce without its packages has nothing to say of them
             path = _bundled(package) / package.replace("-", "_") / "__init__.py"
-            registry.add(_calls_in(path, package), package, "")
-    return list(registry.rewards.values())
+            registry.add(plugin_calls(manager, _module(path), package, REWARDS), package, "")
+    return [registry.rewards[key] for key in sorted(registry.rewards)]
 
 
-def _calls_in(path: Path, package: str) -> list[dict[str, Any]]:
-    spec = importlib.util.spec_from_file_location(f"texforce_offered.{path.parent.name}", path)
+def _module(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(f"texforce_absent.{path.parent.name}", path)
     if spec is None or spec.loader is None:
         raise TexforceError(f"'{path}' is no Python module", "reinstall texforce")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return plugin_calls(plugin_manager(), module, package, REWARDS)
+    return module
 
 
 def _bundled(package: str) -> Path:
@@ -275,13 +277,12 @@ def _adopt(folder: Path, lock: str) -> Environment:
 
 
 def remove(package: str) -> int:
-    """Delete the environment of `package`, however its name is spelt; bytes freed.
+    """Delete the environment of `package`; bytes freed.
 
     Raises:
         UsageError: there is none.
         TexforceError: a run uses it, or it cannot be deleted.
     """
-    package = normal(package)
     home = root() / package
     if not re.fullmatch(_NAME, package) or not home.is_dir():
         if any(plugin.origin == package for plugin in plugins()):
