@@ -1,6 +1,9 @@
 """The table and the figure of backbones.sh: what training the text encoder changes on two backbones.
 
-    python docs/experiments/backbones.py FIRST SECOND FIGURE.png     (FIRST: the folder of capabilities.sh)
+    python docs/experiments/backbones.py FIRST SECOND FIGURE.png
+    python docs/experiments/backbones.py docs/experiments/capabilities docs/experiments/backbones docs/images/backbones.png
+
+FIRST and SECOND hold the files SET-SEED.json of capabilities.sh and of backbones.sh, and seeds are shown of which both have all sets.
 
 Changes from each backbone's own base with the same prompts and noise; intervals as in capabilities.py. The difference of two
 backbones' changes is taken prompt by prompt.
@@ -13,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from evaluation import COLUMNS, SEEDS, SETS, Evaluation, Series, bars, changed, row, shown
+from evaluation import COLUMNS, SETS, Evaluation, Series, bars, changed, row, shown, whole
 
 from texforce_cli.core.comparison import interval
 
@@ -57,9 +60,11 @@ def figure(runs: Runs, path: Path) -> None:
 
 def main(first: Path, second: Path, path: Path) -> None:
     """The table on stdout, and the figure."""
+    folders = first, second
+    seeds = whole(*folders)
     runs = {
-        backbone: {name: [Evaluation.read(folder / f"{name}-{seed}") for seed in SEEDS] for name in SETS}
-        for backbone, folder in zip(BACKBONES, (first, second))
+        backbone: {name: [Evaluation.read_means(folder / f"{name}-{seed}") for seed in seeds] for name in SETS}
+        for backbone, folder in zip(BACKBONES, folders)
     }
     print(table(runs))
     figure(runs, path)

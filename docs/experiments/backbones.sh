@@ -1,22 +1,26 @@
 #!/usr/bin/env bash
-# Table 2 of the paper at the size of the embedded model: does TexForce work on a backbone of the other prediction type? The runs of
-# alignment.sh again, same commands and seeds, on the second backbone, which predicts the noise (the first predicts v):
+# Table 2 of the paper at the size of the embedded model: does TexForce work on a backbone of the other prediction type? The text
+# encoder's runs of capabilities.sh again, same commands, prompts and seeds, on the second backbone, which predicts the noise (the
+# first predicts v):
 #     python -m tools.tiny build/epsilon --epsilon
-# The prompts are those files that the first runs left. 16 pictures of every prompt, seen (29) and unseen (10), as in capabilities.sh, whose folder holds the first backbone's pictures.
-# One thread a run and two runs at a time, for two cores. Started again, it goes on where it was.
-# Usage: docs/experiments/backbones.sh FOLDER MODEL ALIGNMENT CAPABILITIES     (MODEL: build/epsilon/weights)
+# 16 pictures of every prompt, seen (29) and unseen (10), as in capabilities.sh, whose numbers of the first backbone are kept in
+# docs/experiments/capabilities.
+# One thread a run and two runs at a time, for two cores. Started again, it goes on where it was; what has left its SET-SEED.json
+# is done, so that a machine can begin with the files of another.
+# Usage: docs/experiments/backbones.sh FOLDER MODEL     (MODEL: build/epsilon/weights)
 set -euo pipefail
 out=${1:?give a folder for the runs and the evaluations}
 model=${2:?give the folder of the second backbone}
-alignment=${3:?give the folder of the runs of alignment.sh}
-first=${4:?give the folder of capabilities.sh}
 here=$(cd "$(dirname "$0")" && pwd)
-export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HERE=$here MODEL=$model ALIGNMENT=$alignment
+export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HERE=$here MODEL=$model
 mkdir -p "$out"
 "$here/sets-and-seeds.sh" | xargs -P 2 -L 1 bash -c '
   set -euo pipefail
-  run=$0/$1-$2-run prompts=$ALIGNMENT/$1-$2/prompts.jsonl
+  run=$0/$1-$2-run prompts=$0/$1.jsonl
+  [ ! -e "$0/$1-$2.json" ] || exit 0
+  [ -e "$prompts" ] || python "$HERE/evaluation.py" prompts "$1" "$prompts"
   "$HERE/train.sh" "$run" --reward tiny-clip --prompts "$prompts" --model "$MODEL" --preset tiny --seed "$2" 2>> "$run.log"
   texforce eval --variant "base=$MODEL" --variant "texforce=$MODEL+$run" --baseline base --prompts "$prompts" --seeds 1000:1016 \
-    --guidance 1 --steps 10 --metric tiny-clip --metric tiny-judge --out "$0/$1-$2" >> "$0/$1-$2.log" 2>&1' "$out"
-python "$here/backbones.py" "$first" "$out" "$out/backbones.png"
+    --guidance 1 --steps 10 --metric tiny-clip --metric tiny-judge --out "$0/$1-$2" >> "$0/$1-$2.log" 2>&1
+  python "$HERE/evaluation.py" means "$0/$1-$2"' "$out"
+python "$here/backbones.py" "$here/capabilities" "$out" "$out/backbones.png"

@@ -17,7 +17,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from evaluation import COLUMNS, NOISE, SEEDS, SETS, SPLITS, Evaluation, Series, bars, changed, row, shown
+from evaluation import COLUMNS, NOISE, SEEDS, SETS, SPLITS, Evaluation, Series, bars, changed, row, shown, whole
 
 VARIANTS = {"base": "base", "texforce": "text encoder", "ddpo": "U-Net", "both": "both"}
 COLOURS = {"texforce": "#c2410c", "ddpo": "#1d4ed8", "both": "#7e22ce"}
@@ -82,7 +82,7 @@ def pictures(runs: Runs, path: Path) -> None:
 
 def main(folder: Path, bars_path: Path | None = None, pictures_path: Path | None = None) -> None:
     """The tables on stdout: means of the seeds, pairs of variants, each seed; and both figures."""
-    seeds = [seed for seed in SEEDS if all((folder / f"{name}-{seed}.json").exists() for name in SETS)]
+    seeds = whole(folder)
     runs = {name: {seed: Evaluation.read_means(folder / f"{name}-{seed}") for seed in seeds} for name in SETS}
     print(bases(runs), end="\n\n")
     print(table(runs, AGAINST_BASE, "above the base", seeds=False), end="\n\n")

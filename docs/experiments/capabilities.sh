@@ -22,5 +22,5 @@ mkdir -p "$out" "$alignment"
   texforce eval --variant base=tiny --variant "texforce=tiny+$texforce" --variant "ddpo=tiny+$ddpo" \
     --variant "both=tiny+$texforce+$ddpo" --baseline base --prompts "$1" --seeds 1000:1016 --guidance 1 --steps 10 \
     --metric tiny-clip --metric tiny-judge --out "$0/$1-$2" >> "$0/$1-$2.log" 2>&1
-  python "$HERE/evaluation.py" "$0/$1-$2"' "$out"
+  python "$HERE/evaluation.py" means "$0/$1-$2"' "$out"
 python "$here/capabilities.py" "$out" "$out/capabilities.png" "$out/capabilities-pictures.png"

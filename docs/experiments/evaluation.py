@@ -1,6 +1,7 @@
 """The folders of `texforce eval` as capabilities.py, backbones.py and equal_reward.py read them, and the changes that they report.
 
-    python docs/experiments/evaluation.py FOLDER     FOLDER.json: the mean of each prompt, all that the tables are made of
+    python docs/experiments/evaluation.py means FOLDER          FOLDER.json: the mean of each prompt, all that the tables are made of
+    python docs/experiments/evaluation.py prompts SET FILE      a set of prompts in the words of the embedded model, as --prompts reads it
 
 Intervals are the 95 % ones of `texforce eval`, over prompts (the seeds of a prompt are averaged first: they are not
 independent); those of a mean over runs are the same, of each prompt's change averaged over the runs.
@@ -20,7 +21,8 @@ from PIL import Image
 
 from texforce_cli.core.comparison import interval
 from texforce_cli.core.statistics import Interval
-from texforce_cli.files import write_json
+from texforce_cli.files import write_bytes, write_json
+from texforce_cli.prompts import load_prompts
 from texforce_cli.workflows.evaluation.pictures import Item, picture_path
 
 SEEDS = ("10", "11", "12")
@@ -99,6 +101,11 @@ class Evaluation:
             return picture.convert("RGB")
 
 
+def whole(*folders: Path) -> list[str]:
+    """The seeds of training of which every folder has the means of all sets."""
+    return [s for s in SEEDS if all((folder / f"{name}-{s}.json").exists() for folder in folders for name in SETS)]
+
+
 def changed(runs: Sequence[Evaluation], metric: str, variant: str, against: str, split: str) -> Interval:
     """The change of each prompt, averaged over runs, with its interval over prompts."""
     changes = [run.change(metric, variant, against, split) for run in runs]
@@ -153,4 +160,7 @@ def bars(series: Sequence[Series], base: str, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    Evaluation.read(Path(sys.argv[1])).write_means()
+    if sys.argv[1] == "means":
+        Evaluation.read(Path(sys.argv[2])).write_means()
+    else:
+        write_bytes(Path(sys.argv[3]), load_prompts(sys.argv[2], "tiny").to_jsonl().encode())
