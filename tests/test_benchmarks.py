@@ -48,3 +48,9 @@ def test_the_table_of_a_gpu_runs_on_a_cpu(tmp_path: Path) -> None:
     options = "--size small --device cpu --precision fp32 --micro-batches 1,2 --steps 2 --rounds 1".split()
     found = benchmark("gpu", tmp_path / "gpu.json", *options)
     assert [row["micro_batch"] for row in found["rows"]] == [1, 2]  # type: ignore[attr-defined]
+
+
+def test_the_arithmetic_of_many_gpus_has_the_counted_operations() -> None:
+    from benchmarks import flops
+
+    assert flops.table() in (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")

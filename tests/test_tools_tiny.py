@@ -20,6 +20,7 @@ from tools.tiny import __main__ as command_of_tiny
 from tools.tiny import pictures
 from tools.tiny.tokenizer import build_tokenizer, words
 from tools.tiny.training import Recipe, train
+from tools.tiny.unet import weight
 from tools.tiny.world import FONT, Item, Scene, caption, changes, corrupt, draw_scene, render
 
 
@@ -229,3 +230,13 @@ def test_the_second_backbone_predicts_the_noise(tmp_path: Path) -> None:
     about = json.loads((tmp_path / "weights" / "scheduler" / "scheduler_config.json").read_text())
     assert about["prediction_type"] == "epsilon"
     assert json.loads((tmp_path / "measured.json").read_text())["PSNR of the autoencoder, dB"] > 30  # the package's
+
+
+def test_the_second_backbone_is_trained_with_the_error_of_v() -> None:
+    z, noise, guessed = torch.tensor([2.0]), torch.tensor([-1.0]), torch.tensor([-0.5])
+    signal, sigma = torch.tensor([0.6]), torch.tensor([0.8])
+    picture = (signal * z + sigma * noise - sigma * guessed) / signal
+    v_error = (signal * guessed - sigma * picture) - (signal * noise - sigma * z)
+    assert v_error.item() == pytest.approx(0.5 / 0.6)
+    assert (weight(signal) * (guessed - noise) ** 2).item() == pytest.approx(v_error.item() ** 2)
+    assert weight(torch.tensor([0.02])).item() == 25  # not 2500

@@ -50,7 +50,7 @@ def scheduler(prediction: Prediction = "v_prediction") -> DDIMScheduler:
     )
 
 
-def _weight(signal: torch.Tensor) -> torch.Tensor:
+def weight(signal: torch.Tensor) -> torch.Tensor:
     """Of the squared error of the noise at the amplitude `signal` of the picture: that of v's squared error, 1 / signal², which is
     SNR + 1 over SNR (Salimans and Ho, 2022, sec. 4), up to a largest one. Equal weights hardly teach the layout, which is decided
     where the noise is nearly all that is there."""
@@ -120,7 +120,7 @@ def train_unet(
             output = unet(signal * z + sigma * noise, t, text_encoder(tokens).last_hidden_state).sample
         if prediction == "v_prediction":
             return F.mse_loss(output.float(), signal * noise - sigma * z)
-        return (_weight(signal) * (output.float() - noise) ** 2).mean()
+        return (weight(signal) * (output.float() - noise) ** 2).mean()
 
     threads = 1 if device().type == "cuda" else min(2, torch.get_num_threads())
 
