@@ -262,7 +262,7 @@ def test_what_saves_memory_leaves_the_gradient_as_it_is(precision: Precision, ch
 
 def test_every_step_that_may_be_trained_is_judged(pipeline: Any) -> None:
     steps = make(pipeline, steps="window:2").preflight().steps
-    assert [step["trained"] for step in steps] == [0.25, 0.5, 0.5, 0.5, 0.25, 0.0]
+    assert [step["trained"] for step in steps] == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
 
 
 def test_a_window_draws_noise_and_learns_there_alone(pipeline: Any) -> None:
@@ -281,14 +281,11 @@ def test_a_window_draws_noise_and_learns_there_alone(pipeline: Any) -> None:
 
     algorithm._draw, algorithm._update = drawn, updated  # type: ignore[method-assign]
     usual = algorithm.policy.schedule
-    starts = set()
-    for epoch in range(6):
+    for epoch in range(2):
         report = algorithm.run_epoch(epoch)
         assert report.ratio_error < 1e-6 and report.grad_norm > 0
         noisy = [i for i, one in enumerate(seen[-1].log_probs) if one.isfinite().all()]
-        assert steps[-1][:, 0].tolist() == noisy == list(range(noisy[0], noisy[0] + 2))
-        starts.add(noisy[0])
-    assert len(starts) > 1 and starts <= {0, 1, 2, 3}
+        assert steps[-1][:, 0].tolist() == noisy == [0, 1]
     assert algorithm.policy.schedule is usual and len(usual.stochastic) > 2
 
 
@@ -544,15 +541,12 @@ def test_which_steps_are_trained() -> None:
     assert all(len(set(random[:, i].tolist())) == 4 for i in range(64))
     assert TrainSteps.parse("random:0.5").shares(9) == [4 / 9] * 9
     assert TrainSteps.parse("first:3").shares(4) == [1.0, 1.0, 1.0, 0.0]
-    # windows of 2 among 6 steps begin at 0, 1, 2 or 3
-    assert TrainSteps.parse("window:2").shares(6) == [0.25, 0.5, 0.5, 0.5, 0.25, 0.0]
     assert len({tuple(random[:, i].tolist()) for i in range(64)}) > 8
-    for _ in range(20):
-        window = list(TrainSteps.parse("window:3").window(stochastic, rng) or ())
-        assert window == list(range(window[0], window[0] + 3)) and window[0] <= 4
-    assert TrainSteps.parse("window:99").window(stochastic, rng) == stochastic
+    assert TrainSteps.parse("window:2").shares(4) == [1.0, 1.0, 0.0, 0.0]
+    assert TrainSteps.parse("window:3").window([2, 3, 5, 7]) == [2, 3, 5]
+    assert TrainSteps.parse("window:99").window(stochastic) == stochastic
     assert TrainSteps.parse("window:2").choose(stochastic[1:3], 2, rng).tolist() == [[s, s] for s in stochastic[1:3]]
-    assert TrainSteps.parse("first:2").window(stochastic, rng) is None
+    assert TrainSteps.parse("first:2").window(stochastic) is None
 
 
 @pytest.mark.parametrize("unconditional", ["trained", "snapshot", "base"])

@@ -23,4 +23,4 @@ mkdir -p "$out"
   texforce eval --variant "base=$MODEL" --variant "texforce=$MODEL+$run" --baseline base --prompts "$prompts" --seeds 1000:1016 \
     --guidance 1 --steps 10 --metric tiny-clip --metric tiny-judge --out "$0/$1-$2" >> "$0/$1-$2.log" 2>&1
   python "$HERE/evaluation.py" means "$0/$1-$2"' "$out"
-python "$here/backbones.py" "$here/capabilities" "$out" "$out/backbones.png"
+python "$here/side_by_side.py" "$out/backbones.png" "predicts v=$here/capabilities" "predicts noise=$out"

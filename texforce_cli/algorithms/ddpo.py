@@ -278,8 +278,7 @@ class DDPO:
 
     def run_epoch(self, epoch: int) -> EpochReport:
         """Draw and score images with the policy as it is, then learn from them."""
-        window = self.settings.train_steps.window(self.policy.schedule.stochastic, self._rng("window", epoch))
-        with self.policy.noise_at(window):
+        with self.policy.noise_at(self.settings.train_steps.window(self.policy.schedule.stochastic)):
             return self._run_epoch(epoch)
 
     def _run_epoch(self, epoch: int) -> EpochReport:

@@ -13,8 +13,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainSteps:
-    """`first` N steps; a `random` share F of them, others for each image (the paper: 0.5); `all`; or a `window` of K, which are
-    then the only ones of the epoch that draw noise (an approximation, after MixGRPO, Li et al. 2025, arXiv 2507.21802).
+    """`first` N steps; a `random` share F of them, others for each image (the paper: 0.5); `all`; or a `window` of the first K,
+    which are then the only ones of an epoch that draw noise (an approximation, after MixGRPO, Li et al. 2025, arXiv 2507.21802,
+    whose window slides; with noise of its own for each image a later window has nearly nothing to learn from, docs/results.md).
     """
 
     kind: Literal["first", "random", "window", "all"]
@@ -43,8 +44,7 @@ class TrainSteps:
         count = self.count(steps)
         if self.kind == "random":
             return [count / steps] * steps
-        starts = range(self._latest_start(steps) + 1)
-        return [sum(start <= i < start + count for start in starts) / len(starts) for i in range(steps)]
+        return [float(i < count) for i in range(steps)]
 
     def choose(self, stochastic: Sequence[int], images: int, rng: np.random.Generator) -> NDArray[Any]:
         """Step indices [K, images] of one pass over the data, among the `stochastic` steps of the epoch's schedule."""
@@ -55,17 +55,9 @@ class TrainSteps:
             return np.stack([rng.permutation(steps)[:count] for _ in range(images)], axis=1)
         return np.repeat(steps[:count, None], images, axis=1)
 
-    def window(self, stochastic: Sequence[int], rng: np.random.Generator) -> Sequence[int] | None:
-        """The steps of one epoch that draw noise: K consecutive ones that begin in the first half of the schedule, the same for
-        all images. None: all of them do.
-        """
-        if self.kind != "window":
-            return None
-        start = int(rng.integers(self._latest_start(len(stochastic)) + 1))
-        return stochastic[start : start + self.count(len(stochastic))]
-
-    def _latest_start(self, steps: int) -> int:
-        return max(0, min(steps // 2, steps - self.count(steps))) if self.kind == "window" else 0
+    def window(self, stochastic: Sequence[int]) -> Sequence[int] | None:
+        """The steps of an epoch that draw noise, among those of the schedule that do. None: all of them."""
+        return stochastic[: self.count(len(stochastic))] if self.kind == "window" else None
 
 
 def _is_share(text: str) -> bool:
