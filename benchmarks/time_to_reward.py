@@ -10,8 +10,9 @@ same prompts, noise and number of denoising steps, whatever they train with. The
 the same options, the seeds in it are not repeated.
 
 The figure has the means of the seeds against images and against seconds. `default` is exact: its gradient is the reference's.
-The others draw noise in the first step alone and learn from it (`window`), draw in six steps instead of ten (`six-steps`), compare
-fewer pictures of a prompt (`groups-of-8`), or are what `--preset fast` is (`fast`: the first two, and half of the images).
+The others draw noise in the first two steps alone and learn from them (`window-of-2`), draw in six steps instead of ten
+(`six-steps`), compare fewer pictures of a prompt (`groups-of-8`), or are what `--preset fast` is (`fast`: a window of one step,
+and three quarters of the images).
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ REFERENCE = "plain"
 ARMS: dict[str, tuple[type[DDPO], dict[str, Any]]] = {
     REFERENCE: (PlainDDPO, {"preset": "tiny"}),
     "default": (DDPO, {"preset": "tiny"}),
-    "window": (DDPO, {"preset": "tiny", "train_steps": "window:1"}),
+    "window-of-2": (DDPO, {"preset": "tiny", "train_steps": "window:2"}),
     "six-steps": (DDPO, {"preset": "tiny", "steps": 6}),
     "groups-of-8": (DDPO, {"preset": "tiny", "group_size": 8}),
     "fast": (DDPO, {"preset": "fast"}),

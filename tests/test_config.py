@@ -128,8 +128,9 @@ def test_every_preset_is_a_valid_configuration() -> None:
 def test_the_fast_preset_changes_the_automatic_one_and_is_known_with_the_model(family: Family, train: str) -> None:
     usual = resolve({"train": train}, family=family).config
     fast = resolve({"preset": "fast", "train": train}, family=family)
-    assert fast.config.steps < usual.steps and fast.config.lr == usual.lr and fast.config.total_epochs > 0
-    assert fast.origins["steps"] == "preset fast"
+    assert fast.config.train_steps.startswith("window:") and fast.config.lr == usual.lr
+    assert 0 < fast.config.total_epochs <= usual.total_epochs and fast.config.steps <= usual.steps
+    assert fast.origins["train_steps"] == "preset fast"
     unknown = resolve({"preset": "fast"}).config  # before the model is known: no values and no mistakes
     assert unknown.steps == TrainConfig().steps
 

@@ -60,7 +60,7 @@ def main(figure: str, *labelled: str) -> None:
         for label, folder in folders.items()
     }
     print(table(runs))
-    bars([Series(n, c, "texforce", runs[n]) for n, c in zip(runs, COLOURS, strict=True)], "own base", Path(figure))
+    bars([Series(n, c, "texforce", runs[n]) for n, c in zip(runs, COLOURS, strict=True)], "base", Path(figure))
 
 
 if __name__ == "__main__":
