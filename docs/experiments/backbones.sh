@@ -20,7 +20,5 @@ mkdir -p "$out"
   [ ! -e "$0/$1-$2.json" ] || exit 0
   [ -e "$prompts" ] || python "$HERE/evaluation.py" prompts "$1" "$prompts"
   "$HERE/train.sh" "$run" --reward tiny-clip --prompts "$prompts" --model "$MODEL" --preset tiny --seed "$2" 2>> "$run.log"
-  texforce eval --variant "base=$MODEL" --variant "texforce=$MODEL+$run" --baseline base --prompts "$prompts" --seeds 1000:1016 \
-    --guidance 1 --steps 10 --metric tiny-clip --metric tiny-judge --out "$0/$1-$2" >> "$0/$1-$2.log" 2>&1
-  python "$HERE/evaluation.py" means "$0/$1-$2"' "$out"
+  "$HERE/evaluate.sh" "$0/$1-$2" "$prompts" "base=$MODEL" "texforce=$MODEL+$run"' "$out"
 python "$here/side_by_side.py" "$out/backbones.png" "predicts v=$here/capabilities" "predicts noise=$out"

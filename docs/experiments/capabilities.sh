@@ -19,8 +19,5 @@ mkdir -p "$out" "$alignment"
   [ ! -e "$0/$1-$2.json" ] || exit 0
   "$HERE/train.sh" "$texforce" --reward tiny-clip --prompts "$1" --model tiny --seed "$2" 2>> "$texforce.log"
   "$HERE/train.sh" "$ddpo" --reward tiny-clip --prompts "$1" --model tiny --seed "$2" --train unet 2>> "$ddpo.log"
-  texforce eval --variant base=tiny --variant "texforce=tiny+$texforce" --variant "ddpo=tiny+$ddpo" \
-    --variant "both=tiny+$texforce+$ddpo" --baseline base --prompts "$1" --seeds 1000:1016 --guidance 1 --steps 10 \
-    --metric tiny-clip --metric tiny-judge --out "$0/$1-$2" >> "$0/$1-$2.log" 2>&1
-  python "$HERE/evaluation.py" means "$0/$1-$2"' "$out"
+  "$HERE/evaluate.sh" "$0/$1-$2" "$1" base=tiny "texforce=tiny+$texforce" "ddpo=tiny+$ddpo" "both=tiny+$texforce+$ddpo"' "$out"
 python "$here/capabilities.py" "$out" "$out/capabilities.png" "$out/capabilities-pictures.png"

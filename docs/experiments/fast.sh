@@ -15,7 +15,5 @@ mkdir -p "$out"
   run=$0/$1-$2-run
   [ ! -e "$0/$1-$2.json" ] || exit 0
   "$HERE/train.sh" "$run" --reward tiny-clip --prompts "$1" --model tiny --preset fast --seed "$2" 2>> "$run.log"
-  texforce eval --variant base=tiny --variant "texforce=tiny+$run" --baseline base --prompts "$1" --seeds 1000:1016 --guidance 1 \
-    --steps 10 --metric tiny-clip --metric tiny-judge --out "$0/$1-$2" >> "$0/$1-$2.log" 2>&1
-  python "$HERE/evaluation.py" means "$0/$1-$2"' "$out"
+  "$HERE/evaluate.sh" "$0/$1-$2" "$1" base=tiny "texforce=tiny+$run"' "$out"
 python "$here/side_by_side.py" "$out/fast.png" "default=$here/capabilities" "--preset fast=$out"
