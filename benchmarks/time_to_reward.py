@@ -10,9 +10,9 @@ same prompts, noise and number of denoising steps, whatever they train with. The
 the same options, the seeds in it are not repeated.
 
 The figure has the means of the seeds against images and against seconds. `default` is exact: its gradient is the reference's.
-The others draw noise in the first two steps alone and learn from them (`window-of-2`), draw in six steps instead of ten
-(`six-steps`), compare fewer pictures of a prompt (`groups-of-8`), or are what `--preset fast` is (`fast`: a window of one step,
-and three quarters of the images).
+The others do not: `window-of-2` draws noise in the first two steps alone and learns from them, `six-steps` draws in six steps
+instead of ten, `groups-of-8` compares eight pictures of a prompt instead of sixteen, and `fast` is that preset: a window of one
+step, and a budget of 18 epochs instead of 25. Its settings were found on seeds 20, 100 and 101.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def make_track(name: str, seed: int, a: argparse.Namespace) -> Track:
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--seeds", type=int, nargs="+", default=[20, 21, 22])
+    p.add_argument("--seeds", type=int, nargs="+", default=[30, 31, 32])
     p.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     p.add_argument("--reward", default="jpeg-incompressibility")
     p.add_argument("--epochs", type=int, default=25, help="of the reference (25, its preset's budget)")

@@ -156,7 +156,7 @@ class TrainConfig:
     train_steps: str = option(
         "random:0.5",
         LEARNING,
-        "Denoising steps to train: first:N, random:F, all; window:K: the first K, and only they draw noise.",
+        "Denoising steps to train: first:N, random:F, all, or window:K, the first K, which alone draw noise then.",
         _train_steps,
     )
     kl_target: float | None = option(

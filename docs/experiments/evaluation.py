@@ -1,4 +1,4 @@
-"""The folders of `texforce eval` as capabilities.py, backbones.py and equal_reward.py read them, and the changes that they report.
+"""The folders of `texforce eval` as capabilities.py, side_by_side.py and equal_reward.py read them, and the changes that they report.
 
     python docs/experiments/evaluation.py means FOLDER          FOLDER.json: the mean of each prompt, all that the tables are made of
     python docs/experiments/evaluation.py prompts SET FILE      a set of prompts in the words of the embedded model, as --prompts reads it

@@ -2,8 +2,8 @@
 
     python docs/experiments/side_by_side.py FIGURE.png LABEL=FOLDER LABEL=FOLDER
 
-The folders hold the files SET-SEED.json that capabilities.sh, backbones.sh and fast.sh leave (those of docs/results.md: docs/experiments/
-capabilities, backbones and fast); seeds are shown of which both have all sets.
+The folders hold the files SET-SEED.json that capabilities.sh, backbones.sh and fast.sh leave (those of docs/results.md are kept beside
+this file); seeds are shown of which both have all sets.
 
 Changes from each one's own base with the same prompts and noise; intervals as in capabilities.py. The difference of the two
 changes is taken prompt by prompt.

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class TrainSteps:
     """`first` N steps; a `random` share F of them, others for each image (the paper: 0.5); `all`; or a `window` of the first K,
     which are then the only ones of an epoch that draw noise (an approximation, after MixGRPO, Li et al. 2025, arXiv 2507.21802,
-    whose window slides; with noise of its own for each image a later window has nearly nothing to learn from, docs/results.md).
+    whose window slides; the later a window begins, the less of the reward is decided by its own noise, docs/results.md).
     """
 
     kind: Literal["first", "random", "window", "all"]
