@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.flops import teraflop
 from texforce_cli.diffusion.policy import Policy
 
 
@@ -34,13 +34,7 @@ class Floor:
 
     def gigaflop(self) -> dict[str, float]:
         """Of an epoch's passes, by phase; PyTorch's own count."""
-        found = {}
-        for phase, passes in self.passes.items():
-            one = self._pass(phase)
-            with FlopCounterMode(display=False) as counted:
-                one()
-            found[phase] = counted.get_total_flops() * passes / 1e9
-        return found
+        return {phase: 1000 * teraflop(self._pass(phase)) * passes for phase, passes in self.passes.items()}
 
     def _pass(self, phase: str) -> Callable[[], None]:
         size = self._sizes[phase]

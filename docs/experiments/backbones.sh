@@ -3,8 +3,7 @@
 # encoder's runs of capabilities.sh again, same commands, prompts and seeds, on the second backbone, which predicts the noise (the
 # first predicts v):
 #     python -m tools.tiny build/epsilon --epsilon
-# 16 pictures of every prompt, seen (29) and unseen (10), as in capabilities.sh, whose numbers of the first backbone are kept in
-# docs/experiments/capabilities.
+# Judged as evaluate.sh says; the first backbone's numbers are kept in docs/experiments/capabilities.
 # One thread a run and two runs at a time, for two cores. Started again, it goes on where it was; what has left its SET-SEED.json
 # is done, so that a machine can begin with the files of another.
 # Usage: docs/experiments/backbones.sh FOLDER MODEL     (MODEL: build/epsilon/weights)

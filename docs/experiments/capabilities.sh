@@ -1,9 +1,8 @@
 #!/usr/bin/env bash
 # Fig. 5 of the paper at the size of the embedded model: four capabilities, three seeds, rewarded by tiny-clip; TexForce trains
 # the text encoder (the runs of alignment.sh, made here where they are not there), DDPO the U-Net (made here, by the same command
-# with --train unet), and both are put together with weight 1 each, without training. 16 pictures of every prompt, seen (29: 464 pictures) and unseen (10: 160
-# pictures), for each variant, with seeds that no training image has, in the steps and at the guidance that the runs are
-# trained with; judged by tiny-clip and by tiny-judge, a model that no run was rewarded by.
+# with --train unet), and both are put together with weight 1 each, without training; judged as evaluate.sh says, on 29 seen prompts (464 pictures a
+# variant) and 10 unseen ones (160).
 # One thread a run and two runs at a time, for two cores. Started again, it goes on where it was; what has left its SET-SEED.json
 # is done, so that a machine can begin with the files of another.
 # Usage: docs/experiments/capabilities.sh FOLDER ALIGNMENT     (ALIGNMENT: the folder of alignment.sh)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# 16 pictures of every prompt, seen and unseen, for each variant, with seeds that no training image has, in the steps and at the guidance that
-# the runs are trained with; judged by tiny-clip, their reward, and by tiny-judge, a model that no run was rewarded by. Leaves
+# 16 pictures of every prompt, seen and unseen, for each variant, with seeds that no training image has, in ten steps at guidance 1, as the
+# default preset draws; judged by tiny-clip, their reward, and by tiny-judge, a model that no run was rewarded by. Leaves
 # FOLDER.json, the mean of each prompt.   Usage: docs/experiments/evaluate.sh FOLDER PROMPTS NAME=MODEL[+LORA]...     (one is called base)
 set -euo pipefail
 out=$1 prompts=$2

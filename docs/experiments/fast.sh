@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # Does `--preset fast`, which was found on pictures with large files, also align? The text encoder's runs of capabilities.sh again, same
-# prompts and seeds, with that preset; 16 pictures of every prompt, seen (29) and unseen (10), with the noise, steps and guidance of
-# capabilities.sh, whose numbers of the default preset are kept in docs/experiments/capabilities.
+# prompts and seeds, with that preset, judged as evaluate.sh says; the default preset's numbers are kept in docs/experiments/capabilities.
 # One thread a run and two runs at a time, for two cores. Started again, it goes on where it was; what has left its SET-SEED.json
 # is done, so that a machine can begin with the files of another.
 # Usage: docs/experiments/fast.sh FOLDER
