@@ -33,6 +33,7 @@ from texforce_cli import tiny
 from texforce_cli.algorithms.ddpo import DDPO
 from texforce_cli.algorithms.reference import PlainDDPO
 from texforce_cli.config import TrainConfig
+from texforce_cli.devices import cpu_computes_bf16
 from texforce_cli.diffusion.models import load_pipeline
 from texforce_cli.diffusion.policy import Policy
 from texforce_cli.files import write_json
@@ -48,6 +49,7 @@ COMPARED = (
     ("plain", "texforce"),
     ("plain", "texforce-snapshot"),
     ("plain", "texforce-window"),
+    ("plain", "texforce-bf16"),
     ("trl", "texforce-unet"),
 )
 TRL_SCRIPT = Path(__file__).parent / "trl_ddpo" / "run.py"
@@ -235,6 +237,8 @@ def make_arms(a: argparse.Namespace, stack: contextlib.ExitStack) -> dict[str, A
         arms["texforce-snapshot"] = TexforceArm(texforce_plan(a, uncond_embedding="snapshot"))
     if a.trained_steps > WINDOW:
         arms["texforce-window"] = TexforceArm(texforce_plan(a, train_steps=f"window:{WINDOW}"))
+    if cpu_computes_bf16():
+        arms["texforce-bf16"] = TexforceArm(texforce_plan(a, precision="bf16"))
     arms["plain"] = TexforceArm(texforce_plan(a), PlainDDPO)
     arms["texforce-unet"] = TexforceArm(unet)
     if a.trl_python:
@@ -252,6 +256,8 @@ def left_out(a: argparse.Namespace) -> dict[str, str]:
         reasons["texforce-snapshot"] = "guidance 1 has no unconditional branch"
     if a.trained_steps <= WINDOW:
         reasons["texforce-window"] = f"no more than {WINDOW} steps are trained"
+    if not cpu_computes_bf16():
+        reasons["texforce-bf16"] = "this processor has no instructions for it"
     if not a.trl_python:
         reasons["trl"] = "no --trl-python was given"
     return reasons
@@ -272,14 +278,15 @@ def floor_of(a: argparse.Namespace, policy: Policy, trained: int | None = None, 
 
 def make_floors(a: argparse.Namespace, arms: dict[str, Arm]) -> dict[str, Floor]:
     """The floor of each arm that trains the text encoder, by name."""
-    ours = arms["texforce"]
-    assert isinstance(ours, TexforceArm)
-    policy = ours.algorithm.policy
+    policies = {name: arm.algorithm.policy for name, arm in arms.items() if isinstance(arm, TexforceArm)}
+    policy = policies["texforce"]
     found = {"texforce": floor_of(a, policy)}
     if "texforce-snapshot" in arms:
         found["texforce-snapshot"] = floor_of(a, policy, kept=True)
     if "texforce-window" in arms:
         found["texforce-window"] = floor_of(a, policy, WINDOW)
+    if "texforce-bf16" in arms:
+        found["texforce-bf16"] = floor_of(a, policies["texforce-bf16"])
     return found
 
 

@@ -135,6 +135,19 @@ def test_the_fast_preset_changes_the_automatic_one_and_is_known_with_the_model(f
     assert unknown.steps == TrainConfig().steps
 
 
+@pytest.mark.parametrize("able", [True, False])
+def test_the_fast_preset_draws_in_bf16_where_the_processor_multiplies_in_it(
+    able: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("texforce_cli.workflows.plan.cpu_computes_bf16", lambda: able)
+    flags = {"reward": ["brightness"], "model": "tiny", "device": "cpu"}
+    made = plan({**flags, "preset": "fast"})
+    assert made.config.precision == ("bf16" if able else "fp32")
+    assert made.origins["precision"] == ("default, resolved" if able else "default")
+    assert plan({**flags, "preset": "fast", "precision": "fp32"}).config.precision == "fp32"
+    assert plan(flags).config.precision == "fp32"
+
+
 def test_contradictions_of_bare_defaults_are_left_to_the_preset() -> None:
     assert resolve({"images": 256, "advantages": "group"}).config.images == 256
     assert resolve({"images": 256, "advantages": "group"}, family="tiny").config.total_epochs == 1

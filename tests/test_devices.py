@@ -25,8 +25,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from texforce_cli import tiny
 from texforce_cli.algorithms import ddpo
 from texforce_cli.cli.app import run
-from texforce_cli.devices import claim, full_memory, present, resolve_device, same_bits
-from texforce_cli.diffusion.models import load_pipeline, resolve_model
+from texforce_cli.devices import claim, cpu_computes_bf16, full_memory, present, resolve_device, same_bits
+from texforce_cli.diffusion.models import Precision, load_pipeline, resolve_model
 from texforce_cli.errors import TexforceError, UsageError
 from texforce_cli.team import Team, processes
 from texforce_cli.workflows import assembly, learner, plan, sample
@@ -380,6 +380,29 @@ def test_how_a_model_lies_on_a_device(
     made = load_pipeline(source, device=torch.device(device), precision="fp32")
     assert made.vae.use_slicing is sliced
     assert made.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last) is last
+
+
+@pytest.mark.parametrize(("precision", "plain"), [("bf16", True), ("fp32", False)])
+def test_the_embedded_model_in_bf16_on_a_cpu_lies_as_it_is_quickest(precision: Precision, plain: bool) -> None:
+    made = load_pipeline(resolve_model("tiny"), device=torch.device("cpu"), precision=precision)
+    assert {type(one).__name__ for one in made.unet.attn_processors.values()} == (
+        {"AttnProcessor"} if plain else {"AttnProcessor2_0"}
+    )
+    last = torch.channels_last
+    assert made.unet.conv_in.weight.is_contiguous(memory_format=last) is not plain
+    assert made.vae.decoder.layers[0].weight.is_contiguous(memory_format=last)
+
+
+@pytest.mark.parametrize(
+    ("known", "expected"), [({"avx512_bf16": True}, True), ({"amx_bf16": True}, True), ({"avx512_f": True}, False)]
+)
+def test_which_processors_multiply_in_bf16(
+    known: dict[str, bool], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+    assert cpu_computes_bf16() is expected
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # an older torch says nothing
+    assert cpu_computes_bf16() is False
 
 
 def test_a_model_that_the_device_has_no_room_for_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

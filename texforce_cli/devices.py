@@ -6,7 +6,7 @@ import contextlib
 import os
 import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from texforce_cli.errors import UsageError, first_line
 
@@ -113,6 +113,14 @@ def present() -> list[str]:
             memory = first_line(error)
         found.append(f"cuda:{index} ({torch.cuda.get_device_name(index)}, {memory})")
     return [*found, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
+
+
+def cpu_computes_bf16() -> bool:
+    """Whether the CPU has instructions that multiply in bf16; without them it is slower than fp32. Known for x86 alone."""
+    import torch
+
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.4 has not got it
+    return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
 
 
 def device_memory_gb(device: torch.device) -> float | None:

@@ -225,9 +225,7 @@ def load_pipeline(
     pipeline.set_progress_bar_config(disable=True)
     for module in (pipeline.unet, pipeline.text_encoder, pipeline.vae):
         module.requires_grad_(False).eval()
-    if device.type != "mps":  # the order in which convolutions are quickest, but for Apple's GPU; the same numbers
-        for module in (pipeline.unet, pipeline.vae):
-            module.to(memory_format=torch.channels_last)
+    _arrange(pipeline, source.family, device)
     if device.type != "cpu" and source.family == "sd":
         pipeline.vae.enable_slicing()  # a batch of pictures at full size can take more memory than the U-Net
     try:
@@ -238,6 +236,21 @@ def load_pipeline(
         raise TexforceError(
             f"the memory of {device} has no room for '{source.name}'", f"end what else is using it{smaller}"
         ) from error
+
+
+def _arrange(pipeline: Any, family: Family, device: torch.device) -> None:
+    """The memory layout and the attention that are quickest on a device; the same numbers but for rounding."""
+    import torch
+    from diffusers.models.attention_processor import AttnProcessor
+
+    if device.type == "mps":
+        return
+    pipeline.vae.to(memory_format=torch.channels_last)
+    if device.type == "cpu" and family == "tiny" and pipeline.unet.dtype == torch.bfloat16:
+        # torch 2.13's fused attention takes six times as long for a gradient in bf16 as in fp32 (docs/performance.md)
+        pipeline.unet.set_attn_processor(AttnProcessor())
+    else:
+        pipeline.unet.to(memory_format=torch.channels_last)
 
 
 def fingerprint(source: ModelSource) -> dict[str, str]:

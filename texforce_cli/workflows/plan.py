@@ -9,7 +9,7 @@ from typing import Any
 
 from texforce_cli.config import TrainConfig, resolve
 from texforce_cli.core.train_steps import TrainSteps
-from texforce_cli.devices import claim, device_memory_gb, machine_memory_gb, resolve_device
+from texforce_cli.devices import claim, cpu_computes_bf16, device_memory_gb, machine_memory_gb, resolve_device
 from texforce_cli.diffusion.models import (
     ModelSource,
     gpu_precision,
@@ -147,6 +147,8 @@ def _chosen(config: TrainConfig, origins: Mapping[str, str], source: ModelSource
         chosen["init_lora"] = str(replace(spec, source=_absolute(spec.source)))
     if device.type == "cpu":  # whose memory is never full: it swaps
         chosen["fit_micro_batch"] = False
+        if config.preset == "fast" and origins["precision"] == "default" and cpu_computes_bf16():
+            chosen["precision"] = "bf16"
     if device.type != "cuda":
         chosen["timestep_batch"] = config.timestep_batch or 1
     if source.family == "sd":
