@@ -48,6 +48,13 @@ def test_the_time_to_a_reward(tmp_path: Path) -> None:
     assert run["points"].keys() == {"plain", "fast"} and (tmp_path / "curves.png").stat().st_size > 10_000
 
 
+def test_every_way_of_one_pass_is_measured(tmp_path: Path) -> None:
+    found = benchmark("unet_pass", tmp_path / "pass.json", "--images", "2", "--rounds", "1", "--no-compile")
+    passes = found["passes"]
+    assert isinstance(passes, dict) and len(passes) == 8
+    assert all(0 < row["forward"] < row["forward and backward"] for row in passes.values())
+
+
 def test_the_table_of_a_gpu_runs_on_a_cpu(tmp_path: Path) -> None:
     options = "--size small --device cpu --precision fp32 --micro-batches 1,2 --steps 2 --rounds 1".split()
     found = benchmark("gpu", tmp_path / "gpu.json", *options)

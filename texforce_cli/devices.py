@@ -116,7 +116,7 @@ def present() -> list[str]:
 
 
 def cpu_computes_bf16() -> bool:
-    """Whether the CPU has instructions that multiply in bf16; without them it is slower than fp32. Known for x86 alone."""
+    """Whether the CPU has instructions that multiply in bf16; without them it converts forth and back. Known for x86 alone."""
     import torch
 
     known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.4 has not got it
