@@ -10,7 +10,7 @@ same prompts, noise and number of denoising steps, in fp32, whatever they train 
 the same options, the seeds in it are not repeated.
 
 The figure has the means of the seeds against images and against seconds. `default` is exact: its gradient is the reference's.
-The others do not: `window-of-3` draws noise in the first three steps alone and learns from them, `six-steps` draws in six steps
+The others are approximations: `window-of-3` draws noise in the first three steps alone and learns from them, `six-steps` draws in six steps
 instead of ten, `groups-of-8` compares eight pictures of a prompt instead of sixteen, and `fast` is that preset: the window of three,
 a budget of 15 epochs instead of 25, and bf16 where the processor multiplies in it. Seeds 20 and 100 to 103 were looked at while it was sought.
 """
@@ -41,7 +41,7 @@ from texforce_cli.diffusion.models import load_pipeline
 from texforce_cli.files import write_json
 from texforce_cli.workflows.assembly import make_adapter, make_policy
 from texforce_cli.workflows.heldout import HeldOut
-from texforce_cli.workflows.plan import plan
+from texforce_cli.workflows.plan import Plan, plan
 from texforce_cli.workflows.run_folder import versions
 
 REFERENCE = "plain"
@@ -84,14 +84,21 @@ class Track:
         return next((seconds for _, seconds, mean, _ in self.points if mean >= goal), None)
 
 
+RECORDED = ("steps", "train_steps", "total_epochs", "samples_per_epoch", "group_size", "lr", "precision")
+
+
+def planned(name: str, seed: int, reward: str) -> Plan:
+    """An arm on paper."""
+    common = {"model": "tiny", "device": "cpu", "prompts": "animals", "reward": [reward], "seed": seed}
+    return plan({**common, **ARMS[name][1]})
+
+
 def make_track(name: str, seed: int, a: argparse.Namespace) -> Track:
     """An arm at its beginning, and the pairs that it is measured on."""
-    kind, flags = ARMS[name]
-    common = {"model": "tiny", "device": "cpu", "prompts": "animals", "reward": [a.reward], "seed": seed}
-    made = plan({**common, **flags})
-    arm = TexforceArm(made, kind)
+    made = planned(name, seed, a.reward)
+    arm = TexforceArm(made, ARMS[name][0])
     # measured as the reference draws, whatever the arm trains with
-    measured = plan({**common, **ARMS[REFERENCE][1]})
+    measured = planned(REFERENCE, seed, a.reward)
     pipeline = load_pipeline(measured.source, device=torch.device("cpu"), precision="fp32")
     policy = make_policy(pipeline, measured.config, make_adapter(pipeline, made.config))
     heldout = HeldOut(made.prompts, a.pairs, policy, arm.algorithm.rewards, batch=measured.config.micro_batch)
@@ -161,7 +168,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         "cpu": cpu_model(),
         "versions": versions(),
     }
-    about["arms"] = {name: {**ARMS[name][1], "algorithm": ARMS[name][0].__name__} for name in names}
+    plans = {name: planned(name, a.seeds[0], a.reward).config for name in names}
+    about["arms"] = {
+        name: {"algorithm": ARMS[name][0].__name__, **{key: getattr(config, key) for key in RECORDED}}
+        for name, config in plans.items()
+    }
+    about["measured in"] = plans[REFERENCE].precision
     runs = earlier(a.out, about)
     for seed in a.seeds:
         if seed in (run["seed"] for run in runs):

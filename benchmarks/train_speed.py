@@ -91,7 +91,7 @@ class TexforceArm:
         self.algorithm = kind(
             policy, rewards, self.optimisation, prompts, usual.settings, seed=config.seed, progress=usual.progress
         )
-        names = "train guidance uncond_embedding lr rank advantages group_size clip_range seed".split()
+        names = "train precision train_steps guidance uncond_embedding lr rank advantages group_size clip_range seed".split()
         self.settings: dict[str, Any] = {name: getattr(config, name) for name in names}
         self.epochs = 0
 
@@ -257,7 +257,7 @@ def left_out(a: argparse.Namespace) -> dict[str, str]:
     if a.trained_steps <= WINDOW:
         reasons["texforce-window"] = f"no more than {WINDOW} steps are trained"
     if not cpu_computes_bf16():
-        reasons["texforce-bf16"] = "this processor has no instructions for it"
+        reasons["texforce-bf16"] = "torch knows of no bf16 instructions of this processor"
     if not a.trl_python:
         reasons["trl"] = "no --trl-python was given"
     return reasons

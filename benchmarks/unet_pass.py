@@ -3,7 +3,7 @@
 
 python -m benchmarks.unet_pass --out FILE.json
 
-The ways take turns. Processor time is counted, not time on the wall, so that other work on the machine hardly matters; with more
+The ways take turns. Processor time is counted, not time on the wall, so that other work on the machine matters less; with more
 threads than one it is the sum over them.
 """
 
@@ -29,22 +29,21 @@ from texforce_cli.diffusion.models import load_pipeline, resolve_model, torch_dt
 from texforce_cli.files import write_json
 from texforce_cli.workflows.run_folder import versions
 
-LAYOUTS = {"usual": torch.contiguous_format, "channels last": torch.channels_last}
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}
 ATTENTION = {"fused": AttnProcessor2_0, "plain": AttnProcessor}
 
 
-def ways(compiled: bool) -> dict[str, Any]:
+def ways(given: Any, compiled: bool) -> dict[str, Any]:
     """The U-Net in every way, by name."""
-    pipeline = load_pipeline(resolve_model("tiny"), device=torch.device("cpu"), precision="fp32")
     found = {}
     for precision in ("fp32", "bf16"):
         for layout, order in LAYOUTS.items():
             for attention, kind in ATTENTION.items():
-                unet = copy.deepcopy(pipeline.unet).to(dtype=torch_dtype(precision), memory_format=order)  # type: ignore[arg-type]
+                unet = copy.deepcopy(given).to(dtype=torch_dtype(precision), memory_format=order)  # type: ignore[arg-type]
                 unet.set_attn_processor(kind())
                 found[f"{precision}, {layout}, {attention}"] = unet
     if compiled:
-        for name in ("fp32, channels last, fused", "bf16, usual, plain"):  # as texforce has them
+        for name in ("fp32, channels last, fused", "bf16, contiguous, plain"):  # as texforce has them
             found[f"{name}, compiled"] = copy.deepcopy(found[name])
             found[f"{name}, compiled"].compile_repeated_blocks()
     return found
@@ -57,11 +56,12 @@ def timed(one: Callable[[], object]) -> float:
     return 1000 * (time.process_time() - started)
 
 
-def passes(unet: Any, images: int) -> dict[str, Callable[[], object]]:
+def passes(unet: Any, images: int, tokens: int) -> dict[str, Callable[[], object]]:
     """A forward as in drawing, and a forward with its backward to the text embeddings as in learning."""
     generator = torch.Generator().manual_seed(0)
-    sample = torch.randn((images, 8, 16, 16), generator=generator).to(unet.dtype)
-    words = torch.randn((images, 32, 128), generator=generator).to(unet.dtype)
+    side = unet.config.sample_size
+    sample = torch.randn((images, unet.config.in_channels, side, side), generator=generator).to(unet.dtype)
+    words = torch.randn((images, tokens, unet.config.cross_attention_dim), generator=generator).to(unet.dtype)
 
     def forward() -> object:
         with torch.no_grad():
@@ -84,34 +84,37 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--out", type=Path, help="JSON file for everything that was measured")
     a = p.parse_args(argv)
     torch.set_num_threads(a.threads)
-    todo = {name: passes(unet, a.images) for name, unet in ways(not a.no_compile).items()}
+    pipeline = load_pipeline(resolve_model("tiny"), device=torch.device("cpu"), precision="fp32")
+    tokens = pipeline.tokenizer.model_max_length
+    todo = {n: passes(unet, a.images, tokens) for n, unet in ways(pipeline.unet, not a.no_compile).items()}
     first: dict[str, float] = {}
     taken: dict[str, dict[str, list[float]]] = {name: {kind: [] for kind in of} for name, of in todo.items()}
     for turn in range(a.rounds + 1):
         for name, of in todo.items():
             started = time.perf_counter()
             for kind, one in of.items():
-                taken[name][kind].append(timed(one))
+                spent = timed(one)
+                if turn:
+                    taken[name][kind].append(spent)
             if not turn:
-                first[name] = time.perf_counter() - started
+                first[name] = round(time.perf_counter() - started, 1)
     found = {
         name: {
-            **{kind: round(statistics.median(values[1:]), 1) for kind, values in of.items()},
-            "first, s": round(first[name], 1),
+            kind: {"median": statistics.median(values), "min": min(values), "max": max(values)}
+            for kind, values in of.items()
         }
         for name, of in taken.items()
     }
     for name, row in found.items():
-        print(f"{name:40}", *(f"{kind} {value:8.1f}" for kind, value in row.items()), sep="   ")
+        shown = (f"{kind} {v['median']:.0f} ({v['min']:.0f} to {v['max']:.0f})" for kind, v in row.items())
+        print(f"{name:44}", *shown, f"first call {first[name]:.1f} s", sep="   ")
     if a.out:
-        about = {
-            "benchmark": "unet_pass",
-            "images": a.images,
-            "rounds": a.rounds,
-            "threads": a.threads,
-            "unit": "ms of processor time",
-        }
-        write_json(a.out, {**about, "cpu": cpu_model(), "versions": versions(), "passes": found})
+        options = {"images": a.images, "rounds": a.rounds, "threads": a.threads, "unit": "ms of processor time"}
+        machine = {"cpu": cpu_model(), "versions": versions()}
+        write_json(
+            a.out,
+            {"benchmark": "unet_pass", **options, **machine, "passes": found, "first call, s on the clock": first},
+        )
 
 
 if __name__ == "__main__":

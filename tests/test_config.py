@@ -128,8 +128,9 @@ def test_every_preset_is_a_valid_configuration() -> None:
 def test_the_fast_preset_changes_the_automatic_one_and_is_known_with_the_model(family: Family, train: str) -> None:
     usual = resolve({"train": train}, family=family).config
     fast = resolve({"preset": "fast", "train": train}, family=family)
-    assert fast.config.train_steps.startswith("window:") and fast.config.lr == usual.lr
-    assert 0 < fast.config.total_epochs <= usual.total_epochs and fast.config.steps <= usual.steps
+    assert fast.config.lr == usual.lr
+    found = (fast.config.train_steps, fast.config.steps, fast.config.total_epochs)
+    assert found == (("window:3", 10, 15) if family == "tiny" else ("window:4", 20, usual.total_epochs))
     assert fast.origins["train_steps"] == "preset fast"
     unknown = resolve({"preset": "fast"}).config  # before the model is known: no values and no mistakes
     assert unknown.steps == TrainConfig().steps
@@ -143,9 +144,15 @@ def test_the_fast_preset_draws_in_bf16_where_the_processor_multiplies_in_it(
     flags = {"reward": ["brightness"], "model": "tiny", "device": "cpu"}
     made = plan({**flags, "preset": "fast"})
     assert made.config.precision == ("bf16" if able else "fp32")
-    assert made.origins["precision"] == ("default, resolved" if able else "default")
+    assert made.origins["precision"] == ("preset fast" if able else "preset fast, resolved")
+    assert not any("bf16" in line for line in made.advice())
     assert plan({**flags, "preset": "fast", "precision": "fp32"}).config.precision == "fp32"
     assert plan(flags).config.precision == "fp32"
+    assert plan({**flags, "preset": "fast", "model": "sd15"}).config.precision == "fp32"
+    asked = plan({**flags, "precision": "bf16"})  # is told where it is slow
+    assert asked.config.precision == "bf16"
+    assert [line for line in asked.advice() if "no bf16 instructions" in line] == asked.of_this_machine()
+    assert len(asked.of_this_machine()) == (0 if able else 1)
 
 
 def test_contradictions_of_bare_defaults_are_left_to_the_preset() -> None:

@@ -16,6 +16,7 @@ from texforce_cli.algorithms.reference import PlainDDPO
 from texforce_cli.config import TrainConfig
 from texforce_cli.core.statistics import paired_interval
 from texforce_cli.core.train_steps import TrainSteps
+from texforce_cli.devices import cpu_computes_bf16
 from texforce_cli.diffusion.adapters import Adapter
 from texforce_cli.diffusion.models import Precision, load_pipeline, resolve_model
 from texforce_cli.diffusion.policy import Denoising, Policy
@@ -258,6 +259,24 @@ def test_what_saves_memory_leaves_the_gradient_as_it_is(precision: Precision, ch
     assert len(passes) == (2 if checkpointing else 1)  # what is not kept is computed again
     assert found[0].norm() > 0
     assert ((found[1] - found[0]).norm() / found[0].norm()).item() <= most
+
+
+@pytest.mark.skipif(not cpu_computes_bf16(), reason="the processor does not multiply in bf16")
+def test_in_bf16_the_ratio_is_as_exact_as_the_embedded_models_preset_wants() -> None:
+    algorithm = policy_of("bf16")
+    assert algorithm.preflight().ratio_error < 0.1 * 8e-4
+
+
+def test_plain_attention_in_bf16_draws_what_the_fused_one_draws() -> None:
+    from diffusers.models.attention_processor import AttnProcessor2_0
+
+    unet: Any = load_pipeline(resolve_model("tiny"), device=torch.device("cpu"), precision="bf16").unet
+    x, words = torch.randn(2, 8, 16, 16).bfloat16(), torch.randn(2, 32, 128).bfloat16()
+    with torch.no_grad():
+        plain = unet(x, 500, words).sample.float()
+        unet.set_attn_processor(AttnProcessor2_0())
+        fused = unet(x, 500, words).sample.float()
+    assert ((plain - fused).norm() / fused.norm()).item() < 0.02
 
 
 def test_every_step_that_may_be_trained_is_judged(pipeline: Any) -> None:

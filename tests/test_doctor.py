@@ -41,7 +41,7 @@ def test_a_model_that_is_not_there_is_named(capsys: Any) -> None:
     assert run(["doctor", "--model", "nowhere", "--json"]) == 1
     found = findings(capsys)
     assert "nowhere" in found["model"]["trouble"]
-    assert found["devices"]["value"].endswith("cpu")  # what there is to choose from is told all the same
+    assert "cpu" in found["devices"]["value"]  # what there is to choose from is told all the same
 
 
 def test_a_full_disk_is_trouble(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -98,7 +98,9 @@ def test_every_device_is_listed_with_its_room(monkeypatch: pytest.MonkeyPatch, c
 
     from texforce_cli.devices import present
 
-    assert present()[-1] == "cpu"
+    for able, name in ((True, "cpu (with bf16)"), (False, "cpu")):
+        monkeypatch.setattr("texforce_cli.devices.cpu_computes_bf16", lambda able=able: able)
+        assert present()[-1] == name
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")

@@ -19,6 +19,7 @@ from PIL import Image
 
 from texforce_cli.cli.app import run
 from texforce_cli.lora.read import FILE_NAME
+from texforce_cli.workflows import plan
 
 SMALL = (
     "--samples-per-epoch 8 --group-size 4 --micro-batch 4 --grad-accum 1 --steps 3 --train-steps first:2 "
@@ -579,6 +580,17 @@ def test_a_run_of_another_number_of_threads_is_told_so(capsys: pytest.CaptureFix
     Path("a/run.json").write_text(json.dumps(record))
     assert run(["train", "--resume", "a"]) == 0
     assert "threads 99 then," in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_run_in_bf16_that_comes_to_a_processor_without_is_told_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "cpu_computes_bf16", lambda: True)
+    train("--out", "a", "--precision", "bf16", "--clip-range", "0.01", epochs=1)
+    assert "bf16 instructions" not in " ".join(capsys.readouterr().err.split())
+    monkeypatch.setattr(plan, "cpu_computes_bf16", lambda: False)
+    assert run(["train", "--resume", "a"]) == 0
+    assert "no bf16 instructions of this processor" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_memory_that_is_full_while_measuring_is_told(

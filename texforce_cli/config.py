@@ -93,7 +93,10 @@ class TrainConfig:
 
     device: str = option("auto", MODEL, "auto, cpu, cuda, cuda:1, mps.")
     precision: Literal["fp32", "bf16", "fp16"] = option(
-        "fp32", MODEL, "Of the frozen weights; steps and LoRA stay fp32. On a GPU bf16 or fp16."
+        "fp32",
+        MODEL,
+        "Of the frozen weights; steps and LoRA stay fp32. Stable Diffusion on a GPU takes bf16 or fp16, --preset fast bf16 on a "
+        "CPU that multiplies in it.",
     )
     gradient_checkpointing: bool = option(False, MODEL, "Less memory, more time.")
     compile: bool = option(

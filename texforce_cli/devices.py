@@ -104,7 +104,7 @@ def present() -> list[str]:
     """Every device that torch has here, with its name and free memory where it is a CUDA or ROCm GPU."""
     import torch
 
-    found = []
+    found, cpu = [], "cpu (with bf16)" if cpu_computes_bf16() else "cpu"
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         try:
             free, total = (number / 1e9 for number in torch.cuda.mem_get_info(index))
@@ -112,14 +112,17 @@ def present() -> list[str]:
         except RuntimeError as error:  # it may belong to another process alone
             memory = first_line(error)
         found.append(f"cuda:{index} ({torch.cuda.get_device_name(index)}, {memory})")
-    return [*found, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
+    return [*found, *(["mps"] if torch.backends.mps.is_available() else []), cpu]
 
 
 def cpu_computes_bf16() -> bool:
-    """Whether the CPU has instructions that multiply in bf16; without them it converts forth and back. Known for x86 alone."""
+    """Whether torch knows of instructions of the CPU that multiply in bf16; without them it converts back and forth.
+
+    Asked of x86 alone: ARM was not measured.
+    """
     import torch
 
-    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.4 has not got it
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older torch has not got it
     return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
 
 

@@ -239,7 +239,7 @@ def load_pipeline(
 
 
 def _arrange(pipeline: Any, family: Family, device: torch.device) -> None:
-    """The memory layout and the attention that are quickest on a device; the same numbers but for rounding."""
+    """The memory layout and the attention that were quickest where they were measured; the same numbers but for rounding."""
     import torch
     from diffusers.models.attention_processor import AttnProcessor
 
@@ -247,7 +247,8 @@ def _arrange(pipeline: Any, family: Family, device: torch.device) -> None:
         return
     pipeline.vae.to(memory_format=torch.channels_last)
     if device.type == "cpu" and family == "tiny" and pipeline.unet.dtype == torch.bfloat16:
-        # torch 2.13's fused attention takes six times as long for a gradient in bf16 as in fp32 (docs/performance.md)
+        # with fused attention and channels last a pass of learning takes 1.8 times as long (benchmarks/unet_pass.py); Stable Diffusion has too many
+        # tokens for the plain one
         pipeline.unet.set_attn_processor(AttnProcessor())
     else:
         pipeline.unet.to(memory_format=torch.channels_last)

@@ -52,6 +52,7 @@ def header(plan: Plan, images: int, weights: Mapping[str, Tensor]) -> dict[str, 
         "eta": config.eta,
         "negative_prompt": config.negative_prompt,
         "uncond_embedding": config.uncond_embedding,
+        "precision": config.precision,
         "seed": config.seed,
         "preset": config.preset,
         "texforce": versions().get("texforce", ""),
@@ -119,7 +120,7 @@ A LoRA of the {_PARTS[config.train]} (rank {config.rank}, alpha {config.rank}), 
 | base | `{base}` {json.dumps(fingerprint(source))} |
 | prompts | `{plan.prompts.name}`, {len(plan.prompts.seen)} in training |
 | images | {row["images"]} |
-| sampling | {config.steps} DDIM steps, guidance {config.guidance:g}, eta {config.eta:g} |
+| sampling | {config.steps} DDIM steps, guidance {config.guidance:g}, eta {config.eta:g}, in {config.precision} |
 | negative prompt | `{config.negative_prompt}`, embedded by the {_EMBEDDED[config.uncond_embedding]} encoder |
 | seed | {config.seed} |
 

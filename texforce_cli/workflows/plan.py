@@ -40,7 +40,7 @@ class Plan:
 
     def advice(self) -> list[str]:
         """What is worth saying before a run: prompts that were chosen, rewards that are strangers to drawings, memory."""
-        said = []
+        said = self.of_this_machine()
         if self.origins.get("prompts", "").startswith("reward "):
             said.append(
                 f"prompts: '{self.config.prompts}', which go with {self.origins['prompts']}; others with --prompts"
@@ -63,6 +63,14 @@ class Plan:
                 f"{there:.0f}: take --precision bf16, --gradient-checkpointing, or a smaller --micro-batch"
             )
         return said
+
+    def of_this_machine(self) -> list[str]:
+        """What is worth saying on every machine that the run comes to."""
+        if self.config.device != "cpu" or self.config.precision != "bf16" or cpu_computes_bf16():
+            return []
+        return [
+            "torch knows of no bf16 instructions of this processor: in bf16 it may be many times as slow as in fp32"
+        ]
 
     def cost(self) -> dict[str, float]:
         """Images and U-Net calls (one image, one branch, one step) of the whole run.
@@ -147,10 +155,10 @@ def _chosen(config: TrainConfig, origins: Mapping[str, str], source: ModelSource
         chosen["init_lora"] = str(replace(spec, source=_absolute(spec.source)))
     if device.type == "cpu":  # whose memory is never full: it swaps
         chosen["fit_micro_batch"] = False
-        if config.preset == "fast" and origins["precision"] == "default" and cpu_computes_bf16():
-            chosen["precision"] = "bf16"
     if device.type != "cuda":
         chosen["timestep_batch"] = config.timestep_batch or 1
+    if origins["precision"] == "preset fast" and not (device.type == "cpu" and cpu_computes_bf16()):
+        chosen["precision"] = "fp32"
     if source.family == "sd":
         memory = device_memory_gb(device)
         if memory is not None and origins["precision"] == "default":

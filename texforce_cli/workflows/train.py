@@ -100,6 +100,8 @@ def _resumed(folder: RunFolder, wanted: dict[str, Any], listener: Listener) -> T
         made = replace(made, config=replace(made.config, num_processes=1))
     claim(made.config.device)
     with contextlib.closing(make_scoring(made.config, made.registry)) as scoring, _leading(made, scoring) as team:
+        for sentence in made.of_this_machine():
+            listener(Warned(sentence))
         _warn_of_other_versions(made.config, record, listener)  # the processes of a team share the threads
         return TrainingRun(folder, made, scoring, listener, team=team, checkpoint=found).run()
 

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from texforce_cli.core.seeds import derive
+from texforce_cli.devices import cpu_computes_bf16
 from texforce_cli.files import atomic_path
 from tools.tiny.muon import Muon
 
@@ -55,8 +56,7 @@ def device() -> torch.device:
 
 def autocast() -> torch.autocast:
     """bfloat16 where the hardware computes in it; elsewhere it is emulated, twenty times slower than fp32."""
-    fast = device().type == "cuda" or any(torch.cpu.get_capabilities()[name] for name in ("avx512_bf16", "amx_bf16"))
-    return torch.autocast(device().type, torch.bfloat16, enabled=fast)
+    return torch.autocast(device().type, torch.bfloat16, enabled=device().type == "cuda" or cpu_computes_bf16())
 
 
 def train(
