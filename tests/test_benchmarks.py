@@ -46,6 +46,9 @@ def test_the_time_to_a_reward(tmp_path: Path) -> None:
     found = benchmark("time_to_reward", tmp_path / "time.json", *options, "--figure", str(tmp_path / "curves.png"))
     (run,) = found["runs"]  # type: ignore[misc]
     assert run["points"].keys() == {"plain", "fast"} and (tmp_path / "curves.png").stat().st_size > 10_000
+    assert all(points[0][2] for points in run["points"].values())  # what is measured is what has learnt
+    arms = found["arms"]
+    assert isinstance(arms, dict) and arms["plain"]["precision"] == found["measured in"] == "fp32"
 
 
 def test_every_way_of_one_pass_is_measured(tmp_path: Path) -> None:
