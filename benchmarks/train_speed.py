@@ -51,6 +51,7 @@ COMPARED = (
     ("plain", "texforce-window"),
     ("plain", "texforce-bf16"),
     ("trl", "texforce-unet"),
+    ("trl-bf16", "texforce-unet-bf16"),
 )
 TRL_SCRIPT = Path(__file__).parent / "trl_ddpo" / "run.py"
 
@@ -109,8 +110,8 @@ class TexforceArm:
 class TrlArm:
     """TRL's DDPOTrainer in an environment of its own: a process that waits on its stdin between epochs."""
 
-    def __init__(self, python: Path, arguments: Sequence[str], folder: Path, stack: contextlib.ExitStack) -> None:
-        self.log = folder / "trl.log"
+    def __init__(self, python: Path, arguments: Sequence[str], log: Path, stack: contextlib.ExitStack) -> None:
+        self.log = log
         self.process = subprocess.Popen(
             [str(python), str(TRL_SCRIPT), "--serve", *arguments],
             stdin=subprocess.PIPE,
@@ -231,21 +232,27 @@ def trl_arguments(a: argparse.Namespace, config: TrainConfig, prompts: Path) -> 
 
 def make_arms(a: argparse.Namespace, stack: contextlib.ExitStack) -> dict[str, Arm]:
     """Every arm that can run, in the order of a round."""
+    bf16 = cpu_computes_bf16()
     unet = texforce_plan(a, train="unet", rank=4)
     arms: dict[str, Arm] = {"texforce": TexforceArm(texforce_plan(a))}
     if a.guidance > 1:
         arms["texforce-snapshot"] = TexforceArm(texforce_plan(a, uncond_embedding="snapshot"))
     if a.trained_steps > WINDOW:
         arms["texforce-window"] = TexforceArm(texforce_plan(a, train_steps=f"window:{WINDOW}"))
-    if cpu_computes_bf16():
+    if bf16:
         arms["texforce-bf16"] = TexforceArm(texforce_plan(a, precision="bf16"))
     arms["plain"] = TexforceArm(texforce_plan(a), PlainDDPO)
     arms["texforce-unet"] = TexforceArm(unet)
+    if bf16:
+        arms["texforce-unet-bf16"] = TexforceArm(texforce_plan(a, train="unet", rank=4, precision="bf16"))
     if a.trl_python:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         prompts = folder / "prompts.txt"
         prompts.write_text("".join(f"{prompt.text}\n" for prompt in unet.prompts.seen), encoding="utf-8")
-        arms["trl"] = TrlArm(a.trl_python, trl_arguments(a, unet.config, prompts), folder, stack)
+        arguments = trl_arguments(a, unet.config, prompts)
+        arms["trl"] = TrlArm(a.trl_python, arguments, folder / "trl.log", stack)
+        if bf16:
+            arms["trl-bf16"] = TrlArm(a.trl_python, [*arguments, "--precision=bf16"], folder / "trl-bf16.log", stack)
     return arms
 
 
@@ -257,7 +264,7 @@ def left_out(a: argparse.Namespace) -> dict[str, str]:
     if a.trained_steps <= WINDOW:
         reasons["texforce-window"] = f"no more than {WINDOW} steps are trained"
     if not cpu_computes_bf16():
-        reasons["texforce-bf16"] = "torch knows of no bf16 instructions of this processor"
+        reasons["those in bf16"] = "torch knows of no bf16 instructions of this processor"
     if not a.trl_python:
         reasons["trl"] = "no --trl-python was given"
     return reasons

@@ -58,6 +58,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     p.add_argument("--buffer-size", type=int, default=16, help="of the per-prompt tracker")
     p.add_argument("--min-count", type=int, default=16, help="of the per-prompt tracker")
+    p.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 is TRL's mixed precision")
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--out", type=Path, help="file for the JSON lines; they go to stdout as well")
     p.add_argument("--serve", action="store_true", help="run one epoch for each line 'epoch' on stdin, until 'quit'")
@@ -145,7 +146,7 @@ class Arm:
             seed=a.seed,
             num_epochs=a.epochs,
             save_freq=sys.maxsize,
-            mixed_precision="no",
+            mixed_precision="bf16" if a.precision == "bf16" else "no",
             accelerator_kwargs={"cpu": True},
             sample_num_steps=a.steps,
             sample_eta=1.0,
@@ -180,7 +181,7 @@ class Arm:
             log(values, **kwargs)
 
         self.trainer.accelerator.log = listen
-        names = ("seed", "steps", "guidance", "lr", "rank", "timestep_fraction", "clip_range", "threads", "advantages")
+        names = "seed precision steps guidance lr rank timestep_fraction clip_range threads advantages".split()
         self.settings = {name: getattr(a, name) for name in names}
         self.settings |= {"sample_batch": a.sample_batch, "train_batch": a.train_batch, "branches": 2 if two else 1}
         if a.advantages == "prompt":
