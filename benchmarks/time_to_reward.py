@@ -53,6 +53,8 @@ ARMS: dict[str, tuple[type[DDPO], dict[str, Any]]] = {
     "groups-of-8": (DDPO, {"preset": "tiny", "group_size": 8}),
     "fast": (DDPO, {"preset": "fast"}),
 }
+RECORDED = ("steps", "train_steps", "total_epochs", "samples_per_epoch", "group_size", "lr", "precision")
+"""What the file says of an arm."""
 COLOURS = dict(zip(ARMS, ("#1c1917", "#c2410c", "#1d4ed8", "#0f766e", "#a16207", "#7e22ce")))
 
 
@@ -84,9 +86,6 @@ class Track:
         return next((seconds for _, seconds, mean, _ in self.points if mean >= goal), None)
 
 
-RECORDED = ("steps", "train_steps", "total_epochs", "samples_per_epoch", "group_size", "lr", "precision")
-
-
 def planned(name: str, seed: int, reward: str) -> Plan:
     """An arm on paper."""
     common = {"model": "tiny", "device": "cpu", "prompts": "animals", "reward": [reward], "seed": seed}
@@ -99,7 +98,7 @@ def make_track(name: str, seed: int, a: argparse.Namespace) -> Track:
     arm = TexforceArm(made, ARMS[name][0])
     # measured as the reference draws, whatever the arm trains with
     measured = planned(REFERENCE, seed, a.reward)
-    pipeline = load_pipeline(measured.source, device=torch.device("cpu"), precision="fp32")
+    pipeline = load_pipeline(measured.source, device=torch.device("cpu"), precision=measured.config.precision)
     policy = make_policy(pipeline, measured.config, make_adapter(pipeline, made.config))
     heldout = HeldOut(made.prompts, a.pairs, policy, arm.algorithm.rewards, batch=measured.config.micro_batch)
     heldout.measure_base(lambda done, total: None)

@@ -149,6 +149,9 @@ def test_the_fast_preset_draws_in_bf16_where_the_processor_multiplies_in_it(
     assert plan({**flags, "preset": "fast", "precision": "fp32"}).config.precision == "fp32"
     assert plan(flags).config.precision == "fp32"
     assert plan({**flags, "preset": "fast", "model": "sd15"}).config.precision == "fp32"
+    with monkeypatch.context() as gpu:
+        gpu.setattr("texforce_cli.workflows.plan.resolve_device", torch.device)
+        assert plan({**flags, "preset": "fast", "device": "cuda"}).config.precision == "fp32"  # not measured there
     asked = plan({**flags, "precision": "bf16"})  # is told where it is slow
     assert asked.config.precision == "bf16"
     assert [line for line in asked.advice() if "no bf16 instructions" in line] == asked.of_this_machine()

@@ -247,8 +247,8 @@ def _arrange(pipeline: Any, family: Family, device: torch.device) -> None:
         return
     pipeline.vae.to(memory_format=torch.channels_last)
     if device.type == "cpu" and family == "tiny" and pipeline.unet.dtype == torch.bfloat16:
-        # with fused attention and channels last a pass of learning takes 1.8 times as long (benchmarks/unet_pass.py); Stable Diffusion has too many
-        # tokens for the plain one
+        # with fused attention and channels last a pass of learning takes 1.8 times as long (benchmarks/unet_pass.py);
+        # Stable Diffusion has too many tokens for the plain one
         pipeline.unet.set_attn_processor(AttnProcessor())
     else:
         pipeline.unet.to(memory_format=torch.channels_last)
