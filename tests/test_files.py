@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from texforce_cli import files
-from texforce_cli.errors import TexforceError
+from texforce_cli.errors import TexforceError, UsageError
 from texforce_cli.workflows import checkpoint
 
 
@@ -50,6 +50,27 @@ def test_a_file_is_on_the_disk_before_it_is_renamed_and_its_name_is_after(
     seen.clear()
     files.write_json(tmp_path / "new" / "newer" / "b.json", {})
     assert [kind for kind, _ in seen] == ["file", "folder"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_fresh_name_is_given_to_a_whole_file_and_replaces_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    path, there = tmp_path / "a.txt", []
+
+    def no_links(self: Path, other: Path) -> None:
+        raise OSError(errno.EPERM, "no links here")
+
+    if not links:
+        monkeypatch.setattr(Path, "hardlink_to", no_links)
+    monkeypatch.setattr(files, "flush", lambda place: there.append(path.exists()))
+    for text, outcome in (
+        ("ours", contextlib.nullcontext()),
+        ("other", pytest.raises(UsageError, match=r"a.txt' has appeared meanwhile")),
+    ):
+        with outcome, files.atomic_path(path, fresh=True) as temporary:
+            temporary.write_text(text)
+    assert (path.read_text(), list(tmp_path.iterdir()), there) == ("ours", [path], [False, True])
 
 
 @pytest.mark.skipif(os.name != "posix", reason="opens folders")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from texforce_cli.errors import TexforceError
+from texforce_cli.errors import TexforceError, UsageError
 
 R = TypeVar("R")
 
@@ -51,13 +51,15 @@ def held(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def atomic_path(path: Path, *, settled: bool = True) -> Iterator[Path]:
+def atomic_path(path: Path, *, settled: bool = True, fresh: bool = False) -> Iterator[Path]:
     """A temporary path beside `path`, flushed and renamed over it when the block ends, removed when it fails.
 
     Not `settled`: after a power failure it may be absent, which is quicker, for what is one of many and can be made again.
+    `fresh`: nothing may be there that it would replace.
     The temporary file keeps the suffix of `path`, so that libraries that look at suffixes write the right format.
 
     Raises:
+        UsageError: something is at a `fresh` path by then.
         TexforceError: the folder cannot be written or the disk is full.
     """
     temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.tmp{path.suffix}")
@@ -66,7 +68,7 @@ def atomic_path(path: Path, *, settled: bool = True) -> Iterator[Path]:
             try:
                 yield temporary
                 flush(temporary)
-                patiently(lambda: temporary.replace(path))
+                patiently(lambda: _rename_to_new(temporary, path) if fresh else temporary.replace(path))
                 if settled:
                     settle(path.parent)
             finally:
@@ -74,6 +76,36 @@ def atomic_path(path: Path, *, settled: bool = True) -> Iterator[Path]:
                     temporary.unlink(missing_ok=True)
     except OSError as error:
         raise write_error(path, error) from error
+
+
+def _rename_to_new(temporary: Path, path: Path) -> None:
+    """Give a file a name that nothing has, in one step where the file system has links."""
+    try:
+        if os.name == "nt":
+            temporary.rename(path)  # which replaces nothing there
+        else:
+            _link(temporary, path)
+    except FileExistsError as error:
+        raise appeared(path) from error
+
+
+def _link(temporary: Path, path: Path) -> None:
+    try:
+        path.hardlink_to(temporary)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links
+        path.open("xb").close()
+        try:
+            temporary.replace(path)
+        except OSError:
+            path.unlink()
+            raise
+
+
+def appeared(path: Path) -> UsageError:
+    """What is said where something is at a path that was free when the work began."""
+    return UsageError(f"'{path}' has appeared meanwhile", "choose another --out, or add --force")
 
 
 def patiently(step: Callable[[], R]) -> R:

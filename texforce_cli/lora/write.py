@@ -19,8 +19,8 @@ import ml_dtypes
 import numpy as np
 
 from texforce_cli.core.lora_algebra import Pair, balance
-from texforce_cli.errors import TexforceError, UsageError
-from texforce_cli.files import atomic_path, flush, parents_of, patiently, settle, write_error, write_text
+from texforce_cli.errors import TexforceError
+from texforce_cli.files import appeared, atomic_path, flush, parents_of, patiently, settle, write_error, write_text
 from texforce_cli.lora.names import COMPONENTS, kohya_name, peft_name
 from texforce_cli.lora.read import PEFT_CONFIG, PEFT_NAME
 from texforce_cli.tensorfile import Array, TensorWriter, write_tensors
@@ -143,9 +143,8 @@ def new_lora(out: Path, format: Format, *, force: bool) -> Iterator[Path]:
         TexforceError: the place cannot be written or the disk is full.
     """
     if format != "peft":
-        with _claimed(out, force) as claim, atomic_path(out) as temporary:
+        with atomic_path(out, fresh=not force) as temporary:
             yield temporary
-            claim()
         return
     temporary, aside = (out.with_name(f".{out.name}.{uuid4().hex[:8]}.{what}") for what in ("tmp", "old"))
     try:
@@ -156,7 +155,7 @@ def new_lora(out: Path, format: Format, *, force: bool) -> Iterator[Path]:
                 flush(temporary)
                 settle(temporary)
                 if not force and os.path.lexists(out):
-                    raise _taken(out)
+                    raise appeared(out)
                 if out.is_dir():
                     out.replace(aside)
                 patiently(lambda: temporary.replace(out))
@@ -168,31 +167,6 @@ def new_lora(out: Path, format: Format, *, force: bool) -> Iterator[Path]:
                     shutil.rmtree(left, ignore_errors=True)
     except OSError as error:
         raise write_error(out, error) from error
-
-
-@contextmanager
-def _claimed(out: Path, force: bool) -> Iterator[Callable[[], None]]:
-    """A call that takes the name `out`, just before it is renamed to; given back where the block fails."""
-    taken = False
-
-    def claim() -> None:
-        nonlocal taken
-        try:
-            out.open("xb").close()
-        except FileExistsError as error:
-            raise _taken(out) from error
-        taken = True
-
-    try:
-        yield (lambda: None) if force else claim
-    except BaseException:
-        if taken:
-            out.unlink(missing_ok=True)
-        raise
-
-
-def _taken(out: Path) -> UsageError:
-    return UsageError(f"'{out}' has appeared meanwhile", "choose another --out, or add --force")
 
 
 def size_of(place: Path) -> int:
