@@ -28,6 +28,8 @@ from texforce_cli.lora.spec import LoraSpec, parse_lora
 from texforce_cli.lora.write import lora_bytes, new_lora
 
 KEY = f"text_encoder.{TEXT}"
+FC1, FC2 = (f"text_model.encoder.layers.1.mlp.{name}" for name in ("fc1", "fc2"))
+DEEP = "down_blocks.2.attentions.0.transformer_blocks.9.attn1"
 
 
 @pytest.mark.parametrize(
@@ -149,14 +151,37 @@ def test_a_layer_is_known_by_every_name_in_use(key: str) -> None:
     assert not place.bare
 
 
-@pytest.mark.parametrize("depth", [1, 2, 10])
+@pytest.mark.parametrize("depth", [0, 1, 9])
 def test_any_layer_of_a_unet_comes_back_from_its_name_in_kohyas_form(depth: int) -> None:
-    for block in ("down_blocks.0", "up_blocks.10", "mid_block"):
+    for block in ("down_blocks.0", "up_blocks.3", "mid_block"):
         for inside in ("attn1.to_q", "attn2.to_out.0", "ff.net.0.proj", "ff.net.2"):
             path = f"{block}.attentions.1.transformer_blocks.{depth}.{inside}"
             place = parse_key(f"lora_unet_{path.replace('.', '_')}.lora_down.weight")
             assert place is not None
             assert place.path == path
+
+
+@pytest.mark.parametrize(
+    ("path", "last"),
+    [
+        ("unet.down_blocks.{}.attentions.0.proj_in", 3),
+        ("unet.down_blocks.0.attentions.{}.proj_in", 2),
+        ("unet.down_blocks.0.attentions.0.transformer_blocks.{}.attn1.to_q", 9),
+        ("text_encoder.text_model.encoder.layers.{}.mlp.fc1", 31),
+    ],
+)
+def test_a_layer_that_no_model_has_is_of_no_lora(path: str, last: int) -> None:
+    assert parse_key(f"{path.format(last)}.lora_A.weight") is not None
+    assert parse_key(f"{path.format(last + 1)}.lora_A.weight") is None
+
+
+def test_a_kernel_on_a_layer_that_is_no_convolution_is_refused(tmp_path: Path) -> None:
+    key = f"unet.{UNET}.to_k"
+    path = (
+        Made().add(key, f"{key}.lora_A.weight", f"{key}.lora_B.weight", kernel=(3, 3)).save(tmp_path / "a.safetensors")
+    )
+    with pytest.raises(TexforceError, match=r"to_k.* of shape \[4, 5, 3, 3\], which is of a convolution"):
+        read_lora(str(path))
 
 
 def test_a_pickle_is_refused_unless_allowed_and_then_only_tensors_are_made(tmp_path: Path) -> None:
@@ -415,6 +440,10 @@ def attention(
         (attention(1024, TEXT, "text_encoder"), "SD 2.x"),
         (attention(1280, TEXT, "text_encoder_2"), "SDXL"),
         (attention(320, f"{UNET}.to_q"), "unknown"),
+        (attention(768, FC1, "text_encoder"), "SD 1.x or SDXL"),
+        (attention(4096, FC2, "text_encoder"), "SD 2.x"),
+        (attention(640, f"{DEEP}.to_q"), "SDXL"),
+        (attention(48, f"{DEEP}.to_q"), "unknown"),
         (attention(320, f"{UNET}.to_q", ss_base_model_version="sd_v1"), "SD 1.x"),
         *(
             (attention(320, f"{UNET}.to_q", **{key: told}), base)

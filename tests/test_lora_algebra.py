@@ -14,7 +14,7 @@ from texforce_cli.core.lora_algebra import (
     concatenate,
     distance,
     sketch,
-    sketched_distance,
+    sketched_norm,
     squared_norm,
     term_scale,
     truncate,
@@ -93,12 +93,19 @@ def test_balancing_leaves_zeros_alone() -> None:
     assert (a.tolist(), b.tolist()) == ([[0, 0]], [[1], [1], [1]])
 
 
+def test_balancing_measures_in_float64() -> None:
+    a, b = balance((np.full((1, 2), 1e20, np.float32), np.full((3, 1), 1e-20, np.float32)))
+    assert (a.max(), b.max()) == (pytest.approx(1, rel=1), pytest.approx(1, rel=1))
+
+
 def test_norms_and_distances() -> None:
     one, two = pair(3, 4, 30, 20), pair(4, 2, 30, 20)
     assert squared_norm(one) == pytest.approx(np.sum(dense(one) ** 2), rel=1e-9)
     exact = np.sum((dense(one) - 0.5 * dense(two)) ** 2)
     assert distance(one, [(two, 0.5)]) == pytest.approx(exact, rel=1e-9)
     assert distance(one, [(one, 1.0)]) <= 1e-14 * exact
+    nearly = (one[0], one[1] * (1 + 1e-9))
+    assert distance(nearly, [(one, 1.0)]) == pytest.approx(1e-18 * squared_norm(one), rel=1e-5)
     rows = (np.array([[3.0, 4.0], [1.0, 0.0]]), np.array([[2.0, 0.0], [0.0, 7.0]]))
     assert term_scale(rows) == 25 * 4 + 1 * 49
 
@@ -107,12 +114,12 @@ def test_a_sketch_estimates_a_distance_and_is_linear() -> None:
     ratios = []
     for seed in range(800):
         one, two = pair(2 * seed, 4, 30, 20), pair(2 * seed + 1, 2, 30, 20)
-        estimate = sketched_distance(sketch([(one, 1.0)]), sketch([(two, 0.5)]))
+        estimate = sketched_norm(sketch([(one, 1.0), (two, -0.5)]))
         ratios.append(estimate / np.sum((dense(one) - 0.5 * dense(two)) ** 2))
     assert np.mean(ratios) == pytest.approx(1, rel=0.05)
     assert np.std(ratios) < 0.75
     assert np.allclose(sketch([(one, 1.0), (two, -3.0)]), sketch([(one, 1.0)]) - 3 * sketch([(two, 1.0)]))
-    assert sketched_distance(np.zeros((8, 8)), np.eye(8)) == 8 / 64
+    assert sketched_norm(np.eye(8)) == 8 / 64
 
 
 @given(st.integers(0, 199), st.integers(0, 3), st.booleans())
@@ -125,5 +132,5 @@ def test_one_wrong_number_is_seen(place: int, row: int, in_a: bool) -> None:
     else:
         b[place, row] += 1e-3
         exact = (1e-3 * np.linalg.norm(a[row])) ** 2
-    off = sketched_distance(sketch([((a, b), 1.0)]), sketch([(one, 1.0)]))
+    off = sketched_norm(sketch([((a, b), 1.0)]) - sketch([(one, 1.0)]))
     assert 0.1 * exact < off < 10 * exact

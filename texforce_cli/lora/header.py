@@ -7,13 +7,21 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from itertools import accumulate
 
+from texforce_cli.lora.lora import told_base
+
 ARCHITECTURES = {
     "SD 1.x": ("stable-diffusion-v1/lora", "sd_v1"),
     "SD 2.x": ("stable-diffusion-v2-512/lora", "sd_v2"),
     "SDXL": ("stable-diffusion-xl-v1-base/lora", "sdxl_base_v1-0"),
 }
 """Base model -> `modelspec.architecture` and `ss_base_model_version` of its LoRAs."""
-_CARRIED = ("modelspec.architecture", "ss_base_model_version", "ss_sd_model_name")
+_BASE = ("modelspec.architecture", "ss_base_model_version")
+_V2 = {"SD 1.x": "False", "SD 2.x": "True"}  # by which the WebUI tells the two apart
+_CARRIED = re.compile(r"(modelspec\.|ss_)\w+")
+_NEW = re.compile(
+    r"modelspec\.(sai_model_spec|implementation|title|description|date|hash_sha256|thumbnail|merged_from)|ss_(v2|network_\w+|output_name)"
+)
+"""What sources say of themselves that is not so of what they are fused into."""
 _OURS = ("texforce", "texforce.fuse", "texforce.extract")
 _DEEPEST = 300  # what is nested more deeply cannot always be written again; a lineage is cut long before
 _JSON_TEXT = re.compile(r'"(?:[^"\\]|\\.)*"')
@@ -28,19 +36,22 @@ def model_keys(
     rank: int,
     alpha: float,
 ) -> dict[str, str]:
-    """What a fused file says of its base, rank and origin; what all the sources agree on is carried over."""
-    known = ARCHITECTURES.get(next(iter(bases)), ("", "")) if len(bases) == 1 else ("", "")
-    made = dict(zip(_CARRIED, known))
-    shared = {key: sources[0][key] for key in _CARRIED if sources[0].get(key) and _agree(sources, key)}
-    described = {key: value for key, value in {**made, **shared}.items() if value}
+    """What a fused file says of its base, rank and origin; what all the sources agree on, such as their author, is carried over."""
+    base = next(iter(bases)) if len(bases) == 1 else ""
+    carried = {key: value for key, value in sources[0].items() if _CARRIED.fullmatch(key) and _agree(sources, key)}
+    for key, known in zip(_BASE, ARCHITECTURES.get(base, ("", ""))):
+        if known and told_base({key: carried.get(key, "")}) != base:
+            carried[key] = known
     return {
+        **{key: value for key, value in carried.items() if value and not _NEW.fullmatch(key)},
+        **({"ss_v2": _V2[base]} if base in _V2 else {}),
         "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.implementation": "diffusers",
         "modelspec.title": title[:500],
         "modelspec.description": description,
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(rank),
         "ss_network_alpha": f"{alpha:g}",
-        **described,
     }
 
 

@@ -18,6 +18,9 @@ from texforce_cli.tensorfile import Array, Entry
 
 GENERATIONS = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}
 """Base models by the width of the text that their U-Net attends to."""
+_XL_WIDTHS = {640, 1280, 2048, 2560, 5120}
+_DEEP = re.compile(r".*\.transformer_blocks\.[1-9]\..*")
+"""Only SDXL has more than one transformer block in a row, with layers of these inputs."""
 _TEXT_WIDTHS = {768: {"SD 1.x", "SDXL"}, 1024: {"SD 2.x"}, 1280: {"SDXL"}}
 _BASE_PATH = "base_model_name_or_path"
 _TOLD = (  # how other tools' headers call a base model
@@ -169,13 +172,7 @@ def bases_of(modules: Iterable[Sized], metadata: Mapping[str, str], whole: str =
     candidates: set[str] | None = None
     last = ""
     for module in modules:
-        width: Collection[str] | None = None
-        if module.component == "unet" and module.path.endswith((".attn2.to_k", ".attn2.to_v")):
-            width = {GENERATIONS.get(module.inputs, f"a model of text width {module.inputs}")}
-        elif module.component == "text_encoder_2":  # a small model made for tests may have another width
-            width = {"SDXL"} if module.inputs == 1280 else None
-        elif module.path.endswith((".q_proj", ".k_proj", ".v_proj", ".out_proj")):
-            width = _TEXT_WIDTHS.get(module.inputs, {f"a model of text width {module.inputs}"})
+        width = _fitting(module)
         if width is None:
             continue
         if candidates is not None and not candidates & set(width):
@@ -186,10 +183,23 @@ def bases_of(modules: Iterable[Sized], metadata: Mapping[str, str], whole: str =
             )
         candidates = set(width) if candidates is None else candidates & set(width)
         last = f"{module.component}.{module.path}"
-    told = _told(metadata)
+    told = told_base(metadata)
     if candidates is None:
         return frozenset({told} if told else ())
     return frozenset({told} if told in candidates else candidates)
+
+
+def _fitting(module: Sized) -> Collection[str] | None:
+    """The base models that have a module of this name and width; None where it tells nothing."""
+    if module.component == "unet":
+        if module.path.endswith((".attn2.to_k", ".attn2.to_v")):
+            return {GENERATIONS.get(module.inputs, f"a model of text width {module.inputs}")}
+        return {"SDXL"} if _DEEP.fullmatch(module.path) and module.inputs in _XL_WIDTHS else None
+    if module.component == "text_encoder_2":  # a small model made for tests may have another width
+        return {"SDXL"} if module.inputs == 1280 else None
+    if module.path.endswith((".q_proj", ".k_proj", ".v_proj", ".out_proj", ".fc1")):
+        return _TEXT_WIDTHS.get(module.inputs, {f"a model of text width {module.inputs}"})
+    return _TEXT_WIDTHS.get(module.inputs // 4) if module.path.endswith(".fc2") else None
 
 
 def common_bases(loras: Iterable[Lora]) -> frozenset[str]:
@@ -221,7 +231,8 @@ def common_bases(loras: Iterable[Lora]) -> frozenset[str]:
     return candidates
 
 
-def _told(metadata: Mapping[str, str]) -> str | None:
+def told_base(metadata: Mapping[str, str]) -> str | None:
+    """The base model that a header names; None where it names none that is known."""
     for key in _HINTS:
         text = metadata.get(key, "")
         if key == _BASE_PATH:  # the folders above it belong to somebody's machine

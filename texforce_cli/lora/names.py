@@ -55,17 +55,17 @@ _UNET_PARTS = (
     "add_embedding.",
 )
 _BLOCK_PARTS = (
-    r"resnets\.\d+\.(conv1|conv2|norm1|norm2|time_emb_proj|conv_shortcut)"
-    r"|attentions\.\d+\.(norm|proj_in|proj_out|transformer_blocks\.\d+\."
+    r"resnets\.[012]\.(conv1|conv2|norm1|norm2|time_emb_proj|conv_shortcut)"
+    r"|attentions\.[012]\.(norm|proj_in|proj_out|transformer_blocks\.\d\."
     r"(norm[123]|attn[12]\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0\.proj|2)))"
 )
 _UNET = re.compile(
-    rf"(down_blocks|up_blocks)\.\d+\.({_BLOCK_PARTS}|(downsamplers|upsamplers)\.0\.conv)|mid_block\.({_BLOCK_PARTS})"
+    rf"(down_blocks|up_blocks)\.[0-3]\.({_BLOCK_PARTS}|(downsamplers|upsamplers)\.0\.conv)|mid_block\.({_BLOCK_PARTS})"
     r"|conv_in|conv_out|conv_norm_out|(time|add)_embedding\.linear_[12]"
 )
 _TEXT = re.compile(
     r"text_model\.(embeddings\.(token|position)_embedding|final_layer_norm"
-    r"|encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12]|layer_norm[12]))|text_projection"
+    r"|encoder\.layers\.([12]?\d|3[01])\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12]|layer_norm[12]))|text_projection"
 )
 _OLD_TEXT = {".to_q": ".q_proj", ".to_k": ".k_proj", ".to_v": ".v_proj", ".to_out": ".out_proj"}
 _WORDS = (  # the parts of module names that hold an underscore; kohya's keys write the dots so as well

@@ -14,7 +14,7 @@ from texforce_cli.errors import TexforceError, UsageError
 from texforce_cli.files import user_path
 from texforce_cli.lora.header import without_abysses
 from texforce_cli.lora.lora import Lora, LoraModule, Tensors, bases_of
-from texforce_cli.lora.names import COMPONENTS, REFUSED, Place, parse_key
+from texforce_cli.lora.names import COMPONENTS, REFUSED, Place, is_convolution, parse_key
 from texforce_cli.lora.pickles import read_pickle
 from texforce_cli.tensorfile import Entry, TensorFile, shown
 
@@ -200,6 +200,10 @@ def _module(tensors: Tensors, roles: Mapping[str, tuple[str, Place]], scales: _S
         raise TexforceError(
             f"'{tensors.path}' has '{shown(a_key)}' of shape {list(a)} and '{shown(b_key)}' of shape {list(b)}",
             "they cannot be multiplied",
+        )
+    if math.prod(a[2:]) > 1 and not (place.component == "unet" and is_convolution(place.path)):
+        raise TexforceError(
+            f"'{tensors.path}' has '{shown(a_key)}' of shape {list(a)}, which is of a convolution", "that layer is none"
         )
     rank = a[0]
     if "alpha" in roles:

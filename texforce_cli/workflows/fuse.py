@@ -26,8 +26,10 @@ from texforce_cli.core.lora_algebra import (
     concatenate,
     distance,
     double,
+    rounding,
     sketch,
-    sketched_distance,
+    sketched_norm,
+    squared_norm,
     term_scale,
     truncate,
 )
@@ -49,6 +51,11 @@ ENDING = ".safetensors"
 _LONGEST_NAME = 150
 _LONGEST_LINEAGE = 20_000
 _EXACT = 1e-7
+_LARGEST = float(np.finfo(np.float32).max)
+_CANCELS = {"fp32": 8.0, "fp16": 2.0, "bf16": 1.5}
+"""How many times larger than their sum terms may be for their own factors to hold it to STORAGE_ERROR."""
+_SURE = 0.1
+"""An estimate below this share of what is allowed is not looked into."""
 _UNTELLING = {FILE_NAME, PEFT_NAME, "pytorch_lora_weights.bin", "adapter_model.bin", "adapter", "checkpoints"}
 _CHECKPOINT = re.compile(r"(epoch_|checkpoint-)\d+")
 
@@ -140,7 +147,7 @@ class FuseResult:
 @dataclass(frozen=True)
 class _Done:
     """What stays known of a module when its factors are written: its rank, what its truncation left out, and, of the sum of
-    its sources, the sketch and the squared size of what rounding can change."""
+    its sources, the sketch and the `term_scale`."""
 
     rank: int
     spectrum: Spectrum
@@ -221,10 +228,10 @@ def fuse(plan: FusePlan, listener: Listener = silent) -> FuseResult:
 
 
 def _threads(plan: FusePlan) -> int:
-    """As many as keep what is in memory, for each some six times the stacked factors of a module in float64, within 200 MB."""
+    """As many as keep what is in memory, for each some eight times the stacked factors of a module in float64, within 200 MB."""
     ranks = {name: sum(module.rank for module, _ in terms) for name, terms in plan.terms.items()}
     largest = max(ranks[slot.name] * (slot.inputs + slot.outputs) for slot in plan.slots)
-    return max(1, int(200e6 / (6 * largest * np.dtype(np.float64).itemsize)))
+    return max(1, int(200e6 / (8 * largest * np.dtype(np.float64).itemsize)))
 
 
 def _relative(off: float, whole: float) -> float:
@@ -240,13 +247,22 @@ def _truncation_error(done: Mapping[str, _Done]) -> float:
 @np.errstate(over="ignore", invalid="ignore")  # what does not fit is told once, by the layout
 def _fused(plan: FusePlan, slot: Slot) -> tuple[Pair, _Done]:
     terms = [((module.a(), module.b()), weight) for module, weight in plan.terms[slot.name]]
-    pair, spectrum = concatenate(terms), Spectrum(0.0, 0.0)
+    doubles = [(double(term), weight) for term, weight in terms]
+    size, sketched = sum(weight**2 * term_scale(term) for term, weight in doubles), sketch(doubles)
+    if not math.sqrt(size) <= _LARGEST:
+        raise TexforceError(f"'{slot.name}' holds numbers that are too large", "use smaller weights")
     if plan.method == "svd":
         limit = plan.request.max_error
-        pair, spectrum = truncate(pair, rank=plan.request.rank, max_error=_EXACT if limit is None else limit)
-    doubles = [(double(term), weight) for term, weight in terms]
-    size = sum(weight**2 * term_scale(term) for term, weight in doubles)
-    return pair, _Done(len(pair[0]), spectrum, sketch(doubles), size)
+        pair, spectrum = truncate(
+            concatenate(doubles), rank=plan.request.rank, max_error=_EXACT if limit is None else limit
+        )
+    else:
+        spectrum, precision = Spectrum(0.0, 0.0), plan.layout.precision
+        # an estimate will do where the bound has much room
+        whole = sketched_norm(sketched) if precision == "fp32" else squared_norm(concatenate(doubles))
+        cancels = size > _CANCELS[precision] ** 2 * whole
+        pair = truncate(concatenate(doubles), max_error=0)[0] if cancels else concatenate(terms)
+    return pair, _Done(len(pair[0]), spectrum, sketched, size)
 
 
 def _verify(plan: FusePlan, written: Path, done: Mapping[str, _Done], stop: StopRequest, listener: Listener) -> float:
@@ -258,29 +274,34 @@ def _verify(plan: FusePlan, written: Path, done: Mapping[str, _Done], stop: Stop
         raise TexforceError(f"'{plan.out}' was not written whole ('{(missing or ['?'])[0]}')", "report this as a bug")
     bound = STORAGE_ERROR[plan.layout.precision]
 
-    def distance_of(slot: Slot) -> float:
-        module = again[slot.name]
-        own = _doubles(module)
-        if plan.method == "cat":
-            return sketched_distance(sketch([(own, module.scale)]), done[slot.name].sketch)
+    def measured(slot: Slot) -> tuple[float, float]:
+        """Squared: how far a module on the disk is from the sum of its sources, and how large that is."""
+        module, about = again[slot.name], done[slot.name]
+        a, b = _doubles(module)
+        own = a, b * module.scale
+        off, whole = sketched_norm(sketch([(own, 1.0)]) - about.sketch), sketched_norm(about.sketch)
+        if math.sqrt(off) <= _SURE * bound * math.sqrt(whole):
+            return off, whole
         terms = [(_doubles(term), weight) for term, weight in plan.terms[slot.name]]
-        return distance((own[0], own[1] * module.scale), terms)
+        return distance(own, terms), squared_norm(concatenate(terms))
 
-    difference = scale = 0.0
-    with ahead(distance_of, plan.slots, most=_threads(plan)) as distances:
-        for index, (slot, off) in enumerate(zip(plan.slots, distances)):
+    difference = total = 0.0
+    with ahead(measured, plan.slots, most=_threads(plan)) as found:
+        for index, (slot, (off, whole)) in enumerate(zip(plan.slots, found)):
             stop.check()
             about = done[slot.name]
-            allowed = math.sqrt(about.spectrum.dropped) + bound * math.sqrt(about.size)
+            allowed = math.sqrt(about.spectrum.dropped) + bound * math.sqrt(whole) + rounding(about.size)
             if not math.sqrt(off) <= allowed:
                 raise TexforceError(
                     f"'{slot.name}' in '{plan.out}' would differ from the sum of its sources by {math.sqrt(off):.2e}, "
                     f"{allowed:.2e} is allowed",
-                    "try --dtype fp32",
+                    "its numbers may be too small for fp32: use larger weights"
+                    if plan.layout.precision == "fp32"
+                    else "try --dtype fp32",
                 )
-            difference, scale = difference + off, scale + about.size
+            difference, total = difference + off, total + whole
             listener(Progressed("checking", index + 1, len(plan.slots)))
-    return _relative(difference, scale)
+    return _relative(difference, total)
 
 
 def _doubles(module: LoraModule) -> Pair:
@@ -388,6 +409,9 @@ def _provenance(spec: LoraSpec, lora: Lora) -> dict[str, Any]:
         "weight": spec.weights,
         "format": lora.format,
     }
+    for name, key in (("author", "modelspec.author"), ("licence", "modelspec.license")):
+        if value := lora.metadata.get(key):
+            about[name] = value[:500]
     told = {"texforce.fuse": "fused from", "texforce": "trained", "texforce.extract": "extracted from"}
     for key, name in told.items():
         try:
