@@ -205,6 +205,25 @@ def test_an_error_with_json_is_a_document(capsys: pytest.CaptureFixture[str]) ->
     assert json.loads(captured.out)["error"]["message"].startswith("unknown reward")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["fuse", "a.safetensors", "--rank", "0"], "Invalid value for '--rank': 0 is not in the range x>=1"),
+        (["train", "--bogus"], "No such option: --bogus"),
+        (["nonsense"], "No such command 'nonsense'"),
+    ],
+)
+def test_a_command_that_is_not_understood_is_a_document_with_json(
+    arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([*arguments, "--json"]) == 2
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert error["message"].startswith(told) and error["exit_code"] == 2
+    assert run(arguments) == 2
+    told_to_people = capsys.readouterr()
+    assert told in told_to_people.err and not told_to_people.out
+
+
 def test_debug_shows_the_traceback() -> None:
     from texforce_cli.errors import UsageError
 

@@ -9,11 +9,12 @@ import importlib
 import io
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import typer
 
 from texforce_cli.cli.console import show_error
-from texforce_cli.errors import TexforceError
+from texforce_cli.errors import TexforceError, UsageError
 
 _MODULES = {
     "train": "train",
@@ -26,6 +27,9 @@ _MODULES = {
     "rewards": "rewards",
 }
 """The file of each subcommand, in the order of the help; its function has the same name."""
+
+_Misuse: Any = typer.BadParameter.__mro__[1]
+"""What the parser raises of a command line that it does not understand: a wrong value, an option that there is not."""
 
 
 def make_app(arguments: Sequence[str]) -> typer.Typer:
@@ -65,20 +69,26 @@ def _main(
 
 def run(arguments: list[str]) -> int:
     """Run one command and return its exit code; an error of the user is one sentence, a bug is a traceback."""
-    debug = "--debug" in arguments
+    debug, as_json = "--debug" in arguments, "--json" in arguments
     arguments = ["--debug"] * debug + [argument for argument in arguments if argument != "--debug"]
     if isinstance(sys.stdout, io.TextIOWrapper):  # a pipe on Windows has few letters; stderr escapes others by itself
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        make_app(arguments)(args=arguments, prog_name="texforce")
+        # the parser's own way of telling what it does not understand is for people
+        code = make_app(arguments)(args=arguments, prog_name="texforce", standalone_mode=not as_json)
+    except _Misuse as error:
+        show_error(
+            UsageError(error.format_message().removesuffix("."), "add --help to see what there is"), as_json=True
+        )
+        return UsageError.exit_code
     except TexforceError as error:
         if debug:
             raise
-        show_error(error, as_json="--json" in arguments)
+        show_error(error, as_json=as_json)
         return error.exit_code
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 1
     except BrokenPipeError:
         sys.stderr.close()
         return 0
-    return 0
+    return code or 0

@@ -52,8 +52,8 @@ def parse_lora(text: str) -> LoraSpec:
         if colon and _PARTS.fullmatch(tail):
             for part in tail.split(","):
                 name, _, value = part.partition("=")
-                if name in parts:
-                    raise ValueError("given twice")
+                if name in parts or not _NUMERIC.fullmatch(value):
+                    raise ValueError("given twice, or no number")
                 parts[name] = float(value)
         elif colon and (_NUMERIC.fullmatch(tail) or not tail):
             weight = float(tail)
