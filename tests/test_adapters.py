@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from lora_files import Made
+from small_models import small_pipeline
 
 from texforce_cli.diffusion.adapters import Adapter, stack
 from texforce_cli.diffusion.models import load_pipeline, resolve_model
@@ -211,3 +212,47 @@ def test_a_lora_tells_its_base_also_where_that_is_a_folder(tmp_path: Path, name:
     weights = {f"{name}.lora_A.weight": torch.ones(2, width), f"{name}.lora_B.weight": torch.ones(8, 2)}
     (tmp_path / "a.safetensors").write_bytes(adapter_bytes(weights, made, 256))
     assert read_lora(str(tmp_path / "a.safetensors")).base == base
+
+
+@pytest.mark.parametrize("linear", [False, True], ids=["as SD 1.x", "as SD 2.x"])
+def test_a_lora_of_all_layers_in_kohyas_names_has_its_exact_effect_on_each_generation(
+    tmp_path: Path, linear: bool
+) -> None:
+    """proj_in and proj_out are convolutions in SD 1.x and linear in SD 2.x."""
+
+    def model() -> Any:
+        return small_pipeline(use_linear_projection=linear)
+
+    base, changed, made = model(), model(), Made()
+    for prefix, component in (("lora_unet", "unet"), ("lora_te", "text_encoder")):
+        for name, module in getattr(base, component).named_modules():
+            if not name.endswith((".to_q", ".to_k", ".to_v", ".to_out.0", ".proj_in", ".proj_out", ".q_proj", ".fc2")):
+                continue
+            outputs, inputs, *kernel = module.weight.shape
+            level = "" if component == "unet" or name.startswith("text_model.") else "text_model."
+            flat = f"{prefix}_{level}{name}".replace(".", "_")
+            made.add(
+                f"{component}.{name}",
+                f"{flat}.lora_down.weight",
+                f"{flat}.lora_up.weight",
+                rank=2,
+                shape=(outputs, inputs),
+                scale=0.25,
+                alpha=(f"{flat}.alpha", 0.5),
+                kernel=tuple(kernel),
+            )
+            delta = torch.from_numpy(made.wanted[f"{component}.{name}"]).float().reshape(module.weight.shape)
+            getattr(changed, component).get_submodule(name).weight.data += 0.5 * delta
+    lora = read_lora(str(made.save(tmp_path / "a.safetensors")))
+    ours = model()
+    stack(ours, [("x", lora.arrays(lambda component: 0.3)), ("x", lora.arrays(lambda component: 0.2))])
+
+    def outputs_of(pipeline: Any) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        latents = torch.randn(1, 4, 8, 8, generator=generator)
+        with torch.no_grad():
+            return pipeline.unet(latents, 500, pipeline.text_encoder(torch.arange(12)[None])[0])[0]
+
+    assert len(made.wanted) == 16 * 10 + 2 * 2
+    assert (outputs_of(changed) - outputs_of(base)).abs().max() > 0.1
+    assert torch.allclose(outputs_of(ours), outputs_of(changed), rtol=0, atol=1e-4)

@@ -61,6 +61,8 @@ def test_a_source_with_a_weight(text: str, source: str, weight: float) -> None:
         "",
         "x:te=",
         "x:te=nan",
+        "x:te=1_0",
+        "x:te= 0.5",
         "x:te=0.7,te=0.3",
         "x:te=0.7,unet=inf",
         ":te=1",

@@ -54,7 +54,8 @@ def read_pickle(path: Path) -> PickledTensors:
     loaded = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
     if not isinstance(loaded, dict) or not loaded:
         raise TexforceError(f"'{path}' holds no table of tensors", "it is not a LoRA")
-    values = {}
+    kinds = {torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16"}
+    values, entries = {}, {}
     for key, value in loaded.items():
         if not isinstance(key, str) or not isinstance(value, torch.Tensor):
             raise TexforceError(f"'{path}' holds {type(value).__name__} '{shown(str(key))}'", "it is not a LoRA")
@@ -63,4 +64,5 @@ def read_pickle(path: Path) -> PickledTensors:
             values[key] = value.detach().to(dtype).numpy()
         except Exception as error:  # sparse, quantised, without storage: each has its own
             raise TexforceError(f"'{path}' holds '{shown(key)}' as no plain tensor", "it is not a LoRA") from error
-    return PickledTensors(path, values, {key: Entry("F32", value.shape, 0, 0) for key, value in values.items()})
+        entries[key] = Entry(kinds.get(value.dtype, "F32"), tuple(value.shape), 0, 0)
+    return PickledTensors(path, values, entries)
