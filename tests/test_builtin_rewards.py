@@ -418,6 +418,17 @@ def test_a_pickle_is_converted_once(made: Path, home: Path, monkeypatch: pytest.
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_a_disk_that_is_full_for_the_cache_costs_time_only(made: Path, home: Path) -> None:
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (512, hard))
+    try:
+        assert weights.read_tensors(made / "image-reward" / "ImageReward.pt", "x", allow_pickle=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list((home / "cache" / "weights").glob("*"))
+
+
 def test_a_cache_that_cannot_be_written_costs_time_only(made: Path, home: Path) -> None:
     home.write_text("a file where a folder should be")
     assert weights.read_tensors(made / "image-reward" / "ImageReward.pt", "x", allow_pickle=True)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import signal
-from collections.abc import Iterator
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,10 @@ from test_train import adapter, rows, train, without_seconds
 from texforce_cli.algorithms import ddpo
 from texforce_cli.cli.app import run
 from texforce_cli.diffusion.sampler import Trajectory
-from texforce_cli.errors import TexforceError
-from texforce_cli.files import write_error
+from texforce_cli.errors import Interrupted, TexforceError
 from texforce_cli.workflows import drafts
 from texforce_cli.workflows.drafts import Drafts
+from texforce_cli.workflows.stopping import StopRequest
 from texforce_cli.workflows.training_run import TrainingRun
 
 CPU = torch.device("cpu")
@@ -107,20 +106,47 @@ def test_it_is_written_when_the_seconds_have_passed_and_forgotten_with_its_epoch
     assert ours.save() == 0 and not Path("drawn").exists()
 
 
-def test_a_full_disk_is_told_once_and_costs_the_run_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
+def test_a_full_disk_is_told_once_and_costs_the_run_nothing() -> None:
+    resource, said = pytest.importorskip("resource"), list[str]()
     ours = Drafts(Path("drawn"), 1e-9, {}, said.append)
     ours.keep(0, 0, batch())
     assert list(Path("drawn").rglob("*.safetensors"))
-
-    def full(path: Path) -> Iterator[Path]:
-        raise write_error(path, OSError(errno.ENOSPC, "full"))
-
-    monkeypatch.setattr(drafts, "atomic_path", full)
-    ours.keep(0, 2, batch(2))
-    ours.keep(0, 4, batch(4))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (512, hard))  # a write breaks off in its middle
+    try:
+        ours.keep(0, 2, batch(2))
+        ours.keep(0, 4, batch(4))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert said == ["what the epoch has drawn cannot be kept in 'drawn': an interruption costs the whole epoch"]
     assert not Path("drawn").exists()
+
+
+def test_time_that_is_over_costs_nothing_of_what_was_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The alarm of --save-within comes while a batch is written; the last saving after it is not broken off."""
+    said, written, write_bytes = list[str](), list[Path](), drafts.write_bytes
+
+    def slow(path: Path, data: bytes) -> None:
+        written.append(path)
+        time.sleep(0.5 if len(written) == 1 else 0.0)
+        write_bytes(path, data)
+
+    monkeypatch.setattr(drafts, "write_bytes", slow)
+    ours, asked = Drafts(Path("drawn"), 60.0, {}, said.append), StopRequest(grace=0.2)
+    for first in (0, 2):
+        ours.keep(0, first, batch(first))
+    with asked.listening():
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Interrupted):
+            ours.save()
+    assert ours.save() == 4 and not said
+    ours.keep(0, 4, batch(4))
+    written.clear()
+    with asked.listening():
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Interrupted):
+            asked.check()
+        assert ours.save() == 6
 
 
 def test_nothing_is_kept_where_nothing_is_asked_to_be() -> None:

@@ -412,6 +412,17 @@ def test_a_leader_that_hangs_is_named_and_ended_by_the_others(tmp_path: Path) ->
     assert "Traceback" not in said
 
 
+def test_a_tenth_of_the_time_until_the_kill_is_for_the_last_writes() -> None:
+    for grace, left in ((20.0, 18.0), (600.0, 595.0)):
+        asked = StopRequest(grace)
+        with asked.listening():
+            os.kill(os.getpid(), signal.SIGTERM)
+            asked.check(saved_in=left - 1)
+            assert signal.getitimer(signal.ITIMER_REAL)[0] <= left
+            with pytest.raises(Interrupted):
+                asked.check(saved_in=left + 0.1)
+
+
 def test_nothing_is_broken_off_within_a_shield() -> None:
     asked, after = StopRequest(grace=0.3), []
     with pytest.raises(Interrupted), asked.listening(), asked.shielded():

@@ -19,7 +19,7 @@ from PIL import Image
 
 from texforce_cli.cli.app import run
 from texforce_cli.lora.read import FILE_NAME
-from texforce_cli.workflows import plan
+from texforce_cli.workflows import checkpoint, plan
 
 SMALL = (
     "--samples-per-epoch 8 --group-size 4 --micro-batch 4 --grad-accum 1 --steps 3 --train-steps first:2 "
@@ -459,11 +459,16 @@ def test_a_scheduler_that_gives_time_gets_the_epoch_that_ends_within_it(
 ) -> None:
     from texforce_cli.workflows.training_run import TrainingRun
 
-    progress, asked = TrainingRun._progress, []
+    progress, asked, write = TrainingRun._progress, [], checkpoint.save
+
+    def slowly(*about: Any) -> None:
+        time.sleep(0.2)
+        write(*about)
 
     def interrupted(self: TrainingRun, phase: str, done: int, total: int, **reward: float) -> None:
         if self.epoch == 2 and phase == "sampling" and not asked:
-            self.rows[-1]["seconds_total"] = 0.1
+            self.rows[-1]["seconds_total"] = 0.0
+            assert 0.2 <= self._seconds_left("sampling") < 5  # the next one is to be written, too
             asked.append(time.monotonic())
             os.kill(os.getpid(), signal.SIGTERM)
             if grace == "0.3":
@@ -472,6 +477,7 @@ def test_a_scheduler_that_gives_time_gets_the_epoch_that_ends_within_it(
 
     with monkeypatch.context() as patch:
         patch.setattr(TrainingRun, "_progress", interrupted)
+        patch.setattr(checkpoint, "save", slowly)
         train("--out", "a", "--save-within", grace, "--eval-images", "0", epochs=9, code=143)
     assert grace != "0.3" or time.monotonic() - asked[0] < 10
     assert json.loads(Path("a/run.json").read_text())["epochs_done"] == saved

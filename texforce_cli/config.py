@@ -207,7 +207,8 @@ class TrainConfig:
     save_within: float = option(
         0.0,
         OUTPUT,
-        "Seconds between SIGTERM and the scheduler's kill: an epoch that ends within them is finished and saved.",
+        "Seconds between SIGTERM and the scheduler's kill: an epoch that ends within them is finished and saved; a tenth of them, at "
+        "most 5, is for the last writes.",
         _not_negative,
         unit="s",
     )

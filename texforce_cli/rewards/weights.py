@@ -97,7 +97,8 @@ def read_tensors(path: Path, reward: str, *, known: str = "", allow_pickle: bool
     if cached.is_file():
         return _from_safetensors(cached)
     tensors = _from_pickle(path)
-    with contextlib.suppress(TexforceError), atomic_path(cached) as temporary:  # without a cache it only costs time
+    # without a cache it only costs time; a full disk is one of safetensors' own errors
+    with contextlib.suppress(TexforceError, SafetensorError), atomic_path(cached) as temporary:
         save_file(tensors, temporary)
     return tensors
 

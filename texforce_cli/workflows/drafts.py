@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
+import safetensors.torch
 import torch
-from safetensors.torch import save_file
 
 from texforce_cli.diffusion.sampler import Trajectory
-from texforce_cli.errors import TexforceError
-from texforce_cli.files import atomic_path
+from texforce_cli.files import NotWritten, write_bytes
 
 
 class Drafts:
@@ -80,7 +79,7 @@ class Drafts:
 
         A disk that is full ends no run: it is told once, and no more is kept.
         """
-        with contextlib.suppress(TexforceError):
+        with contextlib.suppress(NotWritten):
             while self._pending:
                 path, drawn = self._pending[0]
                 self._write(path, drawn)
@@ -108,9 +107,8 @@ class Drafts:
         tensors = {"latents": drawn.latents, "log_probs": drawn.log_probs, "images": torch.from_numpy(drawn.images)}
         if drawn.unconditional is not None:
             tensors["unconditional"] = drawn.unconditional
-        with atomic_path(path) as temporary:
-            ours = {name: tensor.contiguous() for name, tensor in tensors.items()}
-            save_file(ours, temporary, {"texforce": json.dumps(self._about(drawn))})
+        ours = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        write_bytes(path, safetensors.torch.save(ours, {"texforce": json.dumps(self._about(drawn))}))
 
     def _about(self, drawn: Trajectory) -> dict[str, Any]:
         return {"made_by": self.made_by, "seeds": list(drawn.seeds), "prompts": list(drawn.prompts)}

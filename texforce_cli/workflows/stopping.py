@@ -18,12 +18,13 @@ from texforce_cli.errors import Interrupted
 class StopRequest:
     """Set by a signal, looked at between batches and optimiser steps.
 
-    After SIGTERM there are `grace` seconds, and at their end even a pass that is under way is broken off.
+    After SIGTERM there are `grace` seconds until the kill. A tenth of them, at most 5, is for the last writes: where they begin, even a
+    pass that is under way is broken off.
     """
 
     def __init__(self, grace: float = 0.0) -> None:
         self._exit_code: int | None = None
-        self._grace = grace
+        self._grace = grace - min(5.0, grace / 10)
         self._deadline = 0.0
         self._shielded = False
         self._put_off: BaseException | None = None
@@ -39,8 +40,7 @@ class StopRequest:
         try:
             yield
         finally:
-            if self._grace and _ALARMS:
-                signal.setitimer(signal.ITIMER_REAL, 0)
+            self._break_off_in(0)
             for number, handler in previous.items():
                 signal.signal(number, handler)
             self._exit_code = None  # what comes after this block is not to be stopped
@@ -56,6 +56,11 @@ class StopRequest:
         if self._put_off is not None:
             raise self._put_off
 
+    def _break_off_in(self, seconds: float) -> None:
+        """0: never."""
+        if self._grace and _ALARMS:
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+
     def _raise(self, error: BaseException) -> None:
         if not self._shielded:
             raise error
@@ -64,6 +69,7 @@ class StopRequest:
     def check(self, saved_in: float = float("inf")) -> None:
         """Raise Interrupted when a stop was asked for, unless what is under way will be saved in time (in seconds)."""
         if self._exit_code is not None and time.monotonic() + saved_in > self._deadline:
+            self._break_off_in(0)  # all that is still done is to save
             raise Interrupted("stopped", exit_code=self._exit_code)
 
     def heed(self) -> None:
@@ -80,8 +86,7 @@ class StopRequest:
             return
         if number == signal.SIGTERM and self._grace and self._exit_code is None:
             self._deadline = time.monotonic() + self._grace
-            if _ALARMS:
-                signal.setitimer(signal.ITIMER_REAL, self._grace)
+            self._break_off_in(self._grace)
         elif number == signal.SIGINT:
             self._deadline = 0.0
         self._exit_code = 130 if number == signal.SIGINT else 143

@@ -78,7 +78,8 @@ class TrainingRun:
         self.rewards, self.listener, self.team = scoring.rewards, listener, team
         self.stop = StopRequest(self.config.save_within)
         team.shield, team.heed = self.stop.shielded, self.stop.heed
-        self._begun = 0.0
+        self._begun, self._saving = 0.0, 0.0
+        """When the epoch under way began, and the seconds that saving the last one took."""
         self.drafts = Drafts(folder.drawn, self.config.draft_every, _made_by(self.config.device), self._warn)
         self.learner = Learner(
             self.config,
@@ -337,6 +338,7 @@ class TrainingRun:
 
     def _save(self, row: dict[str, Any], state: Mapping[str, torch.Tensor]) -> None:
         """The finished epoch on disk; from here on nothing of it can be lost."""
+        begun = time.monotonic()
         if not os.path.lexists(self.folder.prompts):
             self._warn(f"'{self.folder.path}' was removed or emptied: what the run still knows is written again")
             write_text(self.folder.prompts, self.plan.prompts.to_jsonl())
@@ -349,6 +351,7 @@ class TrainingRun:
         self.epoch = row["epoch"]
         self.drafts.clear()
         self.rows.append(row)
+        self._saving = time.monotonic() - begun
 
     def _write_evaluations(self) -> None:
         if self.heldout.history:
@@ -425,7 +428,7 @@ class TrainingRun:
         if phase in ("preflight", "evaluation") or not self.rows:
             return math.inf
         last: float = self.rows[-1]["seconds_total"]
-        return max(0.0, last - (time.monotonic() - self._begun))
+        return max(0.0, last - (time.monotonic() - self._begun)) + self._saving
 
 
 def _made_by(device: str) -> dict[str, str]:
