@@ -266,6 +266,28 @@ def test_a_folder_that_is_removed_in_mid_run_is_made_again(
     assert made(Path("a")) == left
 
 
+@pytest.mark.parametrize(("stopped", "code"), [(False, 1), (True, 143)])
+def test_a_run_whose_folder_another_run_has_taken_writes_nothing_there(
+    stopped: bool, code: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train("--out", "b", "--seed", "7", "--eval-images", "0", epochs=1)
+    everything = {path: path.read_bytes() for path in Path("b").rglob("*") if path.is_file()}
+
+    def removed_and_begun_again() -> None:
+        shutil.rmtree("a")
+        Path("b").rename("a")
+        if stopped:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    in_mid_run(1, removed_and_begun_again, monkeypatch)
+    train("--out", "a", "--eval-images", "0", epochs=3, code=code)
+    said = said_by(capsys)
+    assert "'a' was removed, and another run works there now; begin again" in said and "--resume" not in said
+    assert {
+        Path("b") / path.relative_to("a"): path.read_bytes() for path in Path("a").rglob("*") if path.is_file()
+    } == (everything)
+
+
 def test_stopping_a_run_whose_folder_is_gone_does_not_say_how_to_resume_it(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -185,6 +185,14 @@ class RunFolder:
             raise self.damaged(error) from error
         return record
 
+    def run_id(self) -> str | None:
+        """Which run works here, whatever became of the folder meanwhile; None where nothing says so."""
+        try:
+            found = json.loads(self.record.read_text(encoding="utf-8")).get("id")
+        except (OSError, ValueError, AttributeError):
+            return None
+        return found if isinstance(found, str) else None
+
     def damaged(self, error: Exception) -> TexforceError:
         """The sentence for a run.json that cannot be used."""
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]

@@ -7,6 +7,7 @@ import dataclasses
 import math
 import os
 import time
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,12 +76,14 @@ class TrainingRun:
         checkpoint: Checkpoint | None = None,
     ) -> None:
         self.folder, self.plan, self.config = folder, made, made.config
+        self.id = folder.run_id() or uuid.uuid4().hex
+        """Stays the same when the run goes on; the folder may be removed and taken by another run meanwhile."""
         self.rewards, self.listener, self.team = scoring.rewards, listener, team
         self.stop = StopRequest(self.config.save_within)
         team.shield, team.heed = self.stop.shielded, self.stop.heed
         self._begun, self._saving = 0.0, 0.0
         """When the epoch under way began, and the seconds that saving the last one took."""
-        self.drafts = Drafts(folder.drawn, self.config.draft_every, _made_by(self.config.device), self._warn)
+        self.drafts = Drafts(folder.drawn, self.config.draft_every, _made_by(self.config.device, self.id), self._warn)
         self.learner = Learner(
             self.config,
             made.prompts,
@@ -130,9 +133,8 @@ class TrainingRun:
                 self._train()
             self.write_record(status="finished", reason=self._ended_early())
         except Interrupted as stop:
-            if not os.path.lexists(self.folder.prompts):
-                text = f"stopped; '{self.folder.path}' was removed, with all that was saved in it"
-                raise Interrupted(text, "begin again", exit_code=stop.exit_code) from None
+            if lost := self._lost():
+                raise Interrupted(f"stopped; {lost}", "begin again", exit_code=stop.exit_code) from None
             self._record_end("interrupted")
             more = f" and {self._drawn} images of the next" if self._drawn else ""
             text = f"stopped; {self.epoch} of {total} epochs{more} are saved in '{self.folder.path}'"
@@ -167,6 +169,20 @@ class TrainingRun:
     @property
     def _resuming(self) -> str:
         return f"texforce train --resume {quoted(self.folder.path)}"
+
+    def _lost(self) -> str:
+        """What has become of the folder, where this run is not in it any more."""
+        if not os.path.lexists(self.folder.prompts):
+            return f"'{self.folder.path}' was removed, with all that was saved in it"
+        return f"'{self.folder.path}' was removed, and another run works there now" if self._is_of_another() else ""
+
+    def _is_of_another(self) -> bool:
+        return self.folder.run_id() not in (None, self.id)
+
+    def _refuse_another(self) -> None:
+        """Raise where another run would be written over."""
+        if self._is_of_another():
+            raise TexforceError(self._lost(), "begin again, with another --out")
 
     def _record_end(self, status: str, reason: str | None = None) -> None:
         """run.json where it can be written: a full disk must not hide why the run ends."""
@@ -221,9 +237,11 @@ class TrainingRun:
 
     def write_record(self, status: str, reason: str | None = None) -> None:
         """run.json as things stand."""
+        self._refuse_another()
         self.folder.write_record(
             {
                 "texforce_run": 1,
+                "id": self.id,
                 "status": status,
                 **({"reason": reason} if reason else {}),
                 "epochs_done": self.epoch,
@@ -287,7 +305,7 @@ class TrainingRun:
         try:
             report = self.learner.epoch(self.epoch)
         except Exception:
-            if os.path.lexists(self.folder.prompts):
+            if not self._lost():
                 self._drawn = self.drafts.save()
             raise
         for text in report.warnings:
@@ -339,6 +357,7 @@ class TrainingRun:
     def _save(self, row: dict[str, Any], state: Mapping[str, torch.Tensor]) -> None:
         """The finished epoch on disk; from here on nothing of it can be lost."""
         begun = time.monotonic()
+        self._refuse_another()
         if not os.path.lexists(self.folder.prompts):
             self._warn(f"'{self.folder.path}' was removed or emptied: what the run still knows is written again")
             write_text(self.folder.prompts, self.plan.prompts.to_jsonl())
@@ -364,6 +383,7 @@ class TrainingRun:
         images = self.epoch * self.config.samples_per_epoch
         if self._evaluation_is_due():
             evaluation = self.learner.measure(self.epoch, images)
+            self._refuse_another()
             self._write_evaluations()
             self.heldout.save_pictures(self._pictures, PICTURES, f"{self.rewards} after {images} images")
             self.listener(Evaluated(evaluation))
@@ -431,9 +451,10 @@ class TrainingRun:
         return max(0.0, last - (time.monotonic() - self._begun)) + self._saving
 
 
-def _made_by(device: str) -> dict[str, str]:
-    """What the last bits of a picture depend on beside the model and its settings."""
+def _made_by(device: str, run: str) -> dict[str, str]:
+    """Whose pictures they are, and what their last bits depend on beside the model and its settings."""
     return {
+        "run": run,
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
     }
