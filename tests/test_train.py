@@ -834,7 +834,7 @@ def test_diversity_is_watched_beside_rewards_and_measured_in_its_own_number_of_s
     )
     train("--out", "a", *options.split(), epochs=1)
     said = capsys.readouterr().err
-    assert said.index("watched brightness") < said.index("watched diversity")
+    assert said.index("watched diversity") < said.index("watched brightness")  # as they were given
     found = json.loads(Path("a/evaluations.jsonl").read_text())["watched"]["diversity"]
 
     prompts, seeds = heldout_pairs(load_prompts("color", "tiny"), 40)  # 20 of 29 seen, 2 of each of 10 unseen
@@ -850,10 +850,15 @@ def test_a_run_ends_when_what_is_watched_has_fallen(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from texforce_cli.workflows.heldout import HeldOut
+    from texforce_cli.workflows.training_run import TrainingRun
 
     monkeypatch.setattr(HeldOut, "fallen", lambda self, patience: "brightness" if len(self.history) >= 2 else None)
+    monkeypatch.setattr(TrainingRun, "best_epoch", 1)
     train("--out", "a", "--eval-every", "1", "--watch", "brightness", "--watch-patience", "2", epochs=5)
-    assert "brightness was surely below the base in 2 measurements in a row" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "brightness was surely below the base in 2 measurements in a row" in said
+    assert 'next: texforce sample "a cat" --lora a/checkpoints/epoch_0001 --compare' in said  # not the last, a/adapter
+    assert Path("a/checkpoints/epoch_0001", FILE_NAME).is_file()
     record = json.loads(Path("a/run.json").read_text())
     assert (record["status"], record["epochs_done"]) == ("finished", 2)
     assert "surely below" in record["reason"]
@@ -904,7 +909,25 @@ def test_what_cannot_be_watched_is_told_beforehand(capsys: pytest.CaptureFixture
     few = ["--watch", "diversity", "--eval-images", "12", "--prompts", "color"]
     assert run(["train", "--reward", "brightness", "--model", "tiny", *few]) == 2
     assert "give more: --eval-images 40" in capsys.readouterr().err
+    for without in (["--watch-patience", "3"], ["--watch-patience", "3", "--watch", "tiny-judge", "--eval-every", "0"]):
+        assert run(["train", "--reward", "brightness", "--model", "tiny", *without]) == 2
+        assert "--watch-patience 3" in capsys.readouterr().err
     assert not Path("runs").exists()
+
+
+def test_what_can_end_no_run_is_told() -> None:
+    asked = {"reward": ["brightness"], "model": "tiny", "preset": "fast", "watch": ["tiny-judge"], "watch_patience": 3}
+    [said] = [line for line in plan.plan(asked).advice() if "--watch" in line]
+    assert said == (
+        "--watch-patience 3 never ends this run: of its 15 epochs 2 before the last are measured; give --eval-every 4 or less"
+    )
+    assert not [line for line in plan.plan({**asked, "eval_every": 4}).advice() if "--watch" in line]
+    [said] = [
+        line
+        for line in plan.plan({**asked, "watch_patience": 0, "watch": ["brightness"]}).advice()
+        if "--watch" in line
+    ]
+    assert said.startswith("--watch brightness: it is trained on")
 
 
 def test_a_resume_removes_what_a_killed_process_was_writing() -> None:

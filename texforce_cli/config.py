@@ -259,6 +259,11 @@ class TrainConfig:
         return DIVERSITY in self.watch
 
     @property
+    def measurements_between(self) -> int:
+        """Measurements of the held-out pictures after which there is still an epoch to leave out."""
+        return (self.total_epochs - 1) // self.eval_every if self.eval_every else 0
+
+    @property
     def total_epochs(self) -> int:
         """Epochs of the whole run: --epochs, or as many as --images pays for."""
         return self.epochs if self.epochs else max(1, (self.images or 0) // self.samples_per_epoch)
@@ -465,6 +470,12 @@ def _contradictions(config: TrainConfig) -> list[str]:
         found.append("--kl-target steers the learning rate itself (use --lr-schedule constant)")
     if config.kl_target and config.updates_per_epoch < 2:
         found.append("--kl-target needs two updates an epoch or more (lower --grad-accum)")
+    if config.watch_patience and not config.watch:
+        found.append(f"--watch-patience {config.watch_patience} needs something to --watch")
+    if config.watch_patience and not config.eval_every:
+        found.append(
+            f"--watch-patience {config.watch_patience} counts measurements, and --eval-every 0 makes none on the way"
+        )
     return found
 
 

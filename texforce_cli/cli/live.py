@@ -136,8 +136,12 @@ def summarise(result: TrainResult) -> None:
     if result.evaluation:
         note(describe_evaluation(result.evaluation).strip())
     note(f"adapter: {result.adapter}")
+    if result.best:
+        note(f"the best epoch: {result.best}")
     note(f"pictures: {result.folder / 'samples'}, curve: {result.folder / 'curve.png'}")
-    note(f'next: texforce sample "a cat" --lora {quoted(result.adapter)} --compare --grid --out pictures')
+    note(
+        f'next: texforce sample "a cat" --lora {quoted(result.best or result.adapter)} --compare --grid --out pictures'
+    )
 
 
 def result_document(result: TrainResult) -> dict[str, Any]:
@@ -153,6 +157,8 @@ def describe_plan(plan: Plan, *, as_json: bool) -> None:
         write_json({"plan": document})
         return
     note(f"model: {plan.source.name} ({plan.source.reason})")
+    for sentence in plan.advice():
+        note(sentence)
     note(f"prompts: {plan.prompts.name}, {len(plan.prompts.seen)} to train on, {len(plan.prompts.unseen)} held out")
     table = Table("option", "value", "from", box=None, header_style="bold")
     for name, value in dataclasses.asdict(plan.config).items():

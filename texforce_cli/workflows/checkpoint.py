@@ -35,7 +35,7 @@ def save(folder: Path, checkpoint: Checkpoint, lora: bytes) -> None:
     Raises:
         TexforceError: the disk is full or read-only; the earlier checkpoints are untouched.
     """
-    final = _path(folder, checkpoint.epoch)
+    final = place(folder, checkpoint.epoch)
     temporary = folder / f".{final.name}.{uuid.uuid4().hex[:8]}.tmp"
     try:
         temporary.mkdir(parents=True)
@@ -57,7 +57,7 @@ def load_latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that is whole, and a sentence for each damaged one that was passed over."""
     damaged: list[str] = []
     for epoch in sorted(epochs(folder), reverse=True):
-        path = _path(folder, epoch)
+        path = place(folder, epoch)
         try:
             state = json.loads((path / _STATE).read_text(encoding="utf-8"))
             if any(sha256(path / name) != expected for name, expected in state["sha256"].items()):
@@ -82,15 +82,16 @@ def prune(folder: Path, *, keep: int, every: int, best: int | None) -> None:
     found = epochs(folder)
     for epoch in found[:-keep]:
         if epoch != best and not (every and epoch % every == 0):
-            shutil.rmtree(_path(folder, epoch), ignore_errors=True)
+            shutil.rmtree(place(folder, epoch), ignore_errors=True)
 
 
 def remove_after(folder: Path, epoch: int) -> None:
     """Remove the checkpoints of later epochs, which a resumed run makes anew."""
     for later in epochs(folder):
         if later > epoch:
-            shutil.rmtree(_path(folder, later), ignore_errors=True)
+            shutil.rmtree(place(folder, later), ignore_errors=True)
 
 
-def _path(folder: Path, epoch: int) -> Path:
+def place(folder: Path, epoch: int) -> Path:
+    """Where the checkpoint of this epoch is."""
     return folder / f"epoch_{epoch:04d}"

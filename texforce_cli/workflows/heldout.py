@@ -39,7 +39,7 @@ class HeldOut:
         batch: int,
         steps: int | None = None,
         watch: Sequence[RewardSet] = (),
-        watch_diversity: bool = False,
+        diversity_at: int | None = None,
         team: Team | None = None,
         warn: Callable[[str], None] = lambda text: None,
     ) -> None:
@@ -52,9 +52,11 @@ class HeldOut:
         with policy.in_steps(self.steps):  # too many of them are told at once
             pass
         self._judges = {str(one): one for one in watch}
-        self._repeated = repeated(self.prompts) if watch_diversity else []
-        self.watched = [*self._judges, *([DIVERSITY] if watch_diversity else [])]
-        """What is measured beside the reward, by name; diversity last."""
+        self.watched = list(self._judges)
+        """What is measured beside the reward, by name."""
+        if diversity_at is not None:
+            self.watched.insert(diversity_at, DIVERSITY)
+        self._repeated = repeated(self.prompts) if DIVERSITY in self.watched else []
         self.history: list[Evaluation] = []
         self._base_images: NDArray[np.uint8] | None = None
         self._base_rewards: Floats = np.empty(0)
@@ -94,8 +96,8 @@ class HeldOut:
             base_rewards=tuple(base.tolist()),
             watched={
                 name: Watched(float(values.mean()), float(before.mean()), _paired(values, before))
-                for name, values in watched.items()
-                for before in (self._base_watched[name],)
+                for name in self.watched
+                for values, before in ((watched[name], self._base_watched[name]),)
             },
         )
         self.history.append(evaluation)

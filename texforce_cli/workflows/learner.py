@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from texforce_cli.algorithms.base import EpochReport, Preflight, Progress
-from texforce_cli.config import TrainConfig
+from texforce_cli.config import DIVERSITY, TrainConfig
 from texforce_cli.devices import claim, same_bits
 from texforce_cli.diffusion.models import fingerprint, load_pipeline, resolve_model
 from texforce_cli.errors import TexforceError
@@ -83,7 +83,7 @@ class Learner:
             batch=config.micro_batch,
             steps=config.eval_steps,
             watch=scoring.watches,
-            watch_diversity=config.watches_diversity,
+            diversity_at=config.watch.index(DIVERSITY) if config.watches_diversity else None,
             team=team,
             warn=warn,
         )

@@ -54,6 +54,19 @@ class Plan:
         strange = [info.name for info in self.rewards if info.domain == "emoji"] if self.source.family == "sd" else []
         if strange:
             said.append(f"{', '.join(strange)} knows the drawings of the embedded model and nothing else")
+        trained = {info.name for info in self.rewards}
+        if own := [spec.name for spec in parse_terms(self.config.watched_rewards) if spec.name in trained]:
+            said.append(
+                f"--watch {own[0]}: it is trained on, so it rises where a run only games it; watch another reward"
+            )
+        patience, between = self.config.watch_patience, self.config.measurements_between
+        if patience > between:
+            every = (self.config.total_epochs - 1) // patience
+            said.append(
+                f"--watch-patience {patience} never ends this run: of its {self.config.total_epochs} epochs {between or 'none'} "
+                f"before the last {'is' if between < 2 else 'are'} measured; give "
+                + (f"--eval-every {every} or less" if every else "less of it, or more epochs")
+            )
         here = sharing(self.config.num_processes)[1]
         needed = here * self.cost().get("computed_memory_gb", 0.0) if self.config.device == "cpu" else 0.0
         if needed and needed > (there := machine_memory_gb()):

@@ -56,6 +56,8 @@ class TrainResult:
 
     folder: Path
     adapter: Path
+    best: Path | None
+    """The checkpoint of the best epoch, where a run that ended early went on to worse ones."""
     epochs: int
     images: int
     seconds: float
@@ -158,6 +160,7 @@ class TrainingRun:
         result = TrainResult(
             self.folder.path,
             self.folder.adapter,
+            self._better_than_last(),
             self.epoch,
             self.epoch * self.config.samples_per_epoch,
             time.perf_counter() - begun,
@@ -410,6 +413,10 @@ class TrainingRun:
         patience = self.config.watch_patience
         name = self.heldout.fallen(patience)
         return f"{name} was surely below the base in {patience} measurements in a row" if name else None
+
+    def _better_than_last(self) -> Path | None:
+        best = self.best_epoch if self._ended_early() else None
+        return checkpoints.place(self.folder.checkpoints, best) if best not in (None, self.epoch) else None
 
     def _evaluation_is_due(self) -> bool:
         every = self.config.eval_every
