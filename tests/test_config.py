@@ -171,7 +171,7 @@ def test_only_what_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_the_computed_memory_by_hand() -> None:
     # fp16: 2.14 GB of weights, 2 images * 2 branches * 0.84 GB, 2 * 10 images * 51 latents * 64 kB
-    memory = Memory("text-encoder", "fp16", False, 2, 10, 51, 512)
+    memory = Memory("text-encoder", "fp16", False, 2, 1, 10, 51, 512)
     trajectories = 2 * 10 * 51 * 16384 * 4 / 1e9
     assert memory.gb(2) == pytest.approx(2.14 + 3.36 + trajectories)
     assert replace(memory, train="both", size=1024).gb(1) == pytest.approx(2.14 + 4 * (2.24 + trajectories))
@@ -217,6 +217,10 @@ def test_auto_is_the_micro_batch_of_the_preset_and_is_fitted_on_a_gpu_alone(monk
     monkeypatch.setattr("texforce_cli.workflows.plan.gpu_precision", lambda: "bf16")
     made = plan({**flags, "device": "cuda"}).config
     assert (made.micro_batch, made.grad_accum, made.fit_micro_batch) == (32, 2, True)
+    monkeypatch.delenv("TEXFORCE_MICRO_BATCH")
+    wide = {"reward": ["brightness"], "model": "sd15", "device": "cuda"}
+    assert any("the GPU gets filled" in line for line in plan(wide).advice())
+    assert not any("filled" in line for line in plan({**wide, "micro_batch": "2", "timestep_batch": "4"}).advice())
 
 
 def test_stable_diffusion_takes_the_micro_batch_that_fits_into_the_memory_of_a_machine(

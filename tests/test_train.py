@@ -340,6 +340,20 @@ def test_a_dry_run_loads_nothing_and_writes_nothing(capsys: pytest.CaptureFixtur
     assert not list(Path().iterdir())
 
 
+def test_the_memory_counts_the_denoising_steps_that_are_taken_together() -> None:
+    flags = {"reward": ["brightness"], "model": "sd15", "device": "cpu", "micro_batch": 1}
+
+    def memory(**more: Any) -> float:
+        return plan.plan({**flags, **more}).cost()["computed_memory_gb"]
+
+    one = memory()
+    assert memory(timestep_batch=8) == pytest.approx(one + 7 * 3.36)
+    assert (
+        memory(timestep_batch=99) == memory(timestep_batch=25) == pytest.approx(one + 24 * 3.36)
+    )  # those that are trained
+    assert memory(timestep_batch="auto") == one  # a CPU takes them one at a time
+
+
 def test_the_memory_of_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each has the weights and a pass to itself, and its share of an epoch's images; on a CPU the machine is one for all."""
     from texforce_cli.workflows import plan as planning

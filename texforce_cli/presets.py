@@ -96,13 +96,14 @@ attention: the peak of the process above its weights (docs/performance.md)."""
 
 @dataclass(frozen=True)
 class Memory:
-    """What a run on SD 1.x holds, computed: 1.07 G parameters, the activations of one pass of training through `branches`, and
-    `latents` an image in fp32, twice while an epoch's are joined."""
+    """What a run on SD 1.x holds, computed: 1.07 G parameters, the activations of one pass of training through `branches` in
+    `steps` of each image together, and `latents` an image in fp32, twice while an epoch's are joined."""
 
     train: str
     precision: str
     checkpointing: bool
     branches: int
+    steps: int
     images: int
     latents: int
     size: int
@@ -110,7 +111,8 @@ class Memory:
     def gb(self, micro_batch: int) -> float:
         """With so many images in a pass."""
         number, pixels = 4 if self.precision == "fp32" else 2, (self.size / 512) ** 2
-        one = (_CHECKPOINTED if self.checkpointing else _ACTIVATIONS[self.train]) * number * self.branches * pixels
+        one = (_CHECKPOINTED if self.checkpointing else _ACTIVATIONS[self.train]) * number * pixels
+        one *= self.branches * self.steps
         trajectories = 2 * self.images * self.latents * 16384 * pixels * 4 / 1e9
         return 1.07 * number + one * micro_batch + trajectories
 

@@ -67,6 +67,11 @@ class Plan:
                 f"before the last {'is' if between < 2 else 'are'} measured; give "
                 + (f"--eval-every {every} or less" if every else "less of it, or more epochs")
             )
+        if self.source.family == "sd" and (self.config.fit_micro_batch or not self.config.timestep_batch):
+            said.append(
+                "the GPU gets filled: as many images and denoising steps as fit are taken together, which --dry-run does not count; "
+                "--micro-batch N and --timestep-batch N take no more"
+            )
         here = sharing(self.config.num_processes)[1]
         needed = here * self.cost().get("computed_memory_gb", 0.0) if self.config.device == "cpu" else 0.0
         if needed and needed > (there := machine_memory_gb()):
@@ -197,6 +202,7 @@ def memory_of(config: TrainConfig, size: int) -> Memory:
         config.precision,
         config.gradient_checkpointing,
         config.branches[1],
+        min(config.timestep_batch or 1, TrainSteps.parse(config.train_steps).count(config.steps)),
         -(-config.samples_per_epoch // sharing(config.num_processes)[0]),
         config.kept_latents,
         size,
