@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -459,13 +460,24 @@ def test_a_gradient_that_is_not_finite_is_passed_over_and_five_in_a_row_end_the_
     for _ in range(MOST_LOST - 1):
         assert math.isnan(step(math.nan))
     assert parameter.tolist() == [1.0, 1.0, 1.0] and optimisation.updates == 0
-    assert math.isfinite(step(1.0))  # begins to count anew
+    for _ in range(2 * MOST_LOST):
+        assert math.isfinite(step(1.0))  # begins to count anew
     moved = parameter.tolist()
     for _ in range(MOST_LOST - 1):
         step(math.inf)
-    with pytest.raises(TexforceError, match="5 gradients in a row were not finite"):
+    with pytest.raises(TexforceError, match="too many gradients were not finite: 5 in a row"):
         step(math.nan)
     assert parameter.tolist() == moved
+
+
+@pytest.mark.parametrize(("finite", "ends"), [(1, True), (2, False)])
+def test_gradients_of_which_more_than_a_third_is_not_finite_end_the_run(finite: int, ends: bool) -> None:
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimisation = Optimisation([parameter], OptimiserSettings(0.1, 100))
+    with pytest.raises(TexforceError, match="more than a third") if ends else nullcontext():
+        for index in range(20 * (finite + 1)):
+            parameter.grad = torch.full((3,), 1.0 if index % (finite + 1) else math.nan)
+            optimisation.step()
 
 
 def test_lost_gradients_are_counted_on_after_a_resume() -> None:
@@ -480,7 +492,7 @@ def test_lost_gradients_are_counted_on_after_a_resume() -> None:
     parameter, after = made()
     after.load(before.tensors(), before.numbers())
     parameter.grad = torch.full((3,), math.nan)
-    with pytest.raises(TexforceError, match="5 gradients in a row were not finite"):
+    with pytest.raises(TexforceError, match="too many gradients were not finite: 5 in a row"):
         after.step()
 
 

@@ -117,7 +117,9 @@ class TrainConfig:
     size: int | None = option(None, SAMPLING, "Width and height in pixels. Default: the model's own.", _positive)
     negative_prompt: str = option("", SAMPLING, "What the unconditional branch is given.")
     uncond_embedding: Literal["trained", "snapshot", "base"] = option(
-        "trained", SAMPLING, "Weights that embed the negative prompt: as trained, of the epoch's start, or of the base."
+        "trained",
+        SAMPLING,
+        "Weights that embed the negative prompt: as trained; approximation: snapshot, of the epoch's start, or base.",
     )
 
     rank: int = option(16, ADAPTER, "Rank of the LoRA.", _positive)
@@ -159,7 +161,7 @@ class TrainConfig:
     train_steps: str = option(
         "random:0.5",
         LEARNING,
-        "Denoising steps to train: first:N, random:F, all, or window:K, the first K, which alone draw noise then.",
+        "Denoising steps to train: first:N, random:F, all; approximation: window:K, the first K, which alone draw noise then.",
         _train_steps,
     )
     kl_target: float | None = option(
@@ -168,7 +170,12 @@ class TrainConfig:
     lr_schedule: Literal["constant", "cosine", "linear"] = option("cosine", LEARNING, "After the warm-up.")
     warmup: float = option(0.03, LEARNING, "Share of the updates with a rising learning rate.", _between(0, 1))
     weight_decay: float = option(1e-4, LEARNING, "Of AdamW.", _not_negative)
-    grad_norm: float = option(1.0, LEARNING, "Gradients are clipped to this norm.", _positive)
+    grad_norm: float = option(
+        1.0,
+        LEARNING,
+        "Gradients are clipped to this norm; one that is not finite is passed over, five in a row end the run.",
+        _positive,
+    )
 
     reward_option: list[str] = option([], REWARDS, "Option of a reward: NAME.key=value; may be repeated.")
     reward_timeout: float = option(
@@ -186,7 +193,10 @@ class TrainConfig:
         16, EVALUATION, "Held-out pictures (half of unseen prompts) to measure on, 2 or more; 0 = none.", _no_or_several
     )
     eval_steps: int | None = option(
-        None, EVALUATION, "Denoising steps of these pictures; default: as many as in training.", _positive
+        None,
+        EVALUATION,
+        "Denoising steps of these pictures; default: as many as in training. Approximation: to train in fewer.",
+        _positive,
     )
     eval_every: int = option(5, EVALUATION, "Epochs between measurements; 0 = only before and after.", _not_negative)
 

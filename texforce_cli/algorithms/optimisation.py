@@ -46,7 +46,7 @@ def learning_rate_factor(step: int, updates: int, warmup: float, schedule: LRSch
 
 
 MOST_LOST = 5
-"""So many gradients in a row that are not finite end a run."""
+"""So many gradients in a row that are not finite end a run; so does, later, more than a third of them."""
 
 
 _FUSED = ("cpu", "cuda")
@@ -65,7 +65,8 @@ class Optimisation:
         self.base_rate = settings.learning_rate
         self.loss_scale = settings.loss_scale
         self.updates = 0
-        self._lost = 0
+        self._lost = 0.0
+        """Gradients that were not finite; two finite ones make up for one."""
         self._adam = torch.optim.AdamW(
             self.parameters,
             lr=settings.learning_rate,
@@ -96,7 +97,7 @@ class Optimisation:
         of fp16 the loss is scaled by half from then on.
 
         Raises:
-            TexforceError: so many gradients in a row were not finite; the weights are those of the last one that was.
+            TexforceError: too many gradients were not finite; the weights are those of the last one that was.
         """
         for parameter in self.parameters:
             if parameter.grad is None:
@@ -115,10 +116,11 @@ class Optimisation:
             self._lost += 1
             if self._lost >= MOST_LOST:
                 raise TexforceError(
-                    f"{MOST_LOST} gradients in a row were not finite", "use --precision fp32 or bf16, or a lower --lr"
+                    f"too many gradients were not finite: {MOST_LOST} in a row, or more than a third of the last ones",
+                    "use --precision fp32 or bf16, or a lower --lr",
                 )
             return math.nan
-        self._lost = 0
+        self._lost = max(0.0, self._lost - 0.5)
         for group in self._adam.param_groups:
             group["lr"] = self.learning_rate
         self._adam.step()
@@ -163,7 +165,7 @@ class Optimisation:
         """Continue from `tensors()` and `numbers()`."""
         self.updates, self.base_rate = int(numbers["updates"]), float(numbers["base_rate"])
         self.loss_scale = float(numbers["loss_scale"])
-        self._lost = int(numbers.get("lost", 0))  # absent in checkpoints of before it was kept
+        self._lost = float(numbers.get("lost", 0))  # absent in checkpoints of before it was kept
         state = self._adam.state_dict()
         for name, value in tensors.items():
             if name.startswith("adam."):
