@@ -381,6 +381,25 @@ def test_a_process_that_was_stopped_itself_blames_nobody(
         assert ours.each("mine") == ["mine", "word"]
 
 
+@pytest.mark.parametrize("gets_on", [True, False])
+def test_a_slow_process_that_gets_on_is_waited_for(gets_on: bool) -> None:
+    store, looks = Missing(), list[int]()
+
+    def heed() -> None:
+        looks.append(1)
+        store.set("pulse/1", pickle.dumps(f"{len(looks)} {len(looks) * gets_on}"))
+        if len(looks) == 20:
+            store.set("1/1", pickle.dumps("word"))
+
+    with contextlib.closing(alone_with(store)) as ours:
+        ours.heed, ours._patience = heed, 0.4
+        if gets_on:
+            assert ours.each("mine") == ["mine", "word"]
+        else:
+            with pytest.raises(TexforceError, match=r"process 1 of 2 ended or hangs \(did not answer within 0.4 s\)"):
+                ours.each("mine")
+
+
 HANGS = """
 import time
 from texforce_cli.team import start

@@ -106,7 +106,11 @@ class TrainConfig:
         1, MODEL, "Share the work among so many processes here, a GPU each; the result is the same.", _between(1, 64)
     )
     process_timeout: float = option(
-        600.0, MODEL, "Seconds after which a process that does not answer ends the job.", _positive, unit="s"
+        600.0,
+        MODEL,
+        "Seconds after which a process that does not answer, and gets no batch done, ends the job.",
+        _positive,
+        unit="s",
     )
 
     steps: int = option(50, SAMPLING, "Denoising steps.", _positive)

@@ -55,7 +55,7 @@ class Processes(Team):
         self._store, self._sums = words, sums
         self._ended = ended
         self._patience = START
-        self._turn = 0
+        self._turn, self._looks = 0, 0
         self._stopped = threading.Event()
         self._pulse = threading.Thread(target=self._show_life, name="texforce-pulse", daemon=True)
         self._pulse.start()
@@ -133,6 +133,7 @@ class Processes(Team):
         return self.each(value if self.rank == 0 else None)[0]
 
     def look(self) -> None:
+        self._looks += 1
         try:
             self._see_who_left()
         except RuntimeError as error:
@@ -179,7 +180,7 @@ class Processes(Team):
         """What process `rank` says at this turn.
 
         Raises:
-            TexforceError, Interrupted: one of the others left and said why, ended, or lets this one wait too long.
+            TexforceError, Interrupted: one of the others left and said why, ended, or lets this one wait too long without getting on.
         """
         key, begun = f"{self._turn}/{rank}", time.monotonic()
         pulse, alive, looked = "", begun, begun
@@ -198,6 +199,8 @@ class Processes(Team):
                     shown = self._shown(rank)
                 except RuntimeError:
                     raise self._gone(error) from error
+                if pulse and _looks(shown) != _looks(pulse):  # slow, and not hanging
+                    begun = now
                 pulse, alive = (shown, now) if shown != pulse else (pulse, alive)
                 if ended := self._ended():
                     raise self._lost(ended) from None
@@ -218,7 +221,7 @@ class Processes(Team):
                 raise TexforceError(message if rank == 0 else f"process {rank}: {message}", hint)
 
     def _shown(self, rank: int) -> str:
-        """The last sign of life of process `rank`; "" before the first."""
+        """The last sign of life of process `rank`, with how often it has looked up from its work; "" before the first."""
         key = f"pulse/{rank}"
         return str(self._get(key)) if self._store.check([key]) else ""
 
@@ -253,9 +256,13 @@ class Processes(Team):
         while True:
             count += 1
             with contextlib.suppress(RuntimeError, TexforceError):  # the disk may be full for a moment only
-                self._set(f"pulse/{self.rank}", str(count))
+                self._set(f"pulse/{self.rank}", f"{count} {self._looks}")
             if self._stopped.wait(_PULSE):
                 return
+
+
+def _looks(shown: str) -> str:
+    return shown.partition(" ")[2]
 
 
 def _told(error: BaseException) -> tuple[str, str | None, int]:
