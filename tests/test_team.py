@@ -7,13 +7,14 @@ import json
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,12 @@ def follow_gradient(place: Processes) -> None:
     place.compute("cpu", 60)
     for dtype in (torch.float64, torch.float32):
         gradient(place, dtype)
+    place.total = unsummed  # type: ignore[method-assign]
+    gradient(place, torch.float32)
+
+
+def unsummed(tensors: Sequence[torch.Tensor]) -> None:
+    """What makes every process learn for itself."""
 
 
 @pytest.fixture(scope="module")
@@ -96,27 +103,19 @@ def alone() -> dict[torch.dtype, torch.Tensor]:
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_the_summed_gradient_is_that_of_one_process(count: int, alone: dict[torch.dtype, torch.Tensor]) -> None:
+def test_the_summed_gradient_is_that_of_one_process_and_without_the_sum_another_one(
+    count: int, alone: dict[torch.dtype, torch.Tensor]
+) -> None:
     with team(count, "cpu", follow_gradient) as ours:
         assert isinstance(ours, Processes)
         ours.compute("cpu", 60)
         found = {dtype: gradient(ours, dtype) for dtype in alone}
+        ours.total = unsummed  # type: ignore[method-assign]
+        broken = gradient(ours, torch.float32)
     for dtype, most in ((torch.float64, 1e-9), (torch.float32, 1e-5)):
         assert alone[dtype].norm() > 0
         assert ((found[dtype] - alone[dtype]).norm() / alone[dtype].norm()).item() <= most
-
-
-def follow_gradient_unsummed(place: Processes) -> None:
-    place.total = lambda tensors: None  # type: ignore[method-assign]
-    gradient(place, torch.float32)
-
-
-@pytest.mark.slow
-def test_without_the_sum_the_gradient_is_another_one(alone: dict[torch.dtype, torch.Tensor]) -> None:
-    with team(2, "cpu", follow_gradient_unsummed) as ours:
-        ours.total = lambda tensors: None  # type: ignore[method-assign]
-        found = gradient(ours, torch.float32)
-    assert ((found - alone[torch.float32]).norm() / alone[torch.float32].norm()).item() > 0.1
+    assert ((broken - alone[torch.float32]).norm() / alone[torch.float32].norm()).item() > 0.1
 
 
 def die(place: Processes) -> None:
@@ -514,7 +513,7 @@ def by_one(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("count", ["2", pytest.param("3", marks=pytest.mark.slow)])
-def test_a_run_of_several_processes_is_the_run_of_one(
+def test_a_run_of_several_processes_is_the_run_of_one_and_goes_on_with_one(
     count: str, by_one: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     patient, waited = Processes.be_patient, []
@@ -530,6 +529,10 @@ def test_a_run_of_several_processes_is_the_run_of_one(
     assert json.loads((tmp_path / "run" / "run.json").read_text())["processes"] == int(count)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     assert not multiprocessing.active_children()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "epoch_0003")
+    assert run(["train", "--resume", str(tmp_path / "run"), "--num-processes", "1"]) == 0
+    same(tmp_path / "run", by_one)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["processes"] == 1
 
 
 @pytest.mark.slow
