@@ -340,6 +340,38 @@ def test_what_a_plugin_prints_goes_to_stderr(
     assert capsys.readouterr() == ("", "registered\nmade\nscored\nclosed\n")
 
 
+@pytest.mark.parametrize("room", [3, 0])
+def test_a_reward_for_which_the_memory_is_too_full_scores_fewer_pictures_at_once(
+    room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from texforce_cli.rewards.builtin.pictures import Brightness
+
+    whole, asked, rewards = Brightness.score, list[int](), RewardSet([TermSpec("brightness")], load_registry())
+
+    def score(self: Brightness, images: Any, *about: Any) -> list[float]:
+        asked.append(len(images))
+        if len(images) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return list(whole(self, images, *about))
+
+    images = np.arange(7, dtype=np.uint8)[:, None, None, None] * np.full((1, 8, 8, 3), 20, np.uint8)
+    expected = rewards.score(images, ["a"] * 7, [{}] * 7)
+    monkeypatch.setattr(Brightness, "score", score)
+    if not room:
+        with pytest.raises(TexforceError, match=r"reward 'brightness' failed: OutOfMemoryError"):
+            rewards.score(images, ["a"] * 7, [{}] * 7)
+        return
+    found = rewards.score(images, ["a"] * 7, [{}] * 7)
+    assert found["brightness"].tolist() == expected["brightness"].tolist()
+    assert asked == [7, 3, 3, 1]
+    assert rewards.warnings() == [
+        "the memory was too full for reward 'brightness' and 7 images at once: it goes on with 3"
+    ]
+    assert not rewards.warnings()
+
+
 def test_a_reward_that_fails_at_its_end_keeps_no_other_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
     ended = []
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from texforce_cli.devices import claim, claimed
+from texforce_cli.devices import claim, claimed, full_memory, release
 from texforce_cli.errors import TexforceError, UsageError
 from texforce_cli.rewards import worker
 from texforce_cli.rewards.isolation import IsolatedReward, WorkerSettings
@@ -111,6 +111,9 @@ class RewardSet:
         self.normalize = normalize
         infos = [find(spec, registry) for spec in specs]  # every name is checked before anything is imported
         self._terms: list[_Term] = []
+        self._room: dict[str, int] = {}
+        """Pictures that a reward of this process scores at once, where the memory was too full for more."""
+        self._halved: list[str] = []
         self._ahead: dict[str, ThreadPoolExecutor] = {}
         self._here: ThreadPoolExecutor | None = None
         self._joining: ThreadPoolExecutor | None = None
@@ -217,8 +220,9 @@ class RewardSet:
         }
 
     def warnings(self) -> list[str]:
-        """What isolated rewards have to say since the last call."""
-        return [
+        """What isolated rewards have to say since the last call, and those of this process of a memory that was full."""
+        halved, self._halved = self._halved, []
+        return halved + [
             text for term in self._terms if isinstance(term.reward, IsolatedReward) for text in term.reward.warnings()
         ]
 
@@ -241,9 +245,8 @@ class RewardSet:
                 sentence = f"reward '{term.spec.name}' could not be closed: {worker.describe(error)}"
                 warnings.warn(sentence, RuntimeWarning, stacklevel=2)
 
-    @staticmethod
     def _scored(
-        term: _Term, images: NDArray[np.uint8], prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+        self, term: _Term, images: NDArray[np.uint8], prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> NDArray[np.float64]:
         name, wanted = term.spec.name, getattr(term.reward, "input", "pil")
         if wanted not in ("pil", "uint8"):
@@ -252,8 +255,7 @@ class RewardSet:
             if term.elsewhere:
                 values = np.asarray(term.reward.score(images, prompts, metadata))
             else:
-                with to_stderr():
-                    values = np.asarray(worker.score(term.reward, _given(images, wanted), prompts, metadata))
+                values = np.asarray(self._scored_here(term.reward, name, wanted, images, prompts, metadata))
         except TexforceError:
             raise
         except worker.WrongCount as error:
@@ -267,6 +269,41 @@ class RewardSet:
             raise TexforceError(
                 f"reward '{name}' returned {values[bad[0]]} for the prompt '{prompts[bad[0]][:80]}'",
                 "a reward must be finite; the epochs before this one are saved",
+            )
+        return values
+
+    def _scored_here(
+        self,
+        reward: Reward,
+        name: str,
+        wanted: str,
+        images: NDArray[np.uint8],
+        prompts: Sequence[str],
+        metadata: Sequence[Mapping[str, Any]],
+    ) -> list[float]:
+        """In this process, as many pictures at once as there is room for.
+
+        Raises:
+            torch.OutOfMemoryError: one picture alone is too much.
+        """
+        import torch
+
+        values: list[float] = []
+        while len(values) < len(prompts):
+            part = slice(len(values), len(values) + self._room.get(name, len(prompts)))
+            count = len(prompts[part])
+            try:
+                with to_stderr(), full_memory():
+                    values += worker.score(reward, _given(images[part], wanted), prompts[part], metadata[part])
+                continue
+            except torch.OutOfMemoryError:
+                if count == 1:
+                    raise
+            # outside the handler, which holds what the failed pass has filled
+            release(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+            self._room[name] = count // 2
+            self._halved.append(
+                f"the memory was too full for reward '{name}' and {count} images at once: it goes on with {count // 2}"
             )
         return values
 
