@@ -162,6 +162,7 @@ TRAIN = ["train", "--reward", "brightness", "--model", "tiny"]
         ([*TRAIN, "--device", "cuda:7"], ["the device 'cuda:7' is not available here"]),
         ([*TRAIN, "--size", "66"], ["is not a positive multiple of 4"]),
         ([*TRAIN, "--init-lora", "nowhere"], ["there is no LoRA 'nowhere'"]),
+        ([*TRAIN, "--init-lora", "nowhere", "--dry-run"], ["there is no LoRA 'nowhere'"]),
         ([*TRAIN, "--config", "bad.toml"], ["2 mistakes", "unknown key 'stepz'", "did you mean 'steps'", "--rank 0"]),
         ([*TRAIN, "--config", "none.toml"], ["there is no file 'none.toml'"]),
         ([*TRAIN, "--reward-option", "brightness.x=1"], ["has no option 'x'"]),

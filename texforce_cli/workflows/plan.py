@@ -17,7 +17,7 @@ from texforce_cli.diffusion.models import (
 )
 from texforce_cli.errors import UsageError
 from texforce_cli.files import user_path
-from texforce_cli.lora.read import find_lora
+from texforce_cli.lora.read import find_lora, read_lora
 from texforce_cli.lora.spec import parse_lora
 from texforce_cli.presets import Memory, computed_hours, computed_petaflop
 from texforce_cli.prompts import PromptSet, load_prompts
@@ -170,6 +170,7 @@ def _chosen(config: TrainConfig, origins: Mapping[str, str], source: ModelSource
     }
     if config.init_lora:
         spec = parse_lora(config.init_lora)
+        read_lora(spec.source)  # what cannot be begun with is told now, not when the model is loaded
         chosen["init_lora"] = str(replace(spec, source=_absolute(spec.source)))
     if device.type == "cpu":  # whose memory is never full: it swaps
         chosen["fit_micro_batch"] = False
