@@ -49,6 +49,19 @@ def test_a_constant_difference_has_no_spread() -> None:
     assert found.difference.half_width == 0
 
 
+def test_what_rounding_leaves_is_nothing() -> None:
+    """Two greys, 77 and 102, of 30 prompts and three seeds."""
+    dark, light = ({str(i): [level / 255] * 3 for i in range(30)} for level in (77, 102))
+    found = compare(light, dark)
+    assert (found.effect, found.detectable, found.difference.half_width) == (math.inf, 0, 0)
+    assert found.difference.mean == pytest.approx(25 / 255)
+    assert interval(unit_means(dark).tolist()).half_width == 0
+    stray = {p: [x + 5e-17 * (int(p) % 3) for x in row] for p, row in dark.items()}
+    same = compare(stray, dark)
+    assert (same.difference.mean, same.difference.half_width, same.p, same.win_rate, same.effect) == (0, 0, 1, 0.5, 0)
+    assert win_matrix({"a": stray, "b": dark})["a"]["b"] == 0.5
+
+
 def test_lower_may_be_better() -> None:
     tuned = {p: [x - 1 for x in v] for p, v in BASE.items()}
     assert compare(tuned, BASE, higher_is_better=False).win_rate == 1.0

@@ -25,6 +25,8 @@ ByPrompt = Mapping[str, Sequence[float]]
 RESAMPLES = 10_000
 FEWEST = 20
 _CHUNK = 2_000_000
+_ROUNDING = 1e-12
+"""Numbers that differ by less, as a share of the largest, differ by how they were rounded."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,21 @@ def unit_means(values: ByPrompt) -> Floats:
     return rows[0] if len(rows) == 1 else np.array([row.mean() for row in rows])
 
 
+def _without_dust(values: Floats, scale: float) -> Floats:
+    """Differences of numbers as large as `scale`, without the dust of rounding: 0 where it is all they are, and one value where
+    it is all that is between them."""
+    dust = _ROUNDING * scale
+    values = np.where(np.abs(values) <= dust, 0.0, values)
+    return np.full_like(values, np.median(values)) if np.ptp(values) <= dust else values
+
+
+def _differences(values: ByPrompt, baseline: ByPrompt) -> tuple[dict[str, Floats], float]:
+    """By prompt, seed by seed; and the largest magnitude of what they are differences of."""
+    pairs = {p: (np.asarray(values[p], np.float64), np.asarray(baseline[p], np.float64)) for p in values}
+    scale = max(float(np.abs(pair).max()) for pair in pairs.values())
+    return {p: _without_dust(ours - theirs, scale) for p, (ours, theirs) in pairs.items()}, scale
+
+
 def interval(values: Sequence[float], seed: int = 0) -> Interval:
     """Mean and 95 % interval of independent values: Student's t below 20, the expanded percentile bootstrap above.
 
@@ -57,9 +74,12 @@ def interval(values: Sequence[float], seed: int = 0) -> Interval:
     narrow. A single value has the interval from minus to plus infinity.
     """
     array = np.asarray(values, dtype=np.float64)
+    array = _without_dust(array, float(np.abs(array).max()))
     n, mean = len(array), float(array.mean())
     if n == 1:
         return Interval(mean, -math.inf, math.inf, 1)
+    if np.ptp(array) == 0:
+        return Interval(float(array[0]), float(array[0]), float(array[0]), n)
     if n < FEWEST:
         return mean_interval(array.tolist())
     tail = expanded_tail(n)
@@ -86,16 +106,16 @@ def compare(values: ByPrompt, baseline: ByPrompt, *, higher_is_better: bool = Tr
     """
     if values.keys() != baseline.keys() or any(len(values[p]) != len(baseline[p]) for p in values) or not values:
         raise ValueError("the values of the two do not belong together")
-    pairs = {p: np.asarray(values[p], dtype=np.float64) - np.asarray(baseline[p], dtype=np.float64) for p in values}
-    units = unit_means({p: row.tolist() for p, row in pairs.items()})
+    pairs, scale = _differences(values, baseline)
+    units = _without_dust(unit_means({p: row.tolist() for p, row in pairs.items()}), scale)
     sign = 1.0 if higher_is_better else -1.0
     won = unit_means({p: ((np.sign(sign * row) + 1) / 2).tolist() for p, row in pairs.items()})
-    n = len(units)
-    spread = float(units.std(ddof=1)) if n > 1 else math.nan
-    mean = float(units.mean())
+    n, difference = len(units), interval(units.tolist())
+    spread = 0.0 if np.ptp(units) == 0 else float(units.std(ddof=1))
+    mean = difference.mean
     reach = float(stats.t.ppf(0.975, n - 1) + stats.t.ppf(0.8, n - 1)) if n > 1 else math.nan
     return Comparison(
-        difference=interval(units.tolist()),
+        difference=difference,
         win_rate=float(won.mean()),
         p=signed_rank(units),
         effect=mean / spread if spread > 0 else (0.0 if mean == 0 else math.copysign(math.inf, mean)),
@@ -129,7 +149,8 @@ def win_matrix(values: Mapping[str, ByPrompt], *, higher_is_better: bool = True)
         matrix[row] = {}
         for column, theirs in values.items():
             if row != column:
-                rates = [np.mean((np.sign(sign * (np.array(ours[p]) - np.array(theirs[p]))) + 1) / 2) for p in ours]
+                pairs, _ = _differences(ours, theirs)
+                rates = [np.mean((np.sign(sign * pair) + 1) / 2) for pair in pairs.values()]
                 matrix[row][column] = float(np.mean(rates))
     return matrix
 
