@@ -347,6 +347,8 @@ def test_rankings_of_names_that_differ_in_signs_alone_have_a_section_each(tmp_pa
         folder.mkdir(parents=True)
         (folder / "summary.json").write_text(json.dumps(summary))
         (folder / "verdicts.jsonl").write_text("")
+    (tmp_path / "ranks" / "deep").mkdir()
+    (tmp_path / "ranks/deep/summary.json").write_text("[" * 100_000)
     page = dataclasses.replace(small_page(tmp_path), extra_tabs=ranking_tabs(tmp_path))
     assert len(page.extra_tabs) == 3
     text = write_page(page, tmp_path / "out").read_text(encoding="utf-8")

@@ -186,6 +186,44 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, text + "\n")
 
 
+def from_json(text: str) -> Any:
+    """What a JSON text says that somebody else may have written; its numbers fit into a float.
+
+    Raises:
+        ValueError: it is no JSON, is nested too deeply, or has a number that is not finite.
+    """
+    try:
+        return _JSON.decode(text)
+    except (RecursionError, OverflowError) as error:
+        raise ValueError(str(error)) from error
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file says that somebody else may have written.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: as `from_json`; it is not UTF-8.
+    """
+    return from_json(path.read_text(encoding="utf-8"))
+
+
+def _real(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is no finite number")
+    return value
+
+
+def _whole(text: str) -> int:
+    value = int(text)
+    float(value)
+    return value
+
+
+_JSON = json.JSONDecoder(parse_float=_real, parse_int=_whole, parse_constant=_real)
+
+
 def finite(value: Any) -> Any:
     """The same plain value with null for what is not finite: JSON knows no infinity."""
     if isinstance(value, float):

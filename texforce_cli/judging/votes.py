@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from texforce_cli.errors import UsageError
+from texforce_cli.files import read_json
 
 _POINTS = {"left": 1.0, "tie": 0.5, "right": 0.0}
 _LARGEST = 64_000_000
@@ -32,7 +32,7 @@ def read_votes(path: Path, data: str) -> list[Vote]:
     try:
         if path.stat().st_size > _LARGEST:
             raise ValueError("it is too large")
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = read_json(path)
         if document["texforce_votes"] != 1:
             raise ValueError("it is of another version")
         votes = [
@@ -40,7 +40,7 @@ def read_votes(path: Path, data: str) -> list[Vote]:
             for v in document["votes"]
         ]
         about = document["data"]
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
             f"'{path}' holds no votes ({str(error)[:100]})", "save them on the page's blind tab"
         ) from error

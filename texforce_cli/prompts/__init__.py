@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from texforce_cli.errors import UsageError
-from texforce_cli.files import user_path
+from texforce_cli.files import from_json, user_path
 from texforce_cli.presets import Family
 
 _SUFFIXES = (".txt", ".jsonl", ".csv")
@@ -105,7 +105,7 @@ def read_prompts(path: Path) -> PromptSet:
     for number, row in enumerate(rows, 1):
         values = dict(row)
         prompt, split = values.pop("prompt", None), values.pop("split", "seen") or "seen"
-        if not isinstance(prompt, str) or not prompt.strip() or not _is_unicode(prompt):
+        if not isinstance(prompt, str) or not prompt.strip():
             raise UsageError(f"prompt {number} of '{path}' is no text", "give each row a 'prompt'")
         if split not in splits:
             raise UsageError(f"prompt {number} of '{path}' has the split '{split}'", "write seen or unseen")
@@ -135,11 +135,6 @@ def _text(path: Path) -> str:
     return text
 
 
-def _is_unicode(text: str) -> bool:
-    """Whether it can be written down: JSON may hold half of a surrogate pair."""
-    return not any("\ud800" <= c <= "\udfff" for c in text)
-
-
 def _lines(text: str) -> list[str]:
     # not splitlines(): it also splits at characters that a prompt may hold
     return text.replace("\r\n", "\n").split("\n")
@@ -150,8 +145,13 @@ def _jsonl(path: Path, text: str) -> Iterable[Mapping[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            row = from_json(line)
+            json.dumps(row, ensure_ascii=False).encode("utf-8")  # JSON may hold half a character
+        except UnicodeEncodeError as error:
+            raise UsageError(
+                f"line {number} of '{path}' holds half a character", "correct its \\ud8... to \\udf..."
+            ) from error
+        except ValueError as error:
             raise UsageError(f"line {number} of '{path}' is not JSON", 'write {"prompt": "a cat"}') from error
         if not isinstance(row, dict):
             raise UsageError(f"line {number} of '{path}' is no JSON object", 'write {"prompt": "a cat"}')

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import json
 import os
 import re
 import urllib.error
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from texforce_cli.errors import TexforceError, quoted
-from texforce_cli.files import user_folder, write_bytes
+from texforce_cli.files import from_json, user_folder, write_bytes
 from texforce_cli.prompts import Prompt, PromptSet
 
 _RAW = "https://raw.githubusercontent.com"
@@ -55,15 +54,15 @@ def _lines(text: str) -> list[Prompt]:
 
 
 def _texts(text: str) -> list[Prompt]:
-    return [Prompt(str(row).strip()) for row in json.loads(text)]
+    return [Prompt(str(row).strip()) for row in from_json(text)]
 
 
 def _refl(text: str) -> list[Prompt]:
-    return [Prompt(str(row["text"]).strip()) for row in json.loads(text)]
+    return [Prompt(str(row["text"]).strip()) for row in from_json(text)]
 
 
 def _benchmark(text: str) -> list[Prompt]:
-    return [Prompt(str(row["prompt"]).strip(), {"id": str(row["id"])}) for row in json.loads(text)]
+    return [Prompt(str(row["prompt"]).strip(), {"id": str(row["id"])}) for row in from_json(text)]
 
 
 def _parti(text: str) -> list[Prompt]:
@@ -77,7 +76,7 @@ def _drawbench(text: str) -> list[Prompt]:
 
 
 def _geneval(text: str) -> list[Prompt]:
-    rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+    rows = [from_json(line) for line in text.splitlines() if line.strip()]
     return [Prompt(str(row.pop("prompt")).strip(), {"category": str(row.pop("tag")), **row}) for row in rows]
 
 

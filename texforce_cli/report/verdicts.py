@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from texforce_cli.files import from_json, read_json
 from texforce_cli.report.page import Tab, shown, template
 
 RANKS = "ranks"
@@ -27,9 +27,9 @@ def ranking_tabs(folder: Path, data: str = "") -> tuple[Tab, ...]:
     tabs = []
     for path in sorted(folder.glob(f"{RANKS}/*/summary.json")):
         try:
-            summary = json.loads(path.read_text(encoding="utf-8"))
+            summary = read_json(path)
             lines = (path.parent / "verdicts.jsonl").read_text(encoding="utf-8").split("\n")
-            verdicts = [json.loads(line) for line in lines if line]
+            verdicts = [from_json(line) for line in lines if line]
             tab_id = "rank-" + re.sub("[^a-z0-9-]", lambda found: f"-{ord(found[0]):x}", path.parent.name)
             ", ".join(summary["models"])
             _html(summary, verdicts, data, {})  # a summary of another version does not break the page

@@ -33,6 +33,17 @@ class DrawingOptions:
     precision: Precision = "fp32"
     allow_pickle: bool = False
 
+    def __post_init__(self) -> None:
+        for name, (lowest, highest) in _RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not lowest <= value <= highest:  # NaN lies nowhere
+                raise UsageError(f"--{name} {value} is not between {lowest} and {highest}", "give a number that is")
+        if self.scheduler not in SCHEDULERS:
+            raise UsageError(f"unknown scheduler '{self.scheduler}'", f"one of {', '.join(SCHEDULERS)}")
+
+
+_RANGES = {"steps": (1, 1000), "guidance": (1, 100), "eta": (0, 1), "size": (1, 16_384), "batch": (1, 100_000)}
+
 
 def source_for(model: str, trained: Mapping[str, Any], device: str = "auto") -> ModelSource:
     """The model asked for; `auto` is the one that the LoRA was trained on, where that is one of the known names."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from texforce_cli.files import write_json
+from texforce_cli.files import read_json, write_json
 from texforce_cli.workflows.evaluation.pictures import Item, is_drawn, picture_key, picture_path
 
 _FILE = "drawing.json"
@@ -52,10 +51,10 @@ class Layout:
 def read_layout(folder: Path, variant: str) -> Layout | None:
     """What is kept of a variant; None where there is nothing that can be read."""
     try:
-        stored = json.loads(_place(folder, variant).read_text(encoding="utf-8"))
+        stored = read_json(_place(folder, variant))
         batches = tuple(tuple(map(str, batch)) for batch in stored["batches"])
         return Layout(str(stored["asked"]), dict(stored["settings"]), int(stored["batch"]), batches)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 

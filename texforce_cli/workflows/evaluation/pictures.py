@@ -14,7 +14,7 @@ from PIL import Image
 
 from texforce_cli.core.seeds import derive
 from texforce_cli.errors import TexforceError, UsageError
-from texforce_cli.files import user_path
+from texforce_cli.files import from_json, user_path
 from texforce_cli.prompts import Prompt
 from texforce_cli.report.pictures import read_picture, save_png
 from texforce_cli.rewards.builtin.scores_file import picture_hash
@@ -126,7 +126,7 @@ def foreign_pictures(variant: Variant, items: Sequence[Item]) -> dict[Item, Path
     told = 0
     for path, prompt, seed in _told(folder):
         told += 1
-        item = wanted.get((prompt, seed))
+        item = wanted.get((prompt.strip(), seed))
         if item is not None and (first := found.setdefault(item, path)) != path:
             one, other = (f"{file.parent.name}/{file.name}" for file in (first, path))
             raise UsageError(
@@ -170,11 +170,14 @@ def _indexed(folder: Path, index: Path) -> Iterator[tuple[Path, str, int]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-            name, prompt, seed = row["file_name"], row.get("prompt", row.get("text")), int(row.get("seed", 0))
+            row = from_json(line)
+            name, prompt, seed = row["file_name"], row.get("prompt", row.get("text")), row.get("seed", 0)
+            if not isinstance(seed, int | str) or isinstance(seed, bool):
+                raise TypeError("no seed")
             path = (folder / name).resolve()
             inside = path.is_relative_to(folder.resolve())
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError, OSError) as error:
+            seed = int(seed)
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise UsageError(f"line {number} of '{index}' is no row", _ROW) from error
         if not isinstance(prompt, str) or not inside:
             raise UsageError(f"line {number} of '{index}' has no prompt, or names a file outside", "correct the line")
@@ -215,9 +218,11 @@ def collect(
 
 def _look(path: Path | None, key: str | None) -> Found | str:
     """The picture, or why there is none; `key` is the one that it must have."""
-    if path is None or not path.is_file():
+    if path is None:
         return "no picture"
     try:
+        if not path.is_file():
+            return "no picture"
         pixels = picture_hash(read_picture(path))
         with Image.open(path) as picture:
             written = picture.info.get("key")
@@ -225,5 +230,5 @@ def _look(path: Path | None, key: str | None) -> Found | str:
     except TexforceError as error:
         return error.message
     except _BROKEN as error:
-        return f"'{path.name}' cannot be read ({type(error).__name__})"
+        return f"'{path.name[:80]}' cannot be read ({type(error).__name__})"
     return Found(path, sha256, pixels) if key in (None, written) else "drawn with other settings"

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from texforce_cli.errors import TexforceError, UsageError
-from texforce_cli.files import write_json
+from texforce_cli.files import read_json, write_json
 from texforce_cli.presets import Family
 from texforce_cli.prompts import PromptSet, load_prompts
 from texforce_cli.workflows.drawing import DrawingOptions, source_for
-from texforce_cli.workflows.evaluation.variants import Variant, parse_images, parse_variant, read_variants
+from texforce_cli.workflows.evaluation.variants import (
+    Variant,
+    parse_images,
+    parse_variant,
+    read_variants,
+    variants_of,
+)
 from texforce_cli.workflows.loras import trained_on, training_of
 
 Stage = Literal["all", "images", "scores", "report"]
@@ -57,7 +63,7 @@ def recalled(request: EvalRequest) -> EvalRequest:
     """A request that names no variant is the one that the folder was made with, but for what it gives.
 
     Raises:
-        UsageError: the folder holds no evaluation.
+        UsageError: the folder holds no evaluation, or one of variants that cannot be.
         TexforceError: its record cannot be read.
     """
     record = request.out / _RECORD
@@ -66,19 +72,38 @@ def recalled(request: EvalRequest) -> EvalRequest:
     if not record.is_file():
         raise UsageError(f"'{request.out}' holds no evaluation", "give --variant, --prompts and --metric")
     try:
-        stored = json.loads(record.read_text(encoding="utf-8"))["request"]
-        variants = tuple(Variant(**{**v, "loras": tuple(v["loras"])}) for v in stored.pop("variants"))
-        known = {field.name for field in fields(EvalRequest)}
-        values = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in stored.items() if key in known
-        }
+        stored = dict(read_json(record)["request"])
+        tables = [_said(table) for table in stored.pop("variants")]
+        kinds = {name: kind for name, kind in get_type_hints(EvalRequest).items() if name not in _TRANSIENT}
+        values = {name: _typed(stored[name], kinds[name]) for name in kinds.keys() & stored.keys()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise TexforceError(f"'{record}' cannot be read", "give --variant, --prompts and --metric again") from error
+    variants = tuple(variants_of(tables, record))
     given = {*request.given, *(name for name in ("votes", "metrics") if getattr(request, name))}
     if "metrics" in given:
         given.add("metric_options")
     asked = {name: getattr(request, name) for name in (*_TRANSIENT, *given)}
     return replace(EvalRequest(request.out), **{**values, **asked, "variants": variants})
+
+
+def _said(table: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a recorded variant is not as it is where nobody says anything."""
+    usual = asdict(Variant(""))
+    return {key: value for key, value in table.items() if value not in (None, usual.get(key))}
+
+
+def _typed(value: Any, kind: Any) -> Any:
+    """A value of JSON as one of this kind.
+
+    Raises:
+        TypeError: it is of another.
+    """
+    if get_origin(kind) is tuple and isinstance(value, list):
+        return tuple(_typed(item, get_args(kind)[0]) for item in value)
+    plain = get_args(kind) if get_origin(kind) is UnionType else (kind,)
+    if type(value) in plain or (type(value) is int and float in plain) or any(value in get_args(k) for k in plain):
+        return value
+    raise TypeError(f"{value!r} is no {kind}")
 
 
 def record(request: EvalRequest, trained: Mapping[str, Sequence[str]]) -> None:
@@ -97,7 +122,7 @@ def record(request: EvalRequest, trained: Mapping[str, Sequence[str]]) -> None:
 def rewards_trained_on(request: EvalRequest) -> dict[str, list[str]]:
     """LoRA, as it was named -> the rewards that it was trained on; for one that is gone, as the folder remembers it."""
     try:
-        kept = json.loads((request.out / _RECORD).read_text(encoding="utf-8"))["trained_on"]
+        kept = read_json(request.out / _RECORD)["trained_on"]
     except (OSError, ValueError, KeyError, TypeError):
         kept = {}
     found: dict[str, list[str]] = {}

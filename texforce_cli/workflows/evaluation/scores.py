@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from texforce_cli.config import DIVERSITY
 from texforce_cli.core.comparison import diversity
 from texforce_cli.errors import TexforceError
-from texforce_cli.files import contents_hash, write_error
+from texforce_cli.files import contents_hash, from_json, write_error
 from texforce_cli.report.pictures import read_picture
 from texforce_cli.rewards.isolation import WorkerSettings
 from texforce_cli.rewards.registry import Registry, RewardInfo
@@ -82,7 +82,7 @@ class ScoreFile:
         together: list[tuple[Key, float]] = []
         for line in whole.decode("utf-8", "replace").split("\n"):
             try:
-                row = json.loads(line)
+                row = from_json(line)
                 key = (row["picture"], row["prompt"], row["metric"], row["version"])
                 value = float(row["value"])
                 number, count = row.get("batch", (1, 1))  # earlier versions of texforce wrote none

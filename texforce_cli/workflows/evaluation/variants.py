@@ -100,7 +100,15 @@ def read_variants(path: Path) -> list[Variant]:
         document = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"'{path}' cannot be read ({str(error).splitlines()[0]})", "check --variants") from error
-    tables = document.get("variants")
+    return variants_of(document.get("variants"), path)
+
+
+def variants_of(tables: Any, path: Path) -> list[Variant]:
+    """The variants that `path` says.
+
+    Raises:
+        UsageError: they are none; the sentence names the variant.
+    """
     if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
         raise UsageError(f"'{path}' has no [[variants]]", "give each variant a table with a name")
     return [_of_table(path, number, table) for number, table in enumerate(tables, 1)]
