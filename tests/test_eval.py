@@ -1327,14 +1327,16 @@ def test_the_report_alone_makes_no_reward(monkeypatch: pytest.MonkeyPatch) -> No
     assert Path("out/summary.json").read_bytes() == whole
 
 
-def test_what_one_variant_lacks_leaves_all_of_them_and_is_counted() -> None:
+def test_what_one_variant_lacks_leaves_all_of_them_and_is_counted(capsys: Any) -> None:
     elsewhere("a", GREYS)
     elsewhere("b", {cell: level + 100 for cell, level in GREYS.items() if cell != ("x", 0)})
     elsewhere("c", {cell: level + 200 for cell, level in GREYS.items() if cell != ("y", 1)})
     written("x\ny\nz\n")  # nobody has z
     assert compared(*BRIGHT, images=("a", "b", "c")) == 3
     found = summary()
-    assert found["unpaired"] == {"brightness": 2, "diversity": 0}
+    assert found["unpaired"] == {"brightness": 4, "diversity": 3}
+    sentence = "brightness: 4 pictures of each variant are left out"
+    assert sentence in capsys.readouterr().err and sentence in Path("out/report/index.html").read_text()
     assert [(r["prompts"], r["pictures"]) for r in found["rows"] if r["metric"] == "brightness"] == [(2, 2)] * 3
     assert row(found, "a", "brightness")["mean"] == pytest.approx(25 / 255)  # of 20 and 30 alone
     assert len(found["missing"]) == 2 + 3 * 2

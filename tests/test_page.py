@@ -641,12 +641,28 @@ def test_histograms_show_all_variants_and_take_one_out(browser: Browser, example
     browser.open(path)
     browser.section("scores")
     assert len(browser.all("#scores .plot")) == 3 and len(browser.all("#scores .plot .outline")) == 12
-    values = [p.scores["tiny-judge"] for (name, _, _), p in page.pictures.items() if name == "base"]
+    values = [
+        one.scores["tiny-judge"]
+        for (name, prompt, seed), one in page.pictures.items()
+        if name == "base" and all((v.name, prompt, seed) in page.pictures for v in page.variants)
+    ]
     assert f"base {sum(values) / len(values):.2f}" in browser.all("#scores .plot")[1].get_attribute("aria-label")
     browser.click("#scores .card:first-child .legend li:nth-child(2) input")
     assert [g.is_displayed() for g in browser.all("#scores .card:first-child .plot g")] == [True, False, True, True]
     browser.choose("scores", "Prompts", "unseen prompts")
     assert len(browser.all("#scores .plot .outline")) == 12
+
+
+@in_browser
+def test_what_one_variant_lacks_counts_in_no_plot(browser: Browser, tmp_path: Path) -> None:
+    """The base has all 12 prompts, another variant only nine of them."""
+    page = example_page(tmp_path, seeds=(0,), size=16, gaps=3)
+    browser.open(write_page(page, tmp_path / "report"))
+    browser.section("scores")
+    shared = [page.pictures["base", p.id, 0].scores["tiny-judge"] for p in page.prompts[:9]]
+    assert f"base {sum(shared) / 9:.2f}," in browser.all("#scores .plot")[1].get_attribute("aria-label")
+    browser.section("gains")
+    assert all(text.endswith("of 9 prompts") for text in browser.texts("#gains .halves h3"))
 
 
 @in_browser

@@ -171,6 +171,8 @@ def evaluate(
         write_json(result.summary.plain())
     else:
         _show(result.summary)
+        for sentence in result.summary.left_out:
+            warn(sentence)
     for sentence in result.sentences[:5]:
         warn(sentence)
     if len(result.missing) > 5:

@@ -122,7 +122,8 @@ class Page:
     """All that the page shows.
 
     `pictures` is keyed by variant, prompt id and seed; a key that is absent is shown as a gap. `wins[metric][a][b]` is
-    the share of pictures in which `a` beats `b`, ties counted half, prompts equally. `missing` says in sentences what could not be made.
+    the share of pictures in which `a` beats `b`, ties counted half, prompts equally. `missing` says in sentences what could not be made,
+    `left_out` how much therefore counts nowhere: what has no score in one variant is compared in none.
     """
 
     title: str
@@ -136,6 +137,7 @@ class Page:
     wins: Mapping[str, Mapping[str, Mapping[str, float]]]
     missing: Sequence[str]
     extra_tabs: Sequence[Tab] = ()
+    left_out: Sequence[str] = ()
 
 
 def write_page(

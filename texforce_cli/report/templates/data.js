@@ -38,11 +38,13 @@ const plural = (count, noun) => `${count.toLocaleString("en")} ${noun}${count ==
 const place = (variant, prompt, seed) => (variant * prompts.length + prompt) * seeds.length + seed;
 const score = (metric, variant, prompt, seed) => data.scores[metric][place(variant, prompt, seed)];
 
-/** Difference to the baseline of one picture; null where one of the two has no score. */
+/** Whether a cell counts, as in the table: every variant has a score there. */
+const paired = (metric, prompt, seed) => variants.every((_, variant) => score(metric, variant, prompt, seed) !== null);
+
+/** Difference to the baseline of one picture; null where some variant has no score. */
 function gain(metric, variant, prompt, seed) {
-  const own = score(metric, variant, prompt, seed);
-  const base = score(metric, baseline, prompt, seed);
-  return own === null || base === null ? null : own - base;
+  if (!paired(metric, prompt, seed)) return null;
+  return score(metric, variant, prompt, seed) - score(metric, baseline, prompt, seed);
 }
 
 const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.length;

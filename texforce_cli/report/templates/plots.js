@@ -155,7 +155,7 @@ section("scores", () => {
 
 function scoresOf(metric, variant, split) {
   const values = prompts.map((prompt, index) =>
-    split && prompt.split !== split ? [] : seeds.map((_, seed) => score(metric, variant, index, seed)),
+    split && prompt.split !== split ? [] : seeds.map((_, seed) => (paired(metric, index, seed) ? score(metric, variant, index, seed) : null)),
   );
   return present(values.flat());
 }

@@ -309,6 +309,7 @@ def _page(
         rows=summary.rows,
         wins=summary.wins,
         missing=[_sentence(entry) for entry in summary.missing],
+        left_out=summary.left_out,
     )
 
 

@@ -33,7 +33,7 @@ class MetricAbout:
 @dataclass(frozen=True)
 class Summary:
     """Everything that was found. `unpaired` counts, for each metric, the (prompt, seed) cells that lack a value in some
-    variant and therefore left all of them; `missing` says what lacks, and why."""
+    variant, or in every one, and therefore left all of them; of diversity, prompts. `missing` says what lacks, and why."""
 
     baseline: str
     variants: tuple[str, ...]
@@ -43,6 +43,16 @@ class Summary:
     unpaired: Mapping[str, int]
     missing: tuple[Mapping[str, Any], ...] = ()
     about: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def left_out(self) -> list[str]:
+        """The counts of `unpaired`, for people."""
+        cells = {metric.name: "pictures" if metric.by_picture else "prompts" for metric in self.metrics}
+        return [
+            f"{name}: {count} {cells[name]} of each variant are left out, as one of the variants or more has none or no score"
+            for name, count in self.unpaired.items()
+            if count
+        ]
 
     def plain(self) -> dict[str, Any]:
         """Plain values, in order, without a time: the same evaluation gives the same bytes. null is what is not finite."""
@@ -78,9 +88,9 @@ def summarise(
     groups = _groups(items, unseen)
     variants = tuple(values[0][1]) if values else ()
     for metric, by_variant in values:
-        asked = {item for found in by_variant.values() for item in found}
+        asked = len(items) if metric.by_picture else len(groups["all"])
         shared = [item for item in items if all(item in found for found in by_variant.values())]
-        unpaired[metric.name] = len(asked) - len(shared)
+        unpaired[metric.name] = asked - len(shared)
         if shared:
             wins[metric.name] = win_matrix(
                 {name: _by_prompt(found, shared) for name, found in by_variant.items()},
