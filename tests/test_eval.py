@@ -419,6 +419,39 @@ def test_a_dry_run_says_what_would_be_drawn_and_what_is_not_there_yet(prompts: s
     assert not Path("out").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        (["--size", "9"], 2, "the size 9 is not a positive multiple of 4"),
+        (["--device", "gpu"], 2, "the device 'gpu' is not available here"),
+        (["--unet", "empty"], 2, "the folder 'empty' holds no weights"),
+        (["--unet", "some/text_encoder"], 1, "'some/text_encoder' holds no unet, but text_encoder"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_would(arguments: list[str], code: int, sentence: str, capsys: Any) -> None:
+    Path("empty").mkdir()
+    pipeline = load_pipeline(resolve_model("tiny"), device=torch.device("cpu"), precision="fp32")
+    pipeline.text_encoder.save_pretrained("some/text_encoder")
+    for dry in (["--dry-run"], []):
+        assert evaluate("color", "--variant", "a=tiny", *arguments, *dry) == code
+        assert sentence in capsys.readouterr().err
+
+
+def test_whole_weights_of_every_variant_are_said_once(tmp_path: Path, capsys: Any) -> None:
+    Path("v.toml").write_text('[[variants]]\nname = "own"\nmodel = "tiny"\nunet = "u2"\n')
+    Path("g").mkdir()
+    short = ["plain=tiny", "short=tiny+text-encoder=t2"]
+    variants = gather_variants(short, Path("v.toml"), ["other=g"], unet="u1", text_encoder="t1")
+    assert [(v.name, v.unet, v.text_encoder) for v in variants] == [
+        ("plain", "u1", "t1"), ("short", "u1", "t2"), ("own", "u2", "t1"), ("other", None, None),
+    ]  # fmt: skip
+    assert evaluate("color", "--variant", "a=tiny", "--unet", "u1", "--text-encoder", "t1", "--dry-run", "--json") == 0
+    plan = json.loads(capsys.readouterr().out)["plan"]
+    assert (plan["not_there_yet"], plan["variants"][0]["description"]) == (["t1", "u1"], "tiny + unet u1 + text_encoder t1")  # fmt: skip
+    assert run(["eval", "--out", "out", "--unet", "u1"]) == 2
+    assert "--unet and --text-encoder are of no variant" in capsys.readouterr().err
+
+
 def test_votes_are_one_more_judge(prompts: str, lora: str, capsys: Any) -> None:
     arguments = ["--variant", "base=tiny", "--variant", f"tex=tiny+{lora}"]
     assert evaluate(prompts, *arguments) == 0
@@ -1199,6 +1232,16 @@ def test_a_category_that_is_called_as_a_group_has_rows_of_its_own() -> None:
     assert counted == {"all": 2, "category all": 1, "category seen": 1}
 
 
+def test_a_text_of_two_categories_counts_in_both() -> None:
+    elsewhere("a", GREYS)
+    rows = [("x", "one"), ("y", "one"), ("x", "two"), ("x", "one")]
+    written("".join(json.dumps({"prompt": p, "category": c}) + "\n" for p, c in rows), "p.jsonl")
+    assert compared(*BRIGHT, images=("a",), prompts="p.jsonl") == 0
+    counted = {r["group"]: r["prompts"] for r in summary()["rows"] if r["metric"] == "brightness"}
+    assert counted == {"all": 2, "one": 2, "two": 1}
+    assert 'a,x,0,seen,"one, two",brightness' in Path("out/scores.csv").read_text()
+
+
 def test_every_score_is_in_a_table(prompts: str) -> None:
     rows = [{"prompt": "x", "category": "=1+1"}, {"prompt": "y", "split": "unseen"}]
     written("".join(json.dumps(r) + "\n" for r in rows), "p.jsonl")
@@ -1384,6 +1427,8 @@ def test_a_path_that_cannot_be_is_one_sentence(arguments: list[str], sentence: s
 def test_a_path_that_ends_as_if_with_a_weight_is_whole(tmp_path: Path) -> None:
     for name in ("runs/a:1", "runs/b+c:0.5", "both", "both:2"):
         Path(name).mkdir(parents=True)
+    Path("unet=x.safetensors").write_bytes(b"")
+    assert parse_variant("x=tiny+unet=x.safetensors:2+unet=y.safetensors").loras == ("unet=x.safetensors:2",)
     variant = parse_variant("x=tiny+runs/a:1+runs/b+c:0.5+runs/b+c:0.5:-2+both:2+none:3")
     assert variant.loras == ("runs/a:1:1", "runs/b+c:0.5:1", "runs/b+c:0.5:-2", "both:2", "none:3")
     assert [parse_lora(text).source for text in variant.loras] == ["runs/a:1", "runs/b+c:0.5", "runs/b+c:0.5", "both", "none"]  # fmt: skip

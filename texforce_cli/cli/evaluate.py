@@ -57,6 +57,11 @@ def evaluate(
             rich_help_panel=_WHAT,
         ),
     ] = None,
+    unet: Annotated[
+        Optional[str],
+        typer.Option(help="Whole weights of every variant that names none: folder or file.", rich_help_panel=_WHAT),
+    ] = None,
+    text_encoder: Annotated[Optional[str], typer.Option(help="The same.", rich_help_panel=_WHAT)] = None,
     images: Annotated[
         Optional[list[str]],
         typer.Option(metavar="NAME=DIR", help="Pictures drawn elsewhere; repeatable.", rich_help_panel=_WHAT),
@@ -134,7 +139,7 @@ def evaluate(
     stage: Stage = "images" if images_only else "scores" if score_only else "report" if report_only else "all"
     request = run.EvalRequest(
         out=out,
-        variants=run.gather_variants(variant or [], variants, images or []),
+        variants=run.gather_variants(variant or [], variants, images or [], unet=unet, text_encoder=text_encoder),
         baseline=baseline,
         prompts=prompts,
         seeds=tuple(parse_seeds(seeds)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from texforce_cli.core.ddim import Schedule, at_least_fp32
 from texforce_cli.errors import TexforceError, UsageError
+from texforce_cli.presets import Family
 
 if TYPE_CHECKING:
     from texforce_cli.diffusion.adapters import Adapter
@@ -258,15 +259,28 @@ def _schedule(scheduler: Any, denoising: Denoising) -> Schedule:
     )
 
 
+PIXELS: Mapping[Family, int] = {"tiny": 4, "sd": 8}
+"""That a latent stands for, along one side."""
+
+
+def latent_side(size: int, factor: int) -> int:
+    """How many latents a side of `size` pixels has.
+
+    Raises:
+        UsageError: no whole number.
+    """
+    if size % factor or size <= 0:
+        raise UsageError(
+            f"the size {size} is not a positive multiple of {factor}", f"use {max(1, size // factor) * factor}"
+        )
+    return size // factor
+
+
 def _latent_shape(pipeline: Any, size: int | None) -> tuple[int, int, int]:
     factor = int(pipeline.vae_scale_factor)
     if size is None:
         native = pipeline.unet.config.sample_size
         side = int(native if isinstance(native, int) else native[0])
-    elif size % factor or size <= 0:
-        raise UsageError(
-            f"the size {size} is not a positive multiple of {factor}", f"use {max(1, size // factor) * factor}"
-        )
     else:
-        side = size // factor
+        side = latent_side(size, factor)
     return int(pipeline.unet.config.in_channels), side, side

@@ -27,6 +27,12 @@ class Prompt:
     text: str
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def category(self) -> str:
+        """That its file gives it; "" for none."""
+        category = self.metadata.get("category")
+        return str(category).strip() if isinstance(category, str | int | float) else ""
+
 
 @dataclass(frozen=True)
 class PromptSet:

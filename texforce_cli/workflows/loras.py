@@ -9,7 +9,7 @@ from typing import Any
 
 from texforce_cli.diffusion.models import replace_weights
 from texforce_cli.errors import TexforceError
-from texforce_cli.lora.full import open_full
+from texforce_cli.lora.full import FullWeights, open_full
 from texforce_cli.lora.lora import Lora
 from texforce_cli.lora.read import read_lora
 from texforce_cli.lora.spec import LoraSpec, parse_lora
@@ -94,8 +94,18 @@ def put_weights(pipeline: Any, component: str, source: str, *, allow_pickle: boo
     Raises:
         UsageError, TexforceError: as `open_full`; weights of another kind of model, or not whole.
     """
-    weights = open_full(source, allow_pickle=allow_pickle)
+    weights = weights_of(component, source, allow_pickle=allow_pickle)
     own = [name for name in weights.places if name.startswith(f"{component}.")]
-    if not own:
-        raise TexforceError(f"'{source}' holds no {component}, but {', '.join(weights.components)}", "check the file")
     replace_weights(pipeline, component, source, own, weights.read)
+
+
+def weights_of(component: str, source: str, *, allow_pickle: bool = False) -> FullWeights:
+    """What a folder or file holds of the U-Net or text encoder; nothing is read but names.
+
+    Raises:
+        UsageError, TexforceError: as `open_full`; it holds none of them.
+    """
+    weights = open_full(source, allow_pickle=allow_pickle)
+    if component not in weights.components:
+        raise TexforceError(f"'{source}' holds no {component}, but {', '.join(weights.components)}", "check the file")
+    return weights

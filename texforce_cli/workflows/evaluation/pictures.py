@@ -30,11 +30,13 @@ _BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 @dataclass(frozen=True)
 class Item:
-    """One cell of an evaluation: a prompt and one of the seeds; `metadata` is what the prompt's file says beside."""
+    """One cell of an evaluation: a prompt and one of the seeds; `metadata` is what the prompt's file says beside, and
+    `categories` are those of every line that has the text."""
 
     text: str
     seed: int
     metadata: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    categories: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def prompt_id(self) -> str:
@@ -65,10 +67,15 @@ class Found:
 
 
 def items_of(prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Item]:
-    """Every prompt with every seed; a text that stands twice counts once."""
-    distinct = {prompt.text: prompt for prompt in reversed(prompts)}
-    ordered = [distinct[text] for text in dict.fromkeys(prompt.text for prompt in prompts)]
-    return [Item(prompt.text, seed, prompt.metadata) for prompt in ordered for seed in dict.fromkeys(seeds)]
+    """Every prompt with every seed; a text that stands twice counts once, but in each of its categories."""
+    lines: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        lines.setdefault(prompt.text, []).append(prompt)
+    return [
+        Item(text, seed, same[0].metadata, tuple(dict.fromkeys(p.category for p in same if p.category)))
+        for text, same in lines.items()
+        for seed in dict.fromkeys(seeds)
+    ]
 
 
 def picture_path(folder: Path, variant: str, item: Item) -> Path:

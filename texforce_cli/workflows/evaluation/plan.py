@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from texforce_cli.devices import resolve_device
+from texforce_cli.diffusion.policy import PIXELS, latent_side
 from texforce_cli.errors import UsageError
 from texforce_cli.rewards.registry import load_registry
 from texforce_cli.rewards.terms import parse_terms
@@ -12,7 +14,7 @@ from texforce_cli.workflows.evaluation.pictures import items_of
 from texforce_cli.workflows.evaluation.request import EvalRequest, prompts_of, recalled
 from texforce_cli.workflows.evaluation.scores import metrics_of
 from texforce_cli.workflows.evaluation.variants import check_variants, placed
-from texforce_cli.workflows.loras import training_of
+from texforce_cli.workflows.loras import training_of, weights_of
 
 
 def plan_eval(request: EvalRequest) -> dict[str, Any]:
@@ -23,6 +25,7 @@ def plan_eval(request: EvalRequest) -> dict[str, Any]:
     """
     request = recalled(request)
     baseline = check_variants(request.variants, request.baseline)
+    resolve_device(request.device)
     metrics = metrics_of(parse_terms(request.metrics, request.metric_options), load_registry())
     prompts = prompts_of(request)
     items = items_of([*prompts.seen, *prompts.unseen], request.seeds)
@@ -34,7 +37,11 @@ def plan_eval(request: EvalRequest) -> dict[str, Any]:
                 trained.setdefault(variant.name, training_of(text, allow_pickle=request.allow_pickle))
             except UsageError:
                 absent.append(text)
-        absent += [path for path in variant.replaced.values() if not placed(path)]
+        for component, path in variant.replaced.items():
+            if placed(path):
+                weights_of(component, path, allow_pickle=request.allow_pickle)
+            else:
+                absent.append(path)
     first = next((about for about in trained.values() if about), {})
     variants = []
     for variant in request.variants:
@@ -42,6 +49,8 @@ def plan_eval(request: EvalRequest) -> dict[str, Any]:
         if not variant.images:
             source = source_for(variant.model, trained.get(variant.name) or first, request.device)
             denoising = denoising_for(request, first, source.family)
+            if request.size is not None:
+                latent_side(request.size, PIXELS[source.family])
             branches = 1 if denoising.guidance == 1 else 2
             about |= {"model": source.name, "steps": denoising.steps, "guidance": denoising.guidance}
             about["unet_calls"] = len(items) * denoising.steps * branches

@@ -53,10 +53,27 @@ class EvalRequest(DrawingOptions):
     given: tuple[str, ...] = ()
 
 
-def gather_variants(short: Sequence[str], file: Path | None, images: Sequence[str]) -> tuple[Variant, ...]:
-    """The variants of `--variant`, `--variants FILE` and `--images`, in this order."""
-    listed = read_variants(file) if file else []
-    return (*map(parse_variant, short), *listed, *map(parse_images, images))
+def gather_variants(
+    short: Sequence[str],
+    file: Path | None,
+    images: Sequence[str],
+    *,
+    unet: str | None = None,
+    text_encoder: str | None = None,
+) -> tuple[Variant, ...]:
+    """The variants of `--variant`, `--variants FILE` and `--images`, in this order; `unet` and `text_encoder` are whole weights of
+    those that are drawn and name none themselves.
+
+    Raises:
+        UsageError: what is said of a variant cannot be, or weights of no variant.
+    """
+    drawn = [*map(parse_variant, short), *(read_variants(file) if file else [])]
+    if (unet or text_encoder) and not drawn:
+        raise UsageError("--unet and --text-encoder are of no variant", "give --variant or --variants beside them")
+    weighted = [
+        v if v.images else replace(v, unet=v.unet or unet, text_encoder=v.text_encoder or text_encoder) for v in drawn
+    ]
+    return (*weighted, *map(parse_images, images))
 
 
 def recalled(request: EvalRequest) -> EvalRequest:

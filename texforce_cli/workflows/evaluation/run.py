@@ -38,7 +38,6 @@ from texforce_cli.workflows.evaluation.summary import (
     Summary,
     Values,
     adjusted,
-    category_of,
     summarise,
     write_scores,
     write_summary,
@@ -300,7 +299,7 @@ def _page(
                 key,
                 prompt.text,
                 ("unseen" if prompt.text in unseen else "seen") if both else "",
-                category_of(prompt),
+                ", ".join(prompt.categories),
             )
             for key, prompt in shown.items()
         ],

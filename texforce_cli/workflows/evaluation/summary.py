@@ -11,7 +11,6 @@ from typing import Any
 
 from texforce_cli.core.comparison import ByPrompt, Comparison, compare, holm, interval, unit_means, win_matrix
 from texforce_cli.files import csv_cell, finite, write_json, write_text
-from texforce_cli.prompts import Prompt
 from texforce_cli.report.page import Row
 from texforce_cli.workflows.evaluation.pictures import Item
 
@@ -123,7 +122,7 @@ def write_scores(
             item.text,
             item.seed if metric.by_picture else None,
             "unseen" if item.text in unseen else "seen",
-            category_of(item),
+            ", ".join(item.categories),
             metric.name,
             found[item],
         ]
@@ -142,12 +141,6 @@ def _write_table(path: Path, names: Sequence[str], rows: Sequence[Sequence[Any]]
     write_text(path, text.getvalue())
 
 
-def category_of(about: Item | Prompt) -> str:
-    """The category that a prompt's file gives it; "" for none."""
-    category = about.metadata.get("category")
-    return str(category).strip() if isinstance(category, str | int | float) else ""
-
-
 def _groups(items: Sequence[Item], unseen: frozenset[str]) -> dict[str, set[str]]:
     """Group -> texts: all; seen and unseen where there are both; categories where there are several."""
     texts = {item.text for item in items}
@@ -156,7 +149,7 @@ def _groups(items: Sequence[Item], unseen: frozenset[str]) -> dict[str, set[str]
         groups |= {"seen": texts - unseen, "unseen": texts & unseen}
     categories: dict[str, set[str]] = {}
     for item in items:
-        if category := category_of(item):
+        for category in item.categories:
             categories.setdefault(category, set()).add(item.text)
     if len(categories) > 1:
         taken = ("all", "seen", "unseen")

@@ -190,9 +190,11 @@ def _divide(text: str) -> list[str]:
 
 
 def _component(piece: str) -> tuple[str, str]:
-    """Which component a part gives whole weights to ("" for a LoRA), and the path that it names."""
+    """Which component a part gives whole weights to ("" for a LoRA, also in a file that is called so), and the path that it names."""
     name, equals, path = piece.partition("=")
-    return (_COMPONENTS[name], path) if equals and name in _COMPONENTS else ("", piece)
+    if not equals or name not in _COMPONENTS or placed(piece) or placed(parse_lora(piece).source):
+        return "", piece
+    return _COMPONENTS[name], path
 
 
 def _telling(text: str) -> str:
