@@ -546,6 +546,28 @@ def test_the_commands_of_a_recipe_are_sound(name: str, fetched: None, capsys: An
     assert all(path in text.split("[[variants]]")[1] for path in others)  # in the comment above the row
 
 
+def test_a_recipe_says_which_prompts_are_still_to_be_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setenv("TEXFORCE_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    command = [
+        "eval",
+        "--variants",
+        str(RECIPES / "table3.toml"),
+        "--prompts",
+        "imagereward-100",
+        "--metric",
+        "image-reward",
+    ]
+    assert run([*command, "--dry-run", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)["plan"]
+    assert "imagereward-100" in plan["not_there_yet"]
+    assert (plan["prompts"]["count"], plan["variants"][0]["pictures"]) == (100, 400)
+    assert run(command) == 1
+    assert "the prompts 'imagereward-100' are not on this machine" in capsys.readouterr().err
+
+
 def test_separators_survive_paths(tmp_path: Path) -> None:
     odd = tmp_path / "a+b=c:1"
     odd.mkdir()

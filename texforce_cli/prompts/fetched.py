@@ -90,6 +90,11 @@ _HPS_STYLES = {
     "photo": "92a3c9a0f743f66eb87bd112cdda830d6bdb4c073c86021d53b74001fcb18052",
 }
 
+
+class NotFetched(TexforceError):
+    """Prompts that are not on this machine and cannot be fetched now."""
+
+
 FETCHED: dict[str, _Source] = {
     # the prompts that ReFL was trained with (Apache-2.0)
     "imagereward-train": _Source(*_IMAGEREWARD, _refl, (_File("data/refl_data.json", 9_000),)),
@@ -136,7 +141,8 @@ def fetch(name: str) -> PromptSet:
     """The set `name`, from the cache or the network.
 
     Raises:
-        TexforceError: it is not cached and cannot be fetched, is not what it should be, or holds fewer prompts.
+        NotFetched: it is not cached and cannot be fetched.
+        TexforceError: it is not what it should be, or holds fewer prompts.
     """
     source = FETCHED[name]
     read = _from_hub if source.on_hub else _from_github
@@ -144,6 +150,11 @@ def fetch(name: str) -> PromptSet:
         [prompt for file in files for prompt in read(name, source, file)] for files in (source.seen, source.unseen)
     )
     return PromptSet(name, str(source), tuple(seen), tuple(unseen))
+
+
+def least_count(name: str) -> int:
+    """How many prompts the set `name` has at least, also where it was never fetched."""
+    return sum(file.count for file in (*FETCHED[name].seen, *FETCHED[name].unseen))
 
 
 def _from_github(name: str, source: _Source, file: _File) -> list[Prompt]:
@@ -175,7 +186,7 @@ def _from_hub(name: str, source: _Source, file: _File) -> list[Prompt]:
         why = f"could not be fetched ({type(error).__name__})"
         if constants.is_offline_mode():
             why = "are not on this machine and HF_HUB_OFFLINE is set"
-        raise TexforceError(f"the prompts '{name}' {why}", remedy) from error
+        raise NotFetched(f"the prompts '{name}' {why}", remedy) from error
     cached = Path(found).resolve()
     what, mend, data = f"'{cached}'", "delete it, and it is fetched again", cached.read_bytes()
     # the Hub's cache calls a file by the hash that git has for it
@@ -207,11 +218,11 @@ def _checked(source: _Source, file: _File, data: bytes, what: str, remedy: str) 
 def _download(name: str, url: str, cached: Path) -> bytes:
     remedy = f"fetch {url} where there is a network and save it as '{cached}'"
     if os.environ.get("HF_HUB_OFFLINE") == "1":
-        raise TexforceError(f"the prompts '{name}' are not on this machine and HF_HUB_OFFLINE is set", remedy)
+        raise NotFetched(f"the prompts '{name}' are not on this machine and HF_HUB_OFFLINE is set", remedy)
     try:
         with urllib.request.urlopen(url, timeout=_SECONDS) as answer:
             data: bytes = answer.read(_LARGEST)
     except (urllib.error.URLError, OSError) as error:
         reason = getattr(error, "reason", error)
-        raise TexforceError(f"the prompts '{name}' could not be fetched ({reason})", remedy) from error
+        raise NotFetched(f"the prompts '{name}' could not be fetched ({reason})", remedy) from error
     return data

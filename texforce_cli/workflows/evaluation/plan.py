@@ -7,10 +7,10 @@ from typing import Any
 from texforce_cli.devices import resolve_device
 from texforce_cli.diffusion.policy import PIXELS, latent_side
 from texforce_cli.errors import UsageError
+from texforce_cli.prompts.fetched import NotFetched, least_count
 from texforce_cli.rewards.registry import load_registry
 from texforce_cli.rewards.terms import parse_terms
 from texforce_cli.workflows.drawing import denoising_for, source_for
-from texforce_cli.workflows.evaluation.pictures import items_of
 from texforce_cli.workflows.evaluation.request import EvalRequest, prompts_of, recalled
 from texforce_cli.workflows.evaluation.scores import metrics_of
 from texforce_cli.workflows.evaluation.variants import check_variants, placed
@@ -18,18 +18,24 @@ from texforce_cli.workflows.loras import training_of, weights_of
 
 
 def plan_eval(request: EvalRequest) -> dict[str, Any]:
-    """What would be drawn and scored, as plain values; LoRAs that are not there yet are named, no weights are loaded.
+    """What would be drawn and scored, as plain values; what is not there yet (LoRAs, weights, prompts to fetch) is
+    named, no weights are loaded.
 
     Raises:
-        UsageError, TexforceError: as `evaluate`, but for missing LoRAs.
+        UsageError, TexforceError: as `evaluate`, but for what is not there yet.
     """
     request = recalled(request)
     baseline = check_variants(request.variants, request.baseline)
     resolve_device(request.device)
     metrics = metrics_of(parse_terms(request.metrics, request.metric_options), load_registry())
-    prompts = prompts_of(request)
-    items = items_of([*prompts.seen, *prompts.unseen], request.seeds)
     absent: list[str] = []
+    try:
+        prompts = prompts_of(request)
+        name, count = prompts.name, len({prompt.text for prompt in (*prompts.seen, *prompts.unseen)})
+    except NotFetched:
+        absent.append(request.prompts)
+        name, count = request.prompts, least_count(request.prompts)
+    pictures = count * len(set(request.seeds))
     trained: dict[str, dict[str, Any]] = {}
     for variant in request.variants:
         for text in variant.loras:
@@ -45,7 +51,7 @@ def plan_eval(request: EvalRequest) -> dict[str, Any]:
     first = next((about for about in trained.values() if about), {})
     variants = []
     for variant in request.variants:
-        about: dict[str, Any] = {"name": variant.name, "description": variant.description, "pictures": len(items)}
+        about: dict[str, Any] = {"name": variant.name, "description": variant.description, "pictures": pictures}
         if not variant.images:
             source = source_for(variant.model, trained.get(variant.name) or first, request.device)
             denoising = denoising_for(request, first, source.family)
@@ -53,11 +59,11 @@ def plan_eval(request: EvalRequest) -> dict[str, Any]:
                 latent_side(request.size, PIXELS[source.family])
             branches = 1 if denoising.guidance == 1 else 2
             about |= {"model": source.name, "steps": denoising.steps, "guidance": denoising.guidance}
-            about["unet_calls"] = len(items) * denoising.steps * branches
+            about["unet_calls"] = pictures * denoising.steps * branches
         variants.append(about)
     return {
         "baseline": baseline,
-        "prompts": {"name": prompts.name, "count": len({item.text for item in items})},
+        "prompts": {"name": name, "count": count},
         "seeds": list(request.seeds),
         "variants": variants,
         "metrics": [metric.name for metric in metrics],
