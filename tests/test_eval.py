@@ -11,6 +11,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -44,7 +45,7 @@ from texforce_cli.rewards.isolation import WorkerSettings
 from texforce_cli.rewards.places import Place
 from texforce_cli.rewards.registry import Registry, RewardInfo
 from texforce_cli.rewards.terms import TermSpec
-from texforce_cli.team import launched
+from texforce_cli.team import Team, launched, processes
 from texforce_cli.workflows import drawing
 from texforce_cli.workflows.evaluation import draw, sharing
 from texforce_cli.workflows.evaluation import run as running
@@ -286,11 +287,34 @@ def test_several_processes_draw_the_same(prompts: str, monkeypatch: pytest.Monke
     assert evaluate(prompts, *arguments, "--num-processes", "2", out="two") == 0
     assert Path("one/summary.json").read_bytes() == Path("two/summary.json").read_bytes()
     command = [sys.executable, "-m", "texforce_cli", *command_of(prompts, "launched")]
-    environments = [{**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"} for rank in range(2)]
+    meeting = launcher()
+    environments = [{**os.environ, **meeting, "RANK": str(rank), "WORLD_SIZE": "2"} for rank in range(2)]
     processes = [subprocess.Popen([*command, *arguments], env=env, stderr=subprocess.DEVNULL) for env in environments]
     assert [process.wait(300) for process in processes] == [0, 0]
     assert Path("launched/summary.json").read_bytes() == Path("one/summary.json").read_bytes()
-    assert not list(Path("launched").glob(".drawn*"))
+
+
+def launcher() -> dict[str, str]:
+    """Where the processes of a launcher meet."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+
+
+@pytest.mark.slow
+def test_a_launchers_process_that_dies_is_named_and_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    elsewhere("a", GREYS)
+    written("x\ny\n")
+    monkeypatch.setattr(processes, "_PULSELESS", 4.0)
+    for name, value in {**launcher(), "WORLD_SIZE": "2", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    dying = "from texforce_cli.team.start import joined; joined().be_patient(1e9); import os; os._exit(1)"
+    other = subprocess.Popen([sys.executable, "-c", dying], env={**os.environ, "RANK": "1"})
+    assert compared(*BRIGHT, images=("a",)) == 1
+    assert "process 1 of 2 ended or hangs" in (error := capsys.readouterr().err) and "run the command again" in error
+    other.wait()
 
 
 def refusing(monkeypatch: pytest.MonkeyPatch, error: BaseException, when: Callable[[list[str]], bool]) -> list[int]:
@@ -1085,6 +1109,19 @@ def test_of_a_launchers_processes_the_first_scores_reports_and_speaks(
     elsewhere("a", GREYS)
     written("x\ny\n")
     shares: list[tuple[int, int]] = []
+
+    class Apart(Team):
+        """A place among two that hears of nobody."""
+
+        size = 2
+
+        def __init__(self) -> None:
+            self.rank = int(os.environ["RANK"])
+
+        def part(self) -> None:
+            """Go."""
+
+    monkeypatch.setattr(sharing, "joined", Apart)
     monkeypatch.setattr(sharing, "draw_share", lambda request, shard, listener: shares.append(shard))
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank, documents in (("1", 0), ("0", 1)):

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import hashlib
-import json
+import math
 import multiprocessing
 import os
 import threading
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
 from texforce_cli.errors import Interrupted, TexforceError
-from texforce_cli.files import write_text
 from texforce_cli.team import launched
+from texforce_cli.team.processes import Lost, Processes
+from texforce_cli.team.start import joined
 from texforce_cli.workflows.evaluation.draw import draw_share
 from texforce_cli.workflows.evaluation.pictures import Item
 from texforce_cli.workflows.evaluation.request import EvalRequest, recalled
@@ -42,12 +41,14 @@ def evaluate_in(processes: int, request: EvalRequest, listener: Listener = silen
     draws = request.stage in ("all", "images")
     if rank:
         if draws:
-            _follow(request, rank, world)
+            _follow(request)
         return EvalResult(request.out, None, None, ())
     if not draws or world == processes == 1:
         return evaluate(request, listener)
-    beforehand = functools.partial(_lead if world > 1 else _share, world if world > 1 else processes, listener)
-    return evaluate(request, listener, beforehand=beforehand)
+    if world == 1:
+        return evaluate(request, listener, beforehand=functools.partial(_share, processes, listener))
+    with _among_others() as place:
+        return evaluate(request, listener, beforehand=functools.partial(_lead, place, listener))
 
 
 def _share(processes: int, listener: Listener, request: EvalRequest, items: Sequence[Item], stop: StopRequest) -> None:
@@ -85,28 +86,40 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _follow(request: EvalRequest, rank: int, world: int) -> None:
+@contextlib.contextmanager
+def _among_others() -> Iterator[Processes]:
+    """This process's place among those of a launcher, who are told where it fails.
+
+    Raises:
+        TexforceError: they did not find each other; one of the others failed, ended or hangs.
+    """
+    with contextlib.closing(joined()) as place:
+        try:
+            yield place
+        except Lost as error:
+            raise TexforceError(
+                error.message, "see its messages; what is drawn is kept: run the command again"
+            ) from error
+        except BaseException as error:
+            place.leave(error)
+            raise
+
+
+def _follow(request: EvalRequest) -> None:
     """One of a launcher's processes but the first."""
     request = recalled(request)
     check_variants(request.variants, request.baseline)
-    mine = _marker(request, rank, world)
-    mine.unlink(missing_ok=True)
-    draw_share(request, (rank, world), silent)
-    write_text(mine, "")
+    with _among_others() as place:
+        place.be_patient(math.inf)
+        draw_share(request, (place.rank, place.size), silent)
+        place.each(None)
+        place.part()
 
 
-def _lead(world: int, listener: Listener, request: EvalRequest, items: Sequence[Item], stop: StopRequest) -> None:
+def _lead(place: Processes, listener: Listener, request: EvalRequest, items: Sequence[Item], stop: StopRequest) -> None:
     """The first of a launcher's processes: draw a part, then wait for the others' parts, which lie in the same folder."""
-    draw_share(request, (0, world), listener)
-    markers = [_marker(request, rank, world) for rank in range(1, world)]
-    while not all(marker.exists() for marker in markers):
-        stop.check()
-        time.sleep(0.2)
-    for marker in markers:
-        marker.unlink(missing_ok=True)
-
-
-def _marker(request: EvalRequest, rank: int, world: int) -> Path:
-    """The file that says that a process has drawn its part of this request."""
-    asked = json.dumps(asdict(replace(request, out=Path())), sort_keys=True, default=str)
-    return request.out / f".drawn-{hashlib.sha256(asked.encode()).hexdigest()[:12]}-{rank}-of-{world}"
+    place.heed = stop.heed
+    place.be_patient(math.inf)  # a share takes as long as it takes; whoever ends or shows no life is named
+    draw_share(request, (0, place.size), listener)
+    place.each(None)
+    place.part()
