@@ -289,8 +289,10 @@ def test_several_processes_draw_the_same(prompts: str, monkeypatch: pytest.Monke
     command = [sys.executable, "-m", "texforce_cli", *command_of(prompts, "launched")]
     meeting = launcher()
     environments = [{**os.environ, **meeting, "RANK": str(rank), "WORLD_SIZE": "2"} for rank in range(2)]
-    processes = [subprocess.Popen([*command, *arguments], env=env, stderr=subprocess.DEVNULL) for env in environments]
-    assert [process.wait(300) for process in processes] == [0, 0]
+    started = [subprocess.Popen([*command, *arguments], env=env, stderr=subprocess.PIPE) for env in environments]
+    said = [process.communicate(timeout=300)[1].decode() for process in started]
+    assert [process.returncode for process in started] == [0, 0]
+    assert "report: launched" in said[0] and said[1] == "" and "c10d" not in said[0]
     assert Path("launched/summary.json").read_bytes() == Path("one/summary.json").read_bytes()
 
 

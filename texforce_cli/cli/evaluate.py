@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import nullcontext
 from math import isfinite
 from pathlib import Path
@@ -127,6 +128,12 @@ def evaluate(
     from texforce_cli.cli.live import TrainView
     from texforce_cli.errors import UsageError
     from texforce_cli.team import launched
+
+    if (
+        launched()[1] > 1
+    ):  # before torch is loaded, which writes a line for each quarter of a second that it waits for others
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
     from texforce_cli.workflows.evaluation import run
     from texforce_cli.workflows.evaluation.plan import plan_eval
     from texforce_cli.workflows.evaluation.request import Stage
