@@ -1050,6 +1050,11 @@ def test_what_is_given_beside_a_folder_counts() -> None:
     assert {r["metric"] for r in summary()["rows"]} == {"jpeg-incompressibility"}
     assert row(summary(), "a", "jpeg-incompressibility")["prompts"] == 1
     assert json.loads(Path("out/eval.json").read_text())["request"]["steps"] is None
+    record = json.loads(Path("out/eval.json").read_text())
+    for versions, stage in (({"torch": "1"}, ["--report-only"]), (record["versions"], [])):
+        Path("out/eval.json").write_text(json.dumps({**record, "versions": {"torch": "1"}}))
+        assert run(["eval", "--out", "out", *stage]) == 0
+        assert json.loads(Path("out/eval.json").read_text())["versions"] == versions
     assert run(["eval", "--out", "out", "--steps", "7", "--batch", "2"]) == 0
     request = json.loads(Path("out/eval.json").read_text())["request"]
     assert (request["steps"], request["batch"], request["seeds"]) == (7, 2, [1])

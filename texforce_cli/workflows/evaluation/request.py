@@ -132,7 +132,11 @@ def record(request: EvalRequest, trained: Mapping[str, Sequence[str]]) -> None:
     from texforce_cli.workflows.run_folder import versions
 
     stored = {key: value for key, value in asdict(request).items() if key not in _TRANSIENT}
-    document = {"request": stored, "trained_on": trained, "versions": versions()}
+    made_with = versions()
+    if request.stage == "report":  # which draws and scores nothing: the versions stay those that did
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            made_with = read_json(request.out / _RECORD)["versions"]
+    document = {"request": stored, "trained_on": trained, "versions": made_with}
     write_json(request.out / _RECORD, document)
 
 
