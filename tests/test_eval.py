@@ -173,6 +173,9 @@ def test_what_is_there_is_neither_drawn_nor_scored_again_and_a_change_redoes_wha
     before = {path: path.stat().st_mtime_ns for path in Path("out/pictures").rglob("*.png")}
     scores, whole = Path("out/scores.jsonl").read_bytes(), Path("out/summary.json").read_bytes()
     page = Path("out/report/index.html").read_bytes()
+    data = json.loads(re.search(r'id="page-data">(.*?)</script>', page.decode(), re.DOTALL)[1])  # type: ignore[index]
+    *judged, diversity = data["scores"]
+    assert all(None not in values for values in judged) and not any(diversity)  # which no picture has
     assert run(["eval", "--out", "out"]) == 0  # the folder knows the rest
     assert {path: path.stat().st_mtime_ns for path in Path("out/pictures").rglob("*.png")} == before
     assert Path("out/scores.jsonl").read_bytes() == scores

@@ -286,7 +286,11 @@ def _page(
     pictures = {}
     for name, files in found.items():
         for item, one in files.items():
-            own = {metric.name: by_variant[name][item] for metric, by_variant in values if item in by_variant[name]}
+            own = {
+                metric.name: by_variant[name][item]
+                for metric, by_variant in values
+                if metric.by_picture and item in by_variant[name]
+            }
             pictures[name, item.prompt_id, item.seed] = Picture(one.path, one.sha256, own)
     shown = {item.prompt_id: item for item in items}
     return Page(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard, cast
 
 from texforce_cli.errors import Interrupted, TexforceError, UsageError
-from texforce_cli.files import csv_cell, finite, held, write_json, write_text
+from texforce_cli.files import csv_cell, finite, held, read_json, write_json, write_text
 from texforce_cli.judging.answers import Verdict
 from texforce_cli.judging.asking import Missing, Outcome, ask_all, verdicts
 from texforce_cli.judging.budget import Budget, Metered
@@ -330,7 +330,7 @@ def _folder(ranks: Path, request: RankRequest, judge: Judge, mode: Mode) -> Path
 def _recorded(folder: Path) -> str | None:
     """The setting of the judge whose ranking a folder holds; None where it holds none."""
     try:
-        record = json.loads((folder / "rank.json").read_text(encoding="utf-8"))
+        record = read_json(folder / "rank.json")
         return str(record.get("setting", record["judge"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
