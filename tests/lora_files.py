@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -76,6 +77,12 @@ class Made:
         path.parent.mkdir(parents=True, exist_ok=True)
         safetensors.numpy.save_file(self.tensors, path, metadata=self.metadata or None)
         return path
+
+
+def attention_layers(count: int) -> list[str]:
+    """So many layers of a U-Net, all of one kind, of the 960 that its names have room for."""
+    places = itertools.product(("to_q", "to_k", "to_v", "to_out.0"), ("down", "up"), range(4), range(3), range(10))
+    return [f"{k}_blocks.{i}.attentions.{j}.transformer_blocks.{n}.attn1.{name}" for name, k, i, j, n in places][:count]
 
 
 TEXT = "text_model.encoder.layers.1.self_attn.q_proj"

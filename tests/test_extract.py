@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from lora_files import close, deltas, peak_of
+from lora_files import attention_layers, close, deltas, peak_of
 from PIL import Image
 
 from texforce_cli.cli import app
@@ -244,12 +244,12 @@ def test_large_models_are_streamed(tmp_path: Path) -> None:
     rows, columns, layers = 64, 65536, 20
     size = rows * columns * 4
     header = {
-        f"down_blocks.0.attentions.0.transformer_blocks.{index}.attn1.to_q.weight": {
+        f"{layer}.weight": {
             "dtype": "F32",
             "shape": [rows, columns],
             "data_offsets": [index * size, (index + 1) * size],
         }
-        for index in range(layers)
+        for index, layer in enumerate(attention_layers(layers))
     }
     text = json.dumps(header).encode()
     models, out = [tmp_path / f"{name}.safetensors" for name in ("base", "tuned")], tmp_path / "out.safetensors"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import os
 import signal
@@ -27,7 +26,20 @@ from diffusers import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lora_files import FORMATS, TEXT, UNET, Made, close, deltas, diffusers_old, kohya, kohya_sdxl, peak_of, peft_folder
+from lora_files import (
+    FORMATS,
+    TEXT,
+    UNET,
+    Made,
+    attention_layers,
+    close,
+    deltas,
+    diffusers_old,
+    kohya,
+    kohya_sdxl,
+    peak_of,
+    peft_folder,
+)
 from peft import PeftModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -489,9 +501,8 @@ def test_terms_that_cancel_to_nothing_are_zero_and_what_is_twice_the_same_has_on
 def of_rank_one(path: Path, layers: int) -> Path:
     """The estimate of an error of rank 1 is between a third and two and a half times of it."""
     made, numbers = Made(), np.random.default_rng(0)
-    places = itertools.product(("down", "up"), range(4), range(3), range(10), ("to_q", "to_k"))
-    for block, index, attention, layer, name in itertools.islice(places, layers):
-        key = f"unet.{block}_blocks.{index}.attentions.{attention}.transformer_blocks.{layer}.attn1.{name}"
+    for layer in attention_layers(layers):
+        key = f"unet.{layer}"
         made.add(key, f"{key}.lora_A.weight", f"{key}.lora_B.weight", rank=1, shape=(128, 128))
     made.tensors = {name: numbers.standard_normal(v.shape).astype(np.float32) for name, v in made.tensors.items()}
     return made.save(path)
@@ -570,9 +581,9 @@ def test_a_large_file_is_streamed(tmp_path: Path, options: list[str]) -> None:
     rank, width, layers = 256, 2048, 150
     size = rank * width * 4
     header: dict[str, Any] = {}
-    for index in range(layers):
+    for layer in attention_layers(layers):
         for factor, shape in (("A", [rank, width]), ("B", [width, rank])):
-            key = f"unet.down_blocks.0.attentions.0.transformer_blocks.{index}.attn1.to_q.lora_{factor}.weight"
+            key = f"unet.{layer}.lora_{factor}.weight"
             start = len(header) * size
             header[key] = {"dtype": "F32", "shape": shape, "data_offsets": [start, start + size]}
     text = json.dumps(header).encode()
