@@ -64,13 +64,15 @@ def example_prompts(count: int) -> list[PagePrompt]:
         text = f"{'an' if colour[0] == 'o' else 'a'} {colour} {thing} {place}" + (
             f", take {number // len(every) + 1}" if number >= len(every) else ""
         )
-        prompts.append(PagePrompt(f"p{number:03d}", text, "unseen" if number % 3 == 2 else "seen", place))
+        prompts.append(
+            PagePrompt(f"p{number:03d}", text, "unseen" if number % 3 == 2 else "seen", (place,) if place else ())
+        )
     return prompts
 
 
 def hostile_prompts() -> list[PagePrompt]:
     """Prompts that attack the page, under ids and categories that do so too."""
-    return [PagePrompt(text[:60], text, "seen" if n % 2 else "unseen", text[:40]) for n, text in enumerate(HOSTILE)]
+    return [PagePrompt(text[:60], text, "seen" if n % 2 else "unseen", (text[:40],)) for n, text in enumerate(HOSTILE)]
 
 
 def draw(prompt: PagePrompt, seed: int, strength: float, size: int) -> Image.Image:
@@ -207,7 +209,11 @@ def _prompt_means(
 
 
 def _groups(prompts: Sequence[PagePrompt]) -> list[str]:
-    return ["all", *dict.fromkeys(p.split for p in prompts if p.split), *dict.fromkeys(p.category for p in prompts)]
+    return [
+        "all",
+        *dict.fromkeys(p.split for p in prompts if p.split),
+        *dict.fromkeys(c for p in prompts for c in p.categories),
+    ]
 
 
 def _wins(means: Means, metric: PageMetric, a: str, b: str) -> float:
@@ -224,7 +230,7 @@ def _row(
     group: str, variant: str, metric: PageMetric, prompts: Sequence[PagePrompt], means: Means, baseline: str, seeds: int
 ) -> Row:
     """Normal intervals: good enough to look at."""
-    members = [p.id for p in prompts if group in ("all", p.split, p.category)]
+    members = [p.id for p in prompts if group in ("all", p.split, *p.categories)]
     own = [means[variant, p, metric.name] for p in members if (variant, p, metric.name) in means]
     both = [p for p in members if (variant, p, metric.name) in means and (baseline, p, metric.name) in means]
     gains = [means[variant, p, metric.name] - means[baseline, p, metric.name] for p in both]

@@ -1309,6 +1309,7 @@ def test_a_text_of_two_categories_counts_in_both() -> None:
     counted = {r["group"]: r["prompts"] for r in summary()["rows"] if r["metric"] == "brightness"}
     assert counted == {"all": 2, "one": 2, "two": 1}
     assert 'a,x,0,seen,"one, two",brightness' in Path("out/scores.csv").read_text()
+    assert '"categories":["one","two"]' in Path("out/report/index.html").read_text().replace(" ", "")
 
 
 def test_every_score_is_in_a_table(prompts: str) -> None:

@@ -203,6 +203,11 @@ def test_a_header_that_names_another_base_than_the_shapes_is_not_believed(tmp_pa
         header = TensorFile.open(tmp_path / "out.safetensors").metadata
         assert (header["ss_base_model_version"], header["ss_v2"]) == (base, v2)
         assert "xl" not in header["modelspec.architecture"]
+    told = {"ss_base_model_version": "sd_v2"}  # of a text encoder that is SD 1.x's or SDXL's
+    key = f"text_encoder.{TEXT}"
+    made = Made(metadata=told).add(key, *(f"{key}.lora_{x}.weight" for x in "AB"), shape=(6, 768))
+    fused(tmp_path / "out.safetensors", made.save(tmp_path / "a.safetensors"), force=True)
+    assert "ss_base_model_version" not in TensorFile.open(tmp_path / "out.safetensors").metadata
 
 
 def test_what_a_file_says_of_its_making_outlives_a_conversion_and_of_several_what_they_agree_on(tmp_path: Path) -> None:
@@ -494,6 +499,8 @@ def test_terms_that_cancel_to_nothing_are_zero_and_what_is_twice_the_same_has_on
         assert not any(
             delta.any() for delta in fused(out, f"{path}:0.5", f"{path}:-0.5", force=True, **options).values()
         )
+    nothing = fuse(plan_fuse(FuseRequest([f"{path}:{weight}" for weight in (0.1, 0.2, -0.3)], out=out, force=True)))
+    assert nothing.measured_error == 0  # though 0.1 + 0.2 is no 0.3
     again = fuse(plan_fuse(FuseRequest([f"{path}:0.5"] * 2, out=out, force=True, max_error=0.0)))
     assert again.ranks == (4, 4)
 

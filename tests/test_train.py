@@ -497,6 +497,21 @@ def test_a_scheduler_that_gives_time_gets_the_epoch_that_ends_within_it(
     assert json.loads(Path("a/run.json").read_text())["epochs_done"] == saved
 
 
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no alarm on Windows")
+def test_a_checkpoint_that_is_being_written_when_the_time_is_over_is_finished(monkeypatch: pytest.MonkeyPatch) -> None:
+    write = checkpoint.save
+
+    def slowly(*about: Any) -> None:
+        os.kill(os.getpid(), signal.SIGALRM)
+        write(*about)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", slowly)
+        train("--out", "a", "--save-within", "30s", "--eval-images", "0", epochs=9, code=143)
+    assert json.loads(Path("a/run.json").read_text())["epochs_done"] == 1
+    assert Path("a/checkpoints/epoch_0001").is_dir()
+
+
 def test_an_epoch_is_safe_before_it_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     from texforce_cli.workflows.training_run import TrainingRun
 

@@ -123,7 +123,7 @@ class TrainConfig:
     uncond_embedding: Literal["trained", "snapshot", "base"] = option(
         "trained",
         SAMPLING,
-        "Weights that embed the negative prompt: as trained; approximation: snapshot, of the epoch's start, or base.",
+        "Weights that embed the negative prompt: as trained; of the epoch's start, or of the base (approximations).",
     )
 
     rank: int = option(16, ADAPTER, "Rank of the LoRA.", _positive)
@@ -165,7 +165,7 @@ class TrainConfig:
     train_steps: str = option(
         "random:0.5",
         LEARNING,
-        "Denoising steps to train: first:N, random:F, all; approximation: window:K, the first K, which alone draw noise then.",
+        "Denoising steps to train: first:N, random:F, all; window:K, the first K, which alone draw noise then (an approximation).",
         _train_steps,
     )
     kl_target: float | None = option(
@@ -177,7 +177,7 @@ class TrainConfig:
     grad_norm: float = option(
         1.0,
         LEARNING,
-        "Gradients are clipped to this norm; one that is not finite is passed over, five in a row end the run.",
+        "Gradients are clipped to this norm; one that is not finite is passed over, too many end the run.",
         _positive,
     )
 
@@ -199,7 +199,7 @@ class TrainConfig:
     eval_steps: int | None = option(
         None,
         EVALUATION,
-        "Denoising steps of these pictures; default: as many as in training. Approximation: to train in fewer.",
+        "Denoising steps of these pictures; default: as many as in training (to train in fewer is an approximation).",
         _positive,
     )
     eval_every: int = option(5, EVALUATION, "Epochs between measurements; 0 = only before and after.", _not_negative)

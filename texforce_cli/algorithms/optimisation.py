@@ -46,7 +46,7 @@ def learning_rate_factor(step: int, updates: int, warmup: float, schedule: LRSch
 
 
 MOST_LOST = 5
-"""So many gradients in a row that are not finite end a run; so does, later, more than a third of them."""
+"""So many gradients that are not finite end a run, where two that are make up for one."""
 
 
 _FUSED = ("cpu", "cuda")

@@ -60,9 +60,11 @@ def evaluate(
     ] = None,
     unet: Annotated[
         Optional[str],
-        typer.Option(help="Whole weights of every variant that names none: folder or file.", rich_help_panel=_WHAT),
+        typer.Option(help="Whole U-Net of every variant that names none: folder or file.", rich_help_panel=_WHAT),
     ] = None,
-    text_encoder: Annotated[Optional[str], typer.Option(help="The same.", rich_help_panel=_WHAT)] = None,
+    text_encoder: Annotated[
+        Optional[str], typer.Option(help="Whole text encoder, likewise.", rich_help_panel=_WHAT)
+    ] = None,
     images: Annotated[
         Optional[list[str]],
         typer.Option(metavar="NAME=DIR", help="Pictures drawn elsewhere; repeatable.", rich_help_panel=_WHAT),
@@ -210,7 +212,8 @@ def _show_plan(plan: dict[str, Any], json: bool) -> None:
     for variant in plan["variants"]:
         calls = f", {variant['unet_calls']:,} U-Net calls" if "unet_calls" in variant else ""
         data(f"{variant['name']}: {variant['description']}, {variant['pictures']:,} pictures{calls}")
-    data(f"{plan['prompts']['count']} prompts of {plan['prompts']['name']}, {len(plan['seeds'])} seeds each")
+    least = "at least " if plan["prompts"]["name"] in plan["not_there_yet"] else ""
+    data(f"{least}{plan['prompts']['count']} prompts of {plan['prompts']['name']}, {len(plan['seeds'])} seeds each")
     data(f"metrics: {', '.join(plan['metrics'])}; baseline: {plan['baseline']}")
     for path in plan["not_there_yet"]:
         warn(f"'{path}' is not there yet")

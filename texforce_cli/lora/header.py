@@ -40,8 +40,11 @@ def model_keys(
     base = next(iter(bases)) if len(bases) == 1 else ""
     carried = {key: value for key, value in sources[0].items() if _CARRIED.fullmatch(key) and _agree(sources, key)}
     for key, known in zip(_BASE, ARCHITECTURES.get(base, ("", ""))):
-        if known and told_base({key: carried.get(key, "")}) != base:
+        told = told_base({key: carried.get(key, "")})
+        if known and told != base:
             carried[key] = known
+        elif bases and told not in (None, *bases):
+            del carried[key]
     return {
         **{key: value for key, value in carried.items() if value and not _NEW.fullmatch(key)},
         **({"ss_v2": _V2[base]} if base in _V2 else {}),

@@ -53,12 +53,12 @@ class Picture:
 
 @dataclass(frozen=True)
 class PagePrompt:
-    """A prompt: `split` is "seen", "unseen" or "", `category` may be ""."""
+    """A prompt: `split` is "seen", "unseen" or ""."""
 
     id: str
     text: str
     split: str
-    category: str
+    categories: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -390,7 +390,7 @@ def _data(page: Page, media: Mapping[str, _Media], decimals: Mapping[str, int]) 
                 "label": shown(p.id),
                 "text": shown(p.text),
                 "split": p.split,
-                "category": shown(p.category),
+                "categories": [shown(category) for category in p.categories],
             }
             for p in page.prompts
         ],

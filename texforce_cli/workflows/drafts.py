@@ -25,7 +25,8 @@ class Drafts:
     """The batches of the epoch under way. They are written when `seconds` have passed since they last were (0: never), and by
     `save`.
 
-    `made_by` is what their last bits depend on beside the weights: batches that something else has drawn are not taken.
+    `made_by` is whose they are, and what their last bits depend on beside the weights: batches that something else has drawn are
+    not taken.
     """
 
     def __init__(

@@ -55,7 +55,7 @@ _LARGEST = float(np.finfo(np.float32).max)
 _CANCELS = {"fp32": 8.0, "fp16": 2.0, "bf16": 1.5}
 """How many times larger than their sum terms may be for their own factors to hold it to STORAGE_ERROR."""
 _SURE = 0.1
-"""An estimate below this share of what is allowed is not looked into."""
+"""An estimate below this share of what storing may bring is not looked into."""
 _UNTELLING = {FILE_NAME, PEFT_NAME, "pytorch_lora_weights.bin", "adapter_model.bin", "adapter", "checkpoints"}
 _CHECKPOINT = re.compile(r"(epoch_|checkpoint-)\d+")
 
@@ -299,7 +299,8 @@ def _verify(plan: FusePlan, written: Path, done: Mapping[str, _Done], stop: Stop
                     if plan.layout.precision == "fp32"
                     else "try --dtype fp32",
                 )
-            difference, total = difference + off, total + whole
+            if whole > rounding(about.size) ** 2:  # of terms that cancel to nothing, dust is all that is compared
+                difference, total = difference + off, total + whole
             listener(Progressed("checking", index + 1, len(plan.slots)))
     return _relative(difference, total)
 

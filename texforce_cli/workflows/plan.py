@@ -70,7 +70,7 @@ class Plan:
         if self.source.family == "sd" and (self.config.fit_micro_batch or not self.config.timestep_batch):
             said.append(
                 "the GPU gets filled: as many images and denoising steps as fit are taken together, which --dry-run does not count; "
-                "--micro-batch N and --timestep-batch N take no more"
+                "--micro-batch N and --timestep-batch N limit it"
             )
         here = sharing(self.config.num_processes)[1]
         needed = here * self.cost().get("computed_memory_gb", 0.0) if self.config.device == "cpu" else 0.0

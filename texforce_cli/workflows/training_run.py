@@ -317,7 +317,8 @@ class TrainingRun:
         row = self._row(report)
         state = self.learner.tensors()
         with self.learner.optimisation.averaged():
-            self._save(row, state)
+            with self.stop.shielded():  # it takes less than what --save-within keeps for it
+                self._save(row, state)
             self._conclude()
         self.listener(EpochDone(report, row["images"]))
         if self.flat_epochs >= FLAT_EPOCHS:
@@ -458,10 +459,10 @@ class TrainingRun:
         return max(0.0, last - (time.monotonic() - self._begun)) + self._saving
 
 
-def _made_by(device: str, run: str) -> dict[str, str]:
+def _made_by(device: str, run_id: str) -> dict[str, str]:
     """Whose pictures they are, and what their last bits depend on beside the model and its settings."""
     return {
-        "run": run,
+        "run": run_id,
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
     }

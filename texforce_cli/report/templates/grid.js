@@ -49,9 +49,9 @@ function gridFilters(chosen, draw) {
   };
   const search = el("input", { type: "search", placeholder: "words of the prompt", oninput: () => set("words")(search.value) });
   const filters = [el("label", { class: "wide" }, "Find prompts", search)];
-  for (const kind of ["split", "category"]) {
-    const values = distinct(prompts.map((prompt) => prompt[kind])).filter(Boolean);
-    const title = { split: "Prompts", category: "Category" }[kind];
+  const kinds = [["split", "Prompts", prompts.map((prompt) => prompt.split)], ["category", "Category", prompts.flatMap((prompt) => prompt.categories)]];
+  for (const [kind, title, all] of kinds) {
+    const values = distinct(all).filter(Boolean);
     if (values.length > 1) filters.push(choice(title, [["", "all"], ...values.map((value) => [value, value])], "", set(kind)));
   }
   if (seeds.length > 1) filters.push(choice("Seed", [["", "all"], ...seeds.map((seed, at) => [at, seed])], "", set("seed")));
@@ -84,7 +84,7 @@ function gridEntries({ words, split, category, seed, order, metric, variant }) {
   const entries = [];
   prompts.forEach((prompt, index) => {
     const text = `${prompt.text} ${prompt.label}`.toLowerCase();
-    if ((split && prompt.split !== split) || (category && prompt.category !== category)) return;
+    if ((split && prompt.split !== split) || (category && !prompt.categories.includes(category))) return;
     if (!wanted.every((word) => text.includes(word))) return;
     seeds.forEach((_, at) => (seed === "" || Number(seed) === at) && entries.push({ prompt: index, seed: at }));
   });

@@ -78,7 +78,7 @@ function promptText(prompt) {
 
 /** What a prompt is called, where it belongs, and the seed. */
 function tags(prompt, seed) {
-  const { label, split, category } = prompts[prompt];
-  const chips = [label, split, category, seed === null || seeds.length < 2 ? "" : `seed ${seeds[seed]}`];
+  const { label, split, categories } = prompts[prompt];
+  const chips = [label, split, ...categories, seed === null || seeds.length < 2 ? "" : `seed ${seeds[seed]}`];
   return el("div", { class: "tags" }, ...chips.filter(Boolean).map((text) => el("span", { class: "chip" }, named(text))));
 }

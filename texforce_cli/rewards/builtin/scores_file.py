@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from texforce_cli.errors import TexforceError, UsageError
-from texforce_cli.files import user_path
+from texforce_cli.files import from_json, user_path
 
 _SUFFIXES = (".csv", ".jsonl", ".json")
 
@@ -96,9 +95,9 @@ def _rows(path: Path, text: str) -> list[tuple[str, Any]]:
         if path.suffix == ".csv":
             rows: Any = list(csv.DictReader(text.splitlines()))
         elif path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+            rows = [from_json(line) for line in text.splitlines() if line.strip()]
         else:
-            rows = json.loads(text)
+            rows = from_json(text)
             if isinstance(rows, dict):
                 return list(rows.items())
         return [(str(row["picture"]).strip().lower(), row["score"]) for row in rows]

@@ -303,7 +303,7 @@ def _page(
                 key,
                 prompt.text,
                 ("unseen" if prompt.text in unseen else "seen") if both else "",
-                ", ".join(prompt.categories),
+                prompt.categories,
             )
             for key, prompt in shown.items()
         ],

@@ -107,9 +107,9 @@ def _among_others() -> Iterator[Processes]:
 
 def _follow(request: EvalRequest) -> None:
     """One of a launcher's processes but the first."""
-    request = recalled(request)
-    check_variants(request.variants, request.baseline)
-    with _among_others() as place:
+    with _among_others() as place:  # who are told of what is wrong with the request, too
+        request = recalled(request)
+        check_variants(request.variants, request.baseline)
         place.be_patient(math.inf)
         draw_share(request, (place.rank, place.size), silent)
         place.each(None)

@@ -48,7 +48,7 @@ class Summary:
         """The counts of `unpaired`, for people."""
         cells = {metric.name: "pictures" if metric.by_picture else "prompts" for metric in self.metrics}
         return [
-            f"{name}: {count} {cells[name]} of each variant are left out, as one of the variants or more has none or no score"
+            f"{name}: {count} {cells[name]} of each variant are left out, because a variant lacks one, or its score"
             for name, count in self.unpaired.items()
             if count
         ]
