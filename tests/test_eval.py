@@ -1559,7 +1559,7 @@ def test_a_category_may_be_a_number() -> None:
     written('{"prompt": "x", "category": 1}\n{"prompt": "y", "category": " 2 "}\n', "p.jsonl")
     assert compared(*BRIGHT, images=("a",), prompts="p.jsonl") == 0
     assert {r["group"] for r in summary()["rows"] if r["metric"] == "brightness"} == {"all", "1", "2"}
-    assert '"category":"2"' in Path("out/report/index.html").read_text()
+    assert '"categories":["2"]' in Path("out/report/index.html").read_text()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
