@@ -175,9 +175,10 @@ def test_a_run_is_not_resumed_with_other_options(capsys: pytest.CaptureFixture[s
     assert "steps (3 -> 4)" in capsys.readouterr().err
     assert run(["train", "--resume", "nowhere"]) == 2
     assert "is no run folder" in capsys.readouterr().err
-    Path("a/run.json").write_text("{")
-    assert run(["train", "--resume", "a"]) == 1
-    assert "is damaged" in capsys.readouterr().err
+    for hurt in ("{", "[" * 100_000):
+        Path("a/run.json").write_text(hurt)
+        assert run(["train", "--resume", "a"]) == 1
+        assert "is damaged" in capsys.readouterr().err
 
 
 def test_what_does_not_change_the_result_may_change_when_a_run_goes_on(capsys: pytest.CaptureFixture[str]) -> None:

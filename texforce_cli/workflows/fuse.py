@@ -257,11 +257,12 @@ def _fused(plan: FusePlan, slot: Slot) -> tuple[Pair, _Done]:
             concatenate(doubles), rank=plan.request.rank, max_error=_EXACT if limit is None else limit
         )
     else:
-        spectrum, precision = Spectrum(0.0, 0.0), plan.layout.precision
+        pair, spectrum = concatenate(terms), Spectrum(0.0, 0.0)
+        precision = plan.layout.precision
         # an estimate will do where the bound has much room
         whole = sketched_norm(sketched) if precision == "fp32" else squared_norm(concatenate(doubles))
-        cancels = size > _CANCELS[precision] ** 2 * whole
-        pair = truncate(concatenate(doubles), max_error=0)[0] if cancels else concatenate(terms)
+        if size > _CANCELS[precision] ** 2 * whole:
+            pair, _ = truncate(concatenate(doubles), max_error=0)
     return pair, _Done(len(pair[0]), spectrum, sketched, size)
 
 

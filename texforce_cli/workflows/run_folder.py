@@ -16,7 +16,7 @@ from typing import Any
 import tomli_w
 
 from texforce_cli.errors import TexforceError, UsageError
-from texforce_cli.files import read_json, user_path, write_error, write_json, write_text
+from texforce_cli.files import user_path, write_error, write_json, write_text
 
 _LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.tmp(\.\w+)?")
 _LOCK = ".lock"
@@ -181,15 +181,15 @@ class RunFolder:
         try:
             record: dict[str, Any] = json.loads(self.record.read_text(encoding="utf-8"))
             record["config"]
-        except (ValueError, UnicodeDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise self.damaged(error) from error
         return record
 
     def run_id(self) -> str | None:
         """Which run works here, whatever became of the folder meanwhile; None where nothing says so."""
         try:
-            found = read_json(self.record).get("id")
-        except (OSError, ValueError, AttributeError):
+            found = self.read_record().get("id")
+        except (OSError, TexforceError):
             return None
         return found if isinstance(found, str) else None
 
