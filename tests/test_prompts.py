@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import urllib.request
+import subprocess
+import zlib
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -151,18 +153,38 @@ FILES = {
 """What the repositories hold, in their format."""
 
 
+def git(folder: Path, *arguments: str) -> str:
+    """Run git on a repository, as nobody in particular."""
+    who = ["-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false"]
+    return subprocess.run(["git", "-C", folder, *who, *arguments], capture_output=True, check=True, text=True).stdout
+
+
+def commit(remote: Path, name: str, files: Mapping[str, str]) -> fetched._Source:
+    """Put files into the repository of a set; where they are found."""
+    source = fetched.FETCHED[name]
+    folder = remote / source.repository
+    folder.mkdir(parents=True, exist_ok=True)
+    git(folder, "init", "--quiet")
+    git(folder, "config", "uploadpack.allowFilter", "true")
+    git(folder, "config", "uploadpack.allowAnySHA1InWant", "true")
+    for path, content in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(content)
+    git(folder, "add", ".")
+    git(folder, "commit", "--quiet", "--allow-empty", "--message=files")
+    return replace(source, commit=git(folder, "rev-parse", "HEAD").strip())
+
+
 @pytest.fixture
 def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder in the place of GitHub."""
-    for source in fetched.FETCHED.values():
+    for name, source in fetched.FETCHED.items():
         if not source.on_hub:
-            for file in (*source.seen, *source.unseen):
-                path = tmp_path / "remote" / source.repository / source.commit / file.path
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(FILES[path.name])
+            files = {file.path: FILES[Path(file.path).name] for file in (*source.seen, *source.unseen)}
+            monkeypatch.setitem(fetched.FETCHED, name, commit(tmp_path / "remote", name, files))
     monkeypatch.setenv("TEXFORCE_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    monkeypatch.setattr(fetched, "_RAW", (tmp_path / "remote").as_uri())
+    monkeypatch.setattr(fetched, "_GITHUB", (tmp_path / "remote").as_uri())
     return tmp_path / "remote"
 
 
@@ -179,15 +201,15 @@ def test_fetched_prompts_are_cached_and_come_from_a_pinned_commit(
     assert (
         geneval.seen == (Prompt("two cups", {"category": "counting", "include": [{"class": "cup", "count": 2}]}),) * 553
     )
-    assert geneval.source == "github.com/djghosh13/geneval@d927da8e42fde2b1b5cd743da4df5ff83c1654ff"
-    monkeypatch.setattr(fetched, "_RAW", (remote / "gone").as_uri())
+    assert geneval.source == f"github.com/djghosh13/geneval@{fetched.FETCHED['geneval'].commit}"
+    monkeypatch.setattr(fetched, "_GITHUB", (remote / "gone").as_uri())
     assert load_prompts("hpsv2-train-750", "sd") == found  # from the cache
     (cached,) = (tmp_path / "home").rglob("hps_v2_all.txt")
     cached.write_text("a cat\n" * 750)
     with pytest.raises(TexforceError, match=f"'{cached}' was changed after it was fetched; delete it"):
         load_prompts("hpsv2-train-750", "sd")
     cached.unlink()
-    monkeypatch.setattr(fetched, "_RAW", remote.as_uri())
+    monkeypatch.setattr(fetched, "_GITHUB", remote.as_uri())
     assert load_prompts("hpsv2-train-750", "sd") == found  # fetched again
 
 
@@ -259,11 +281,29 @@ def test_without_the_hub_the_sentence_says_what_to_run(
 
 
 @pytest.mark.parametrize(("content", "sentence"), [("<html>", "holds 1 prompts"), ("a\n" * 700, "holds 700 prompts")])
-def test_what_a_proxy_answers_instead_is_not_kept(remote: Path, tmp_path: Path, content: str, sentence: str) -> None:
-    source = fetched.FETCHED["hpsv2-train-750"]
-    (remote / source.repository / source.commit / source.seen[0].path).write_text(content)
+def test_what_holds_too_few_prompts_is_not_kept(
+    remote: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, sentence: str
+) -> None:
+    path = fetched.FETCHED["hpsv2-train-750"].seen[0].path
+    monkeypatch.setitem(fetched.FETCHED, "hpsv2-train-750", commit(remote, "hpsv2-train-750", {path: content}))
     with pytest.raises(TexforceError, match=sentence):
         load_prompts("hpsv2-train-750", "sd")
+    assert not (tmp_path / "home").exists()
+
+
+def test_what_is_not_of_the_commit_is_not_kept(remote: Path, tmp_path: Path) -> None:
+    """A server that answers with another file than the one of the commit that was asked for."""
+    repository = remote / fetched.FETCHED["geneval"].repository
+    true = git(repository, "rev-parse", "HEAD:prompts/evaluation_metadata.jsonl").strip()
+    stored = repository / ".git" / "objects" / true[:2] / true[2:]
+    forged = FILES["evaluation_metadata.jsonl"].replace("two", "six").encode()
+    stored.chmod(0o644)
+    stored.write_bytes(zlib.compress(b"blob %d\0" % len(forged) + forged))
+    assert (
+        b"six cups" in subprocess.run(["git", "-C", repository, "cat-file", "blob", true], capture_output=True).stdout
+    )
+    with pytest.raises(TexforceError, match=rf"'geneval' could not be fetched \(fatal: could not fetch {true}"):
+        load_prompts("geneval", "sd")
     assert not (tmp_path / "home").exists()
 
 
@@ -273,21 +313,26 @@ def test_without_a_network_the_sentence_says_what_to_fetch(tmp_path: Path, monke
     with pytest.raises(TexforceError, match=r"not on this machine.*refl_data.json"):
         load_prompts("imagereward-train", "sd")
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    monkeypatch.setattr(fetched, "_RAW", (tmp_path / "gone").as_uri())
-    with pytest.raises(TexforceError, match="could not be fetched"):
+    monkeypatch.setattr(fetched, "_GITHUB", "https://someone:password@127.0.0.1:9")
+    with pytest.raises(TexforceError, match="could not be fetched") as caught:
+        load_prompts("imagereward-train", "sd")
+    assert "password" not in caught.value.message
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(TexforceError, match="by git, which is not installed"):
         load_prompts("imagereward-train", "sd")
     assert not list(tmp_path.rglob("*.json"))
 
 
 def test_the_file_that_the_sentence_asks_for_is_found_where_it_says(
-    remote: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    remote: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(TexforceError, match="HF_HUB_OFFLINE") as caught:
         load_prompts("hpsv2-test-50", "sd")
     said = re.search(r"fetch (\S+) where there is a network and save it as '(.+)'", str(caught.value))
     assert said
+    assert re.fullmatch(r"\S+/mihirp1998/AlignProp/raw/[0-9a-f]{40}/assets/hps_v2_all_eval.txt", said[1])
     place = Path(said[2])
     place.parent.mkdir(parents=True)
-    place.write_bytes(urllib.request.urlopen(said[1]).read())
+    place.write_text(FILES["hps_v2_all_eval.txt"])
     assert [prompt.text for prompt in load_prompts("hpsv2-test-50", "sd").seen] == ["d"] * 50

@@ -7,8 +7,8 @@ import hashlib
 import io
 import os
 import re
-import urllib.error
-import urllib.request
+import subprocess
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,9 +18,9 @@ from texforce_cli.errors import TexforceError, quoted
 from texforce_cli.files import from_json, user_folder, write_bytes
 from texforce_cli.prompts import Prompt, PromptSet
 
-_RAW = "https://raw.githubusercontent.com"
-_SECONDS = 60
-_LARGEST = 64_000_000
+_GITHUB = "https://github.com"
+_GIT = ("git", "-c", "gc.auto=0", "-c", "http.lowSpeedLimit=1", "-c", "http.lowSpeedTime=60")
+"""A connection over which nothing comes for a minute is given up."""
 _GIT_HASH = re.compile("[0-9a-f]{40}")
 
 
@@ -165,9 +165,8 @@ def _from_github(name: str, source: _Source, file: _File) -> list[Prompt]:
         if kept.is_file() and kept.read_bytes().strip() != _sha256(data).encode():
             raise TexforceError(f"'{cached}' was changed after it was fetched", mend)
         return _checked(source, file, data, f"'{cached}'", mend)
-    url = f"{_RAW}/{source.repository}/{source.commit}/{file.path}"
-    data = _download(name, url, cached)
-    prompts = _checked(source, file, data, f"what came from {url}", "see whether a proxy stands between")
+    data = _from_git(name, source, file, cached)
+    prompts = _checked(source, file, data, f"'{file.path}' of {source}", "use another set of prompts")
     write_bytes(cached, data)  # only what is whole is kept
     write_bytes(kept, f"{_sha256(data)}\n".encode())
     return prompts
@@ -215,14 +214,31 @@ def _checked(source: _Source, file: _File, data: bytes, what: str, remedy: str) 
     return [replace(prompt, metadata={**prompt.metadata, **file.metadata}) for prompt in prompts]
 
 
-def _download(name: str, url: str, cached: Path) -> bytes:
-    remedy = f"fetch {url} where there is a network and save it as '{cached}'"
+def _from_git(name: str, source: _Source, file: _File, cached: Path) -> bytes:
+    """A file of a commit, and nothing else of it. Its hash is checked by git: a commit's own is made of those of its files.
+
+    Source: https://git-scm.com/docs/partial-clone
+    """
+    url = f"{_GITHUB}/{source.repository}"
+    remedy = f"fetch {url}/raw/{source.commit}/{file.path} where there is a network and save it as '{cached}'"
     if os.environ.get("HF_HUB_OFFLINE") == "1":
         raise NotFetched(f"the prompts '{name}' are not on this machine and HF_HUB_OFFLINE is set", remedy)
-    try:
-        with urllib.request.urlopen(url, timeout=_SECONDS) as answer:
-            data: bytes = answer.read(_LARGEST)
-    except (urllib.error.URLError, OSError) as error:
-        reason = getattr(error, "reason", error)
-        raise NotFetched(f"the prompts '{name}' could not be fetched ({reason})", remedy) from error
-    return data
+    environment = {**os.environ, "GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"}
+    with tempfile.TemporaryDirectory() as folder:
+
+        def git(*arguments: str) -> bytes:
+            command = [*_GIT, f"--git-dir={folder}", *arguments]
+            return subprocess.run(command, capture_output=True, check=True, env=environment).stdout
+
+        try:
+            git("init", "--quiet", "--bare")
+            git("remote", "add", "origin", url)
+            git("fetch", "--quiet", "--depth=1", "--filter=blob:none", "origin", source.commit)
+            return git("cat-file", "blob", f"{source.commit}:{file.path}")  # fetches this one
+        except FileNotFoundError as error:
+            raise NotFetched(f"the prompts '{name}' are fetched by git, which is not installed", remedy) from error
+        except subprocess.CalledProcessError as error:
+            said = error.stderr.decode("utf-8", "replace").strip().splitlines() or [
+                f"git: exit code {error.returncode}"
+            ]
+            raise NotFetched(f"the prompts '{name}' could not be fetched ({said[-1]})", remedy) from error
