@@ -1,13 +1,13 @@
 """The checkpoints that equal-reward.sh compares, and what is made of its evaluations.
 
-    python docs/experiments/equal_reward.py choose MAIN FOLDER          FOLDER/SEED.toml: the variants of a seed
-    python docs/experiments/equal_reward.py report FOLDER FIGURE.png
+    python docs/experiments/equal_reward.py choose MAIN FOLDER SEED...          FOLDER/SEED.toml: the variants of a seed
+    python docs/experiments/equal_reward.py report FOLDER FIGURE.png SEED...
 
 The rule, for each seed: the target is the smaller of the last held-out gains of its text-encoder run and its U-Net run; of
 each of the two, the saved checkpoint whose measured held-out gain is nearest to the target is taken, of equally near ones the
 earlier. `combination` is both of these with weight 1, `combination-half` with weight 0.5 each, which is the same strength in
-all. `joint` is the last checkpoint of the run that trains both, `fusion` the last ones of the text encoder and of the U-Net
-with weight 1 each.
+all. `half-way-...` are the same four for half of that target. `joint` is the last checkpoint of the run that trains both,
+`fusion` the last ones of the text encoder and of the U-Net with weight 1 each.
 
 Intervals are the 95 % ones of `texforce eval`, over prompts (the seeds of a prompt are averaged first: they are not
 independent); those of a mean over runs are the same, of each prompt's change averaged over the runs.
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from evaluation import NOISE, SEEDS, SPLITS, Evaluation, changed, row, shown
+from evaluation import NOISE, SPLITS, Evaluation, changed, row, shown
 from summary import evaluations
 
 METRICS = {"jpeg-incompressibility": 2, "tiny-clip": 3, "tiny-judge": 3, "diversity": 3}
@@ -31,14 +31,21 @@ METRICS = {"jpeg-incompressibility": 2, "tiny-clip": 3, "tiny-judge": 3, "divers
 HEADS = ("kB", "tiny-clip", "tiny-judge", "diversity")
 VARIANTS = {
     "base": ("base", "#1c1917"),
+    "half-way-text-encoder": ("text encoder,\nhalf way", "#fdba74"),
+    "half-way-unet": ("U-Net,\nhalf way", "#93c5fd"),
+    "half-way-combination-half": ("half each,\nhalf way", "#fde047"),
+    "half-way-combination": ("both,\nhalf way", "#d8b4fe"),
     "text-encoder": ("text encoder", "#c2410c"),
     "unet": ("U-Net", "#1d4ed8"),
-    "combination-half": ("both, half each", "#a16207"),
+    "combination-half": ("half each", "#a16207"),
     "combination": ("both", "#7e22ce"),
-    "joint": ("trained together", "#15803d"),
-    "fusion": ("both, the last", "#be185d"),
+    "joint": ("trained\ntogether", "#15803d"),
+    "fusion": ("both,\nthe last", "#be185d"),
 }
 PAIRS = (
+    ("half-way-text-encoder", "half-way-unet"),
+    ("half-way-combination-half", "half-way-text-encoder"),
+    ("half-way-combination", "half-way-text-encoder"),
     ("text-encoder", "unet"),
     ("combination-half", "text-encoder"),
     ("combination", "text-encoder"),
@@ -74,23 +81,37 @@ def nearest(checkpoints: Sequence[Checkpoint], target: float) -> Checkpoint:
     return min(checkpoints, key=lambda one: (round(abs(one.gain - target), 9), one.epoch))
 
 
-def choose(main: Path, folder: Path) -> str:
+def compared(arms: Mapping[str, Sequence[Checkpoint]], target: float, prefix: str = "") -> dict[str, list[str]]:
+    """The text encoder and the U-Net where they are nearest to a gain, and both together: variant -> LoRAs."""
+    text_encoder, unet = nearest(arms["text-encoder"], target), nearest(arms["unet"], target)
+    return {
+        f"{prefix}text-encoder": [f"{text_encoder}"],
+        f"{prefix}unet": [f"{unet}"],
+        f"{prefix}combination-half": [f"{text_encoder}:0.5", f"{unet}:0.5"],
+        f"{prefix}combination": [f"{text_encoder}", f"{unet}"],
+    }
+
+
+def choose(main: Path, folder: Path, seeds: Sequence[str]) -> str:
     """Write the variants of every seed; a Markdown table of what was chosen."""
-    lines = [
-        "| seed | target | text encoder: epoch | its gain | U-Net: epoch | its gain | last gains: text encoder, U-Net, both |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for seed in SEEDS:
+    heads = (
+        "seed",
+        "target",
+        "text encoder: epoch",
+        "its gain",
+        "U-Net: epoch",
+        "its gain",
+        "last gains: text encoder, U-Net, both",
+    )
+    lines = [row(*heads), "|---" * len(heads) + "|"]
+    for seed in seeds:
         arms = {name: measured(main / f"{name}-{seed}") for name in ("text-encoder", "unet", "both")}
         last = {name: checkpoints[-1] for name, checkpoints in arms.items()}
         target = min(last["text-encoder"].gain, last["unet"].gain)
-        text_encoder, unet = nearest(arms["text-encoder"], target), nearest(arms["unet"], target)
         loras: dict[str, list[str]] = {
             "base": [],
-            "text-encoder": [f"{text_encoder}"],
-            "unet": [f"{unet}"],
-            "combination-half": [f"{text_encoder}:0.5", f"{unet}:0.5"],
-            "combination": [f"{text_encoder}", f"{unet}"],
+            **compared(arms, target / 2, "half-way-"),
+            **compared(arms, target),
             "joint": [f"{last['both']}"],
             "fusion": [f"{last['text-encoder']}", f"{last['unet']}"],
         }
@@ -99,10 +120,12 @@ def choose(main: Path, folder: Path) -> str:
             for name, own in loras.items()
         ]
         (folder / f"{seed}.toml").write_text("\n".join(tables), encoding="utf-8")
-        cells = [seed, f"{target:+.3f}"]
-        cells += [text for one in (text_encoder, unet) for text in (str(one.epoch), f"{one.gain:+.3f}")]
-        cells.append(", ".join(f"{one.gain:+.3f}" for one in last.values()))
-        lines.append(row(*cells))
+        for gain in (target / 2, target):
+            cells = [seed, f"{gain:+.3f}"]
+            for one in (nearest(arms[name], gain) for name in ("text-encoder", "unet")):
+                cells += [str(one.epoch), f"{one.gain:+.3f}"]
+            cells.append(", ".join(f"{one.gain:+.3f}" for one in last.values()) if gain == target else "")
+            lines.append(row(*cells))
     return "\n".join(lines)
 
 
@@ -135,8 +158,8 @@ def figure(runs: Mapping[str, Evaluation], path: Path) -> None:
     from matplotlib.figure import Figure
 
     shown_rows = [(seed, run, run.splits[split][0]) for seed, run in runs.items() for split in SPLITS]
-    made = Figure(figsize=(9.5, 1.5 * len(shown_rows) + 3.6), layout="constrained")
-    above, below = made.subfigures(2, 1, height_ratios=(1.5 * len(shown_rows), 3.6))
+    made = Figure(figsize=(14, 1.4 * len(shown_rows) + 3.6), layout="constrained")
+    above, below = made.subfigures(2, 1, height_ratios=(1.4 * len(shown_rows), 3.6))
     cells = above.subplots(len(shown_rows), len(VARIANTS))
     for i, (line, (seed, run, prompt)) in enumerate(zip(cells, shown_rows)):
         for cell, (variant, (title, _)) in zip(line, VARIANTS.items()):
@@ -152,7 +175,7 @@ def figure(runs: Mapping[str, Evaluation], path: Path) -> None:
     for variant, (title, colour) in VARIANTS.items():
         for (seed, run), marker in zip(runs.items(), "os^"):
             x, y = (_mean(run, metric, variant) for metric in ("jpeg-incompressibility", "tiny-judge"))
-            label = title if seed == next(iter(runs)) else None
+            label = title.replace("\n", " ") if seed == next(iter(runs)) else None
             axes.plot(x, y, marker, color=colour, markersize=6, alpha=0.85, label=label)
     axes.set_xlabel("kB of the JPEG file, all prompts")
     axes.set_ylabel("tiny-judge, not trained on")
@@ -167,13 +190,13 @@ def _mean(run: Evaluation, metric: str, variant: str) -> Any:
     return np.mean(list(run.by_prompt(metric, variant).values()))
 
 
-def report(folder: Path, path: Path) -> None:
+def report(folder: Path, path: Path, seeds: Sequence[str]) -> None:
     """The tables on stdout: means of the seeds, pairs of variants, each seed; and the figure."""
-    runs = {seed: Evaluation.read(folder / seed) for seed in SEEDS}
+    runs = {seed: Evaluation.read(folder / seed) for seed in seeds}
     mean = {f"mean of {len(runs)}": list(runs.values())}
     each = {seed: [run] for seed, run in runs.items()}
     against_base = [(variant, "base") for variant in VARIANTS if variant != "base"]
-    print(bases(runs[SEEDS[0]]), end="\n\n")
+    print(bases(runs[seeds[0]]), end="\n\n")
     print(table(mean, against_base, "above the base"), end="\n\n")
     print(table(mean | each, PAIRS, "difference"), end="\n\n")
     print(table(each, against_base, "above the base"))
@@ -181,7 +204,8 @@ def report(folder: Path, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "choose":
-        print(choose(Path(sys.argv[2]), Path(sys.argv[3])))
+    command, first, second, *seeds = sys.argv[1:]
+    if command == "choose":
+        print(choose(Path(first), Path(second), seeds))
     else:
-        report(Path(sys.argv[2]), Path(sys.argv[3]))
+        report(Path(first), Path(second), seeds)
