@@ -56,6 +56,7 @@ from texforce_cli.workflows.evaluation.scores import Metric, ScoreFile, score_ke
 from texforce_cli.workflows.evaluation.summary import adjusted
 from texforce_cli.workflows.evaluation.variants import parse_variant, read_variants
 from texforce_cli.workflows.evaluation.votes import count_votes
+from texforce_cli.workflows.events import Listener, Progressed
 from texforce_cli.workflows.loras import trained_on
 from texforce_cli.workflows.stopping import StopRequest
 
@@ -207,6 +208,27 @@ def test_killed_and_resumed_it_ends_with_the_same_bytes(prompts: str, lora: str,
         assert Path("cut", name).read_bytes() == Path("whole", name).read_bytes(), name
 
 
+@pytest.mark.parametrize("begun", ["pictures", "scores.jsonl"])
+@pytest.mark.slow
+def test_killed_with_processes_of_its_own_and_resumed_it_ends_with_the_same_bytes(prompts: str, begun: str) -> None:
+    arguments = ["--variant", "base=tiny", "--variant", "two=tiny", "--batch", "2", "--num-processes", "2"]
+    assert evaluate(prompts, *arguments, out="whole") == 0
+    command = [sys.executable, "-m", "texforce_cli", *command_of(prompts, "cut"), *arguments]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    place = Path("cut", begun)
+    while process.poll() is None and not (list(place.rglob("*.png")) or (place.is_file() and place.stat().st_size)):
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    before = {path: path.stat().st_mtime_ns for path in Path("cut/pictures").rglob("*.png")}
+    assert len(before) == 24 or begun == "pictures"
+    assert run(["eval", "--out", "cut", "--num-processes", "2"]) == 0
+    again = [path for path, then in before.items() if path.stat().st_mtime_ns != then]
+    assert len(again) <= (4 if begun == "pictures" else 0)  # of each process the batch in flight
+    for name in ("summary.json", "summary.csv", "report/index.html"):
+        assert Path("cut", name).read_bytes() == Path("whole", name).read_bytes(), name
+
+
 def test_stages_alone(prompts: str) -> None:
     arguments = ["--variant", "base=tiny", "--variant", "two=tiny"]
     assert evaluate(prompts, *arguments, "--images-only") == 0
@@ -307,19 +329,31 @@ def launcher() -> dict[str, str]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("drawing", [False, True])
 def test_a_launchers_process_that_dies_is_named_and_not_waited_for(
-    monkeypatch: pytest.MonkeyPatch, capsys: Any
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, drawing: bool
 ) -> None:
     elsewhere("a", GREYS)
     written("x\ny\n")
     monkeypatch.setattr(processes, "_PULSELESS", 4.0)
+    monkeypatch.setattr(processes, "_PULSE", 1.0)
     for name, value in {**launcher(), "WORLD_SIZE": "2", "RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     dying = "from texforce_cli.team.start import joined; joined().be_patient(1e9); import os; os._exit(1)"
+    if drawing:
+        monkeypatch.setattr(sharing, "draw_share", for_a_minute)
     other = subprocess.Popen([sys.executable, "-c", dying], env={**os.environ, "RANK": "1"})
     assert compared(*BRIGHT, images=("a",)) == 1
     assert "process 1 of 2 ended or hangs" in (error := capsys.readouterr().err) and "run the command again" in error
     other.wait()
+
+
+def for_a_minute(request: EvalRequest, shard: tuple[int, int], listener: Listener) -> None:
+    """In the place of drawing."""
+    for _ in range(300):
+        listener(Progressed("drawing base", 0, 1))
+        time.sleep(0.2)
+    pytest.fail("nobody was missed")
 
 
 def refusing(monkeypatch: pytest.MonkeyPatch, error: BaseException, when: Callable[[list[str]], bool]) -> list[int]:

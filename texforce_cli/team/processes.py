@@ -56,6 +56,8 @@ class Processes(Team):
         self._ended = ended
         self._patience = START
         self._turn, self._looks = 0, 0
+        self._pulses: dict[int, str] = {}
+        self._felt = -_PULSELESS
         self._stopped = threading.Event()
         self._pulse = threading.Thread(target=self._show_life, name="texforce-pulse", daemon=True)
         self._pulse.start()
@@ -136,9 +138,10 @@ class Processes(Team):
         self._looks += 1
         try:
             self._see_who_left()
+            silent = self._felt_no_pulse()
         except RuntimeError as error:
             raise self._gone(error) from error
-        if ended := self._ended():
+        if ended := self._ended() or silent:
             raise self._lost(ended)
 
     def leave(self, error: BaseException) -> None:
@@ -233,6 +236,16 @@ class Processes(Team):
         with contextlib.suppress(RuntimeError):
             self._see_who_left()
         return self._lost(self._ended() or ranks, first_line(error))
+
+    def _felt_no_pulse(self) -> list[int]:
+        """The others that have shown no life since they were looked at before, at least `_PULSELESS` seconds ago."""
+        now = time.monotonic()
+        if now - self._felt < _PULSELESS:
+            return []
+        shown = {rank: self._shown(rank) for rank in range(self.size) if rank != self.rank}
+        same = any(pulse and pulse == self._pulses.get(rank) for rank, pulse in shown.items())
+        self._felt, self._pulses = now, shown
+        return self._silent() if same else []  # the whole machine may just have woken up
 
     def _silent(self) -> list[int]:
         """The others that show no life while three pulses go by: a broken sum does not say whose fault it was."""

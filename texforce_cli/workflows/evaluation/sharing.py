@@ -24,7 +24,7 @@ from texforce_cli.workflows.evaluation.pictures import Item
 from texforce_cli.workflows.evaluation.request import EvalRequest, recalled
 from texforce_cli.workflows.evaluation.run import EvalResult, evaluate
 from texforce_cli.workflows.evaluation.variants import check_variants
-from texforce_cli.workflows.events import Listener, Progressed, silent
+from texforce_cli.workflows.events import Event, Listener, Progressed, silent
 from texforce_cli.workflows.stopping import StopRequest
 
 
@@ -110,16 +110,24 @@ def _follow(request: EvalRequest) -> None:
     with _among_others() as place:  # who are told of what is wrong with the request, too
         request = recalled(request)
         check_variants(request.variants, request.baseline)
-        place.be_patient(math.inf)
-        draw_share(request, (place.rank, place.size), silent)
-        place.each(None)
-        place.part()
+        _take_part(place, request, silent)
 
 
 def _lead(place: Processes, listener: Listener, request: EvalRequest, items: Sequence[Item], stop: StopRequest) -> None:
-    """The first of a launcher's processes: draw a part, then wait for the others' parts, which lie in the same folder."""
+    """The first of a launcher's processes."""
     place.heed = stop.heed
-    place.be_patient(math.inf)  # a share takes as long as it takes; whoever ends or shows no life is named
-    draw_share(request, (0, place.size), listener)
+    _take_part(place, request, listener)
+
+
+def _take_part(place: Processes, request: EvalRequest, listener: Listener) -> None:
+    """Draw this process's part, then wait for the others' parts, which lie in the same folder. A share takes as long as it takes;
+    whoever ends or shows no life is named, after a batch."""
+    place.be_patient(math.inf)
+
+    def attentive(event: Event) -> None:
+        place.look()
+        listener(event)
+
+    draw_share(request, (place.rank, place.size), attentive)
     place.each(None)
     place.part()
