@@ -1189,9 +1189,12 @@ def test_files_that_peft_and_diffusers_make_give_the_change_that_they_encode(tmp
     )  # fmt: skip
     assert close(fused(tmp_path / "b.safetensors", tmp_path / "diffusers"), wanted)
 
+    plain.unet.save_lora_adapter(tmp_path / "unet")  # names no component, neither in its keys nor in its header
+    alone = {name: delta for name, delta in wanted.items() if name.startswith("unet")}
+    assert close(fused(tmp_path / "u.safetensors", tmp_path / "unet"), alone)
+    assert not read_lora(str(tmp_path / "unet")).warnings
+
     keys = {f"unet.{key}": value for key, value in get_peft_model_state_dict(plain.unet).items()}
     safetensors.torch.save_file(convert_state_dict_to_kohya(keys), tmp_path / "kohya.safetensors")
-    half = {
-        name: delta / 2 for name, delta in wanted.items() if name.startswith("unet")
-    }  # the converter sets alpha = rank
+    half = {name: delta / 2 for name, delta in alone.items()}  # the converter sets alpha = rank
     assert close(fused(tmp_path / "c.safetensors", tmp_path / "kohya.safetensors"), half)

@@ -380,8 +380,9 @@ def test_ways_to_begin_that_leave_the_base_alone_are_read(tmp_path: Path) -> Non
         assert close(deltas(folder), wanted)
 
 
-def test_a_header_that_tells_of_changed_base_weights_is_refused(tmp_path: Path) -> None:
-    header = json.dumps({"text_encoder.lora_alpha": 4, "text_encoder.init_lora_weights": "olora"})
+@pytest.mark.parametrize("prefix", ["text_encoder.", ""])
+def test_a_header_that_tells_of_changed_base_weights_is_refused(tmp_path: Path, prefix: str) -> None:
+    header = json.dumps({f"{prefix}lora_alpha": 4, f"{prefix}init_lora_weights": "olora"})
     made = Made(metadata={"lora_adapter_metadata": header}).add(KEY, *(f"{KEY}.lora_{x}.weight" for x in "AB"))
     with pytest.raises(TexforceError, match="init_lora_weights 'olora'"):
         read_lora(str(made.save(tmp_path / "a.safetensors")))

@@ -98,7 +98,8 @@ def read_lora(source: str, *, allow_pickle: bool = False) -> Lora:
             tensors, about = opened, opened.metadata
         config = _adapter_config(file)
         component = file.parent.name if file.parent.name in COMPONENTS else None
-        own = _modules(tensors, _Scales.of(file, about, config), component)
+        scales = _Scales.of(file, about, config)
+        own = _modules(tensors, scales, component)
         for module, format in own:
             other = modules.setdefault(module.name, module)
             if other is not module:
@@ -107,7 +108,7 @@ def read_lora(source: str, *, allow_pickle: bool = False) -> Lora:
                     "keep one of them",
                 )
             formats[format] += 1
-        if not config and any(format == "PEFT" for _, format in own):
+        if not scales.configs and any(format == "PEFT" for _, format in own):
             warnings.append(f"'{file}' has no {PEFT_CONFIG} beside it: its alpha is not known and taken to be its rank")
         metadata.update(without_abysses(about))
         if isinstance(config.get("base_model_name_or_path"), str):
@@ -127,16 +128,16 @@ class _Scales:
 
     @classmethod
     def of(cls, file: Path, metadata: Mapping[str, str], config: Mapping[str, Any]) -> _Scales:
-        """The config beside a file, or in the header that diffusers writes (`lora_adapter_metadata`)."""
+        """The config beside a file, or in the header that diffusers writes (`lora_adapter_metadata`): of a pipeline with the
+        component before each name (`unet.lora_alpha`), of one model without."""
         configs = {"": config} if config else {}
         try:
             header = json.loads(metadata.get("lora_adapter_metadata", "{}"))
         except (ValueError, RecursionError):
             header = {}
         for key, value in header.items() if isinstance(header, dict) else ():
-            component, _, name = key.partition(".")
-            configs.setdefault(component, {})
-            configs[component] = {**configs[component], name: value}
+            component, _, name = key.rpartition(".")
+            configs[component] = {**configs.get(component, {}), name: value}
         for found in configs.values():
             _refuse_config(file, found)
         return cls(file, configs)
