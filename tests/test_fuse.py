@@ -28,6 +28,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lora_files import (
     FORMATS,
+    SGM,
     TEXT,
     UNET,
     Made,
@@ -46,6 +47,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from texforce_cli import __version__
 from texforce_cli.cli import app, console
 from texforce_cli.errors import Interrupted, TexforceError, UsageError
+from texforce_cli.lora.names import parse_key
 from texforce_cli.lora.read import read_lora
 from texforce_cli.lora.write import size_of
 from texforce_cli.tensorfile import TensorFile
@@ -128,46 +130,49 @@ def test_the_weights_are_on_the_disk_before_they_have_their_name(
 
 
 COMFYUI = {  # spelled out from ComfyUI's published map (comfy/lora.py, comfy/utils.py: unet_to_diffusers)
-    "lora_te1_text_model_encoder_layers_1_self_attn_q_proj",
-    "lora_te2_text_model_encoder_layers_1_self_attn_q_proj",
+    "lora_te_text_model_encoder_layers_1_self_attn_q_proj",
     "lora_unet_conv_in",
     "lora_unet_conv_out",
     "lora_unet_time_embedding_linear_1",
     "lora_unet_time_embedding_linear_2",
-    "lora_unet_add_embedding_linear_1",
-    "lora_unet_add_embedding_linear_2",
     "lora_unet_down_blocks_0_resnets_0_conv1",
     "lora_unet_down_blocks_0_resnets_1_time_emb_proj",
     "lora_unet_down_blocks_0_downsamplers_0_conv",
     "lora_unet_down_blocks_1_resnets_0_conv_shortcut",
-    "lora_unet_down_blocks_1_attentions_0_transformer_blocks_1_attn1_to_q",
     "lora_unet_down_blocks_1_attentions_1_transformer_blocks_0_attn1_to_out_0",
-    "lora_unet_down_blocks_1_downsamplers_0_conv",
-    "lora_unet_down_blocks_2_resnets_0_conv2",
     "lora_unet_down_blocks_2_attentions_1_proj_in",
-    "lora_unet_mid_block_resnets_0_conv2",
-    "lora_unet_mid_block_attentions_0_transformer_blocks_9_ff_net_0_proj",
-    "lora_unet_mid_block_resnets_1_conv1",
-    "lora_unet_up_blocks_0_attentions_0_transformer_blocks_0_attn2_to_v",
-    "lora_unet_up_blocks_0_attentions_1_transformer_blocks_3_ff_net_2",
+    "lora_unet_mid_block_resnets_1_conv2",
     "lora_unet_up_blocks_0_upsamplers_0_conv",
-    "lora_unet_up_blocks_1_resnets_0_conv_shortcut",
-    "lora_unet_up_blocks_1_upsamplers_0_conv",
-    "lora_unet_up_blocks_1_attentions_2_proj_out",
-    "lora_unet_up_blocks_2_resnets_2_conv1",
+    "lora_unet_up_blocks_1_attentions_2_transformer_blocks_0_ff_net_0_proj",
+    "lora_unet_up_blocks_3_attentions_0_transformer_blocks_0_attn2_to_v",
+    "lora_unet_up_blocks_3_attentions_1_transformer_blocks_0_ff_net_2",
 }
 
 
 def test_kohya_out_has_one_alpha_and_the_names_that_comfyui_looks_up(tmp_path: Path) -> None:
-    fused(tmp_path / "sdxl.safetensors", kohya_sdxl(tmp_path / "x")[0], format="kohya")
-    found = safetensors.numpy.load_file(tmp_path / "sdxl.safetensors")
-    assert {key.partition(".")[0] for key in found} == COMFYUI
-    fused(tmp_path / "sd.safetensors", kohya(tmp_path / "y")[0], format="kohya")
-    found = safetensors.numpy.load_file(tmp_path / "sd.safetensors")
-    assert "lora_te_text_model_encoder_layers_1_self_attn_q_proj.lora_down.weight" in found
+    made = Made()
+    for name in COMFYUI:
+        place = parse_key(f"{name}.alpha")
+        assert place is not None
+        made.add(place.module, *(f"{place.module}.lora_{x}.weight" for x in "AB"))
+    fused(tmp_path / "sd.safetensors", made.save(tmp_path / "a.safetensors"), format="kohya")
+    assert {key.partition(".")[0] for key in TensorFile.open(tmp_path / "sd.safetensors").entries} == COMFYUI
+    fused(tmp_path / "conv.safetensors", kohya(tmp_path / "y")[0], format="kohya")
+    found = safetensors.numpy.load_file(tmp_path / "conv.safetensors")
     assert len({float(value) for key, value in found.items() if key.endswith(".alpha")}) == 1
     assert found["lora_unet_up_blocks_2_upsamplers_0_conv.lora_down.weight"].shape[2:] == (3, 3)
     assert found["lora_unet_up_blocks_2_upsamplers_0_conv.lora_up.weight"].shape[2:] == (1, 1)
+
+
+def test_sdxl_in_kohyas_form_has_the_names_of_the_original_code_and_none_besides(tmp_path: Path) -> None:
+    """A1111 (networks.py: `lora_unet` -> `diffusion_model`) and ComfyUI look up the very modules of it; diffusers drops them
+    where names of its own are among them."""
+    source, wanted = kohya_sdxl(tmp_path / "x")
+    fused(tmp_path / "a.safetensors", source)  # in the names of diffusers
+    assert close(fused(tmp_path / "b.safetensors", tmp_path / "a.safetensors", format="kohya"), wanted)
+    found = {key.partition(".")[0] for key in TensorFile.open(tmp_path / "b.safetensors").entries}
+    text = {f"lora_{te}_text_model_encoder_layers_1_self_attn_q_proj" for te in ("te1", "te2")}
+    assert found == text | {f"lora_unet_{name}" for name in SGM}
 
 
 @pytest.mark.parametrize(
@@ -1069,7 +1074,7 @@ def tiny_sdxl() -> StableDiffusionXLPipeline:
     unet = UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(32, 64),
-        layers_per_block=1,
+        layers_per_block=2,  # by which diffusers counts in kohya's names
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         attention_head_dim=(2, 4),
@@ -1104,8 +1109,6 @@ def test_both_encoders_and_the_unet_of_sdxl_load_with_the_exact_effect(tmp_path:
     for component, part in parts.items():
         for name, layer in part.named_modules():
             if not isinstance(layer, torch.nn.Linear | torch.nn.Conv2d) or name == "text_projection":
-                continue
-            if form == "kohya" and name.startswith("add_embedding"):  # diffusers does not know it in this form
                 continue
             path = f"text_model.{name.removeprefix('text_model.')}" if component != "unet" else name
             shape, kernel = layer.weight.shape[:2], tuple(layer.weight.shape[2:])

@@ -155,9 +155,9 @@ def test_a_layer_is_known_by_every_name_in_use(key: str) -> None:
 
 @pytest.mark.parametrize("depth", [0, 1, 9])
 def test_any_layer_of_a_unet_comes_back_from_its_name_in_kohyas_form(depth: int) -> None:
-    for block in ("down_blocks.0", "up_blocks.3", "mid_block"):
+    for block in ("down_blocks.0.attentions.1", "up_blocks.3.attentions.2", "mid_block.attentions.0"):
         for inside in ("attn1.to_q", "attn2.to_out.0", "ff.net.0.proj", "ff.net.2"):
-            path = f"{block}.attentions.1.transformer_blocks.{depth}.{inside}"
+            path = f"{block}.transformer_blocks.{depth}.{inside}"
             place = parse_key(f"lora_unet_{path.replace('.', '_')}.lora_down.weight")
             assert place is not None
             assert place.path == path

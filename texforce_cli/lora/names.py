@@ -7,6 +7,7 @@ encoders with the level `text_model.` (transformers >= 5.6 dropped it from CLIPT
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -60,7 +61,8 @@ _BLOCK_PARTS = (
     r"(norm[123]|attn[12]\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0\.proj|2)))"
 )
 _UNET = re.compile(
-    rf"(down_blocks|up_blocks)\.[0-3]\.({_BLOCK_PARTS}|(downsamplers|upsamplers)\.0\.conv)|mid_block\.({_BLOCK_PARTS})"
+    rf"(down_blocks|up_blocks)\.[0-3]\.({_BLOCK_PARTS}|(downsamplers|upsamplers)\.0\.conv)"
+    rf"|mid_block\.(?!resnets\.2|attentions\.[12])({_BLOCK_PARTS})"
     r"|conv_in|conv_out|conv_norm_out|(time|add)_embedding\.linear_[12]"
 )
 _TEXT = re.compile(
@@ -92,6 +94,11 @@ _OUTSIDE = {
     "label_emb.0.0": "add_embedding.linear_1",
     "label_emb.0.2": "add_embedding.linear_2",
 }
+_ORIGINAL = {name: original for original, name in {**_RESNET, **_OUTSIDE}.items()}
+_LAYER = re.compile(
+    r"(?P<side>down|up|mid)_blocks?\.((?P<block>\d)\.)?"
+    r"(?P<kind>resnets|attentions|downsamplers|upsamplers)\.(?P<layer>\d)\.(?P<inside>.+)"
+)
 _BLOCK = re.compile(r"(input_blocks|output_blocks)\.(\d{1,3})\.(\d)\.(.+)|middle_block\.([012])\.(.+)")
 
 REFUSED = (
@@ -175,9 +182,14 @@ def locate(module: str) -> tuple[str, str, str] | None:
     return None
 
 
-def kohya_name(component: str, path: str, *, sdxl: bool) -> str:
-    """The module's name in kohya's form, which A1111 and ComfyUI read: `lora_te_text_model_encoder_...`."""
+def kohya_name(component: str, path: str, bases: Collection[str]) -> str:
+    """The module's name in kohya's form, which A1111 and ComfyUI read: `lora_te_text_model_encoder_...`.
+
+    Of SDXL alone kohya trains the U-Net of the original code: the names of diffusers do not bring all of it into A1111.
+    """
+    sdxl = set(bases) == {"SDXL"}
     prefix = {"text_encoder": "lora_te1" if sdxl else "lora_te", "text_encoder_2": "lora_te2", "unet": "lora_unet"}
+    path = _to_sgm(path) if sdxl and component == "unet" else path
     return f"{prefix[component]}_{path.replace('.', '_')}"
 
 
@@ -245,6 +257,25 @@ def _from_sgm(path: str) -> str | None:
     if inside in ("op", "conv"):
         return f"{where}.{'downsamplers' if down else 'upsamplers'}.0.conv"
     return f"{where}.attentions.{layer}.{inside}" if part else _resnet(f"{where}.resnets.{layer}", inside)
+
+
+def _to_sgm(path: str) -> str:
+    """The name in the original code of a module of SDXL's U-Net: where it has upsamplers, they come behind an attention."""
+    if path in _ORIGINAL:
+        return _ORIGINAL[path]
+    layer = _LAYER.fullmatch(path)
+    assert layer is not None, path
+    kind, index, inside = layer["kind"], int(layer["layer"]), layer["inside"]
+    inside = _ORIGINAL[inside] if kind == "resnets" else inside
+    if layer["side"] == "mid":
+        return f"middle_block.{1 if kind == 'attentions' else 2 * index}.{inside}"
+    first = 3 * int(layer["block"])
+    if kind == "downsamplers":
+        return f"input_blocks.{first + 3}.0.op"
+    if kind == "upsamplers":
+        return f"output_blocks.{first + 2}.2.conv"
+    where = f"input_blocks.{first + index + 1}" if layer["side"] == "down" else f"output_blocks.{first + index}"
+    return f"{where}.{int(kind == 'attentions')}.{inside}"
 
 
 def _resnet(where: str, inside: str) -> str | None:

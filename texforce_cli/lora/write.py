@@ -61,24 +61,25 @@ class Slot:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a LoRA is laid out: its format, its precision, `alpha` of the whole file (kohya's), SDXL's names or not, text
-    encoders with the `level` text_model or not (PEFT's), those that get diffusers' `older` names."""
+    """How a LoRA is laid out: its format, its precision, `alpha` of the whole file and the `bases` that decide its names
+    (kohya's), text encoders with the `level` text_model or not (PEFT's), those that get diffusers' `older` names."""
 
     format: Format
     precision: Precision
     alpha: float
-    sdxl: bool
+    bases: frozenset[str]
     level: bool
     older: frozenset[str]
 
     @classmethod
-    def of(cls, slots: Sequence[Slot], format: Format, precision: Precision, *, sdxl: bool) -> Layout:
+    def of(cls, slots: Sequence[Slot], format: Format, precision: Precision, bases: frozenset[str]) -> Layout:
         """One alpha for all modules, the most common rank: loaders scale files with several alphas wrongly."""
         rank = Counter(slot.rank for slot in slots).most_common(1)[0][0]
         stored = float(DTYPES[precision].type(rank))  # bfloat16 cannot hold every integer
-        second = any(slot.component == "text_encoder_2" for slot in slots)
+        if any(slot.component == "text_encoder_2" for slot in slots):
+            bases = frozenset({"SDXL"})
         older = frozenset(COMPONENTS) - {"unet"} - {slot.component for slot in slots if ".self_attn." in slot.path}
-        return cls(format, precision, stored, sdxl or second, format == "peft" and _has_level(), older)
+        return cls(format, precision, stored, bases, format == "peft" and _has_level(), older)
 
     def tensors(self, slot: Slot, pair: Pair) -> Iterator[tuple[str, Array]]:
         """The tensors of one module by their keys, in this format and precision.
@@ -119,7 +120,7 @@ class Layout:
 
     def _keys(self, slot: Slot) -> tuple[str, str, str | None]:
         if self.format == "kohya":
-            name = kohya_name(slot.component, slot.path, sdxl=self.sdxl)
+            name = kohya_name(slot.component, slot.path, self.bases)
             return f"{name}.lora_down.weight", f"{name}.lora_up.weight", f"{name}.alpha"
         name = self.peft_name(slot) if self.format == "peft" else slot.name
         if self.format == "diffusers" and slot.component in self.older:  # diffusers tells the others by their attention

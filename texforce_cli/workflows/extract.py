@@ -86,7 +86,7 @@ def extract(request: ExtractRequest, listener: Listener = silent) -> ExtractResu
         _refuse(request, change)
         slots = [_slot(name, base.shape(name), request.rank) for name in sorted(change.modules)]
         bases = bases_of(slots, {})
-        layout = Layout.of(slots, request.format, request.precision, sdxl=bases == {"SDXL"})
+        layout = Layout.of(slots, request.format, request.precision, bases)
         dropped: dict[str, float] = {}
 
         def pairs() -> Iterator[Pair]:

@@ -191,7 +191,7 @@ def plan_fuse(request: FuseRequest) -> FusePlan:
     out = _out(request, loras)
     inputs = [file for _, lora in loras for file in lora.files]
     refuse_output(out, inputs, folder=request.format == "peft", force=request.force)
-    layout = Layout.of(slots, request.format, request.precision, sdxl=bases == {"SDXL"})
+    layout = Layout.of(slots, request.format, request.precision, bases)
     return FusePlan(request, method, out, tuple(loras), slots, {n: tuple(t) for n, t in terms.items()}, bases, layout)
 
 
