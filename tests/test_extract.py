@@ -300,6 +300,17 @@ def test_a_part_that_one_model_holds_alone_is_told(tmp_path: Path) -> None:
     assert said == [f"the text_encoder of '{models[1]}' is not compared: the other model holds none"]
 
 
+def test_an_encoder_that_could_be_of_two_bases_is_told(tmp_path: Path) -> None:
+    for name, value in (("base", 0.0), ("tuned", 1.0)):
+        weights = {"text_model.encoder.layers.0.self_attn.q_proj.weight": torch.full((2, 768), value)}
+        safetensors.torch.save_file(weights, tmp_path / f"{name}.safetensors")
+    told: list[Any] = []
+    models = [str(tmp_path / f"{name}.safetensors") for name in ("base", "tuned")]
+    extract(ExtractRequest(*models, tmp_path / "out.safetensors", rank=1), told.append)
+    said = [event.text for event in told if isinstance(event, Warned)]
+    assert said == ["nothing tells whether these are of SD 1.x or SDXL, which have the same shapes"]
+
+
 @pytest.mark.parametrize("source", ["~nobody-of-that-name/x", "x" * 300, "a\0b"])
 def test_a_path_that_cannot_be_is_one_sentence(source: str) -> None:
     with pytest.raises(UsageError, match=r"cannot be looked at|there is no folder or file"):

@@ -721,6 +721,13 @@ def test_an_encoder_that_could_be_of_two_bases_is_told_even_beside_one_that_is_n
     assert plan_fuse(FuseRequest(paths[1:], out=tmp_path / "o.safetensors")).warnings == []
 
 
+def test_an_encoder_that_could_be_of_two_bases_gets_the_name_that_is_looked_up_in_both(tmp_path: Path) -> None:
+    key = "lora_te1_text_model_encoder_layers_1_self_attn_q_proj"
+    made = Made().add(f"text_encoder.{TEXT}", f"{key}.lora_down.weight", f"{key}.lora_up.weight", shape=(6, 768))
+    fused(tmp_path / "o.safetensors", made.save(tmp_path / "a.safetensors"), format="kohya")
+    assert {name.partition(".")[0] for name in TensorFile.open(tmp_path / "o.safetensors").entries} == {key}
+
+
 def test_a_long_lineage_keeps_names_hashes_and_weights(tmp_path: Path) -> None:
     training = json.dumps({"base": "tiny", "base_kind": "tiny", "words": "x" * 15_000})
     one = simple(tmp_path / "a.safetensors", texforce=training)

@@ -185,11 +185,12 @@ def locate(module: str) -> tuple[str, str, str] | None:
 def kohya_name(component: str, path: str, bases: Collection[str]) -> str:
     """The module's name in kohya's form, which A1111 and ComfyUI read: `lora_te_text_model_encoder_...`.
 
-    Of SDXL alone kohya trains the U-Net of the original code: the names of diffusers do not bring all of it into A1111.
+    `lora_te1` is SDXL's first encoder, and where it may be that or SD 1.x's: as such it is looked up in both. Of SDXL alone
+    kohya trains the U-Net of the original code: the names of diffusers do not bring all of it into A1111.
     """
-    sdxl = set(bases) == {"SDXL"}
-    prefix = {"text_encoder": "lora_te1" if sdxl else "lora_te", "text_encoder_2": "lora_te2", "unet": "lora_unet"}
-    path = _to_sgm(path) if sdxl and component == "unet" else path
+    first = "lora_te1" if "SDXL" in bases else "lora_te"
+    prefix = {"text_encoder": first, "text_encoder_2": "lora_te2", "unet": "lora_unet"}
+    path = _to_sgm(path) if set(bases) == {"SDXL"} and component == "unet" else path
     return f"{prefix[component]}_{path.replace('.', '_')}"
 
 

@@ -86,6 +86,10 @@ def extract(request: ExtractRequest, listener: Listener = silent) -> ExtractResu
         _refuse(request, change)
         slots = [_slot(name, base.shape(name), request.rank) for name in sorted(change.modules)]
         bases = bases_of(slots, {})
+        if len(bases) > 1:
+            listener(
+                Warned(f"nothing tells whether these are of {' or '.join(sorted(bases))}, which have the same shapes")
+            )
         layout = Layout.of(slots, request.format, request.precision, bases)
         dropped: dict[str, float] = {}
 
