@@ -238,6 +238,21 @@ def test_a_difference_is_written_in_every_form(tmp_path: Path, form: Any) -> Non
     assert extracted["sha256"]["tuned"] == [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
 
 
+@pytest.mark.parametrize(("width", "where"), [(1280, "any"), (6, "text_encoder_2")])
+def test_the_second_encoder_of_sdxl_alone_is_known_by_its_folder_or_its_width(
+    tmp_path: Path, width: int, where: str
+) -> None:
+    name = "text_model.encoder.layers.0.self_attn.q_proj.weight"
+    models = [tmp_path / "sdxl" / "text_encoder_2", tmp_path / "tuned" / where]
+    for value, folder in enumerate(models):
+        folder.mkdir(parents=True)
+        bias = {"text_model.final_layer_norm.bias": torch.zeros(width)}
+        safetensors.torch.save_file(bias | {name: torch.full((2, width), float(value))}, folder / "model.safetensors")
+    files = [str(folder / "model.safetensors") for folder in models]
+    extract(ExtractRequest(*files, tmp_path / "out", rank=1, format="peft"))
+    assert close(deltas(tmp_path / "out"), {f"text_encoder_2.{name.removesuffix('.weight')}": np.ones((2, width))})
+
+
 @pytest.mark.slow
 def test_large_models_are_streamed(tmp_path: Path) -> None:
     """Two of 335 MB, of layers of 17 MB each, in a process of their own."""

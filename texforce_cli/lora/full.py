@@ -11,7 +11,7 @@ from pathlib import Path
 
 from texforce_cli.errors import TexforceError, UsageError
 from texforce_cli.files import user_path
-from texforce_cli.lora.lora import Tensors, hashes
+from texforce_cli.lora.lora import Tensors, hashes, of_second_encoder
 from texforce_cli.lora.names import COMPONENTS, locate
 from texforce_cli.lora.pickles import read_pickle
 from texforce_cli.lora.read import PICKLES, no_place
@@ -95,6 +95,7 @@ def open_full(source: str, *, allow_pickle: bool = False) -> FullWeights:
         else:
             tensors = TensorFile.open(file)
         original = any(key.startswith(_ORIGINAL[0]) for key in tensors.entries)
+        second = file.parent.name == "text_encoder_2" or (file.parent.name != "text_encoder" and _is_second(tensors))
         for key in tensors.entries:
             aside = next((prefix for prefix in _ELSEWHERE if key.startswith(prefix)), None)
             if aside is None and original and not key.startswith(_ORIGINAL):
@@ -113,12 +114,23 @@ def open_full(source: str, *, allow_pickle: bool = False) -> FullWeights:
                 kind = "a LoRA (use --lora)" if "lora" in key else "of no U-Net or CLIP text encoder that is known"
                 raise TexforceError(f"'{file}' holds '{shown(key)}', which is {kind}", "give the weights of one")
             found, name, naming = located
-            if component and found != component and not (naming == "bare" and component.startswith("text")):
+            if second and (found, naming) == ("text_encoder", "bare"):
+                found = "text_encoder_2"
+            if component not in (None, found):
                 raise TexforceError(f"'{file}' holds weights of {found}, not of {component}", "check the folder")
-            places[f"{component or found}.{name}.{parameter}"] = (tensors, key)
+            places[f"{found}.{name}.{parameter}"] = (tensors, key)
     if not places:
         raise TexforceError(f"'{source}' holds no weights of a U-Net or text encoder", "check the file")
     return FullWeights(source, places, frozenset(elsewhere))
+
+
+def _is_second(tensors: Tensors) -> bool:
+    """Whether keys that name no component are those of SDXL's second encoder."""
+    places = ((locate(key.removesuffix(".weight")), entry.shape) for key, entry in tensors.entries.items())
+    return any(
+        place is not None and place[::2] == ("text_encoder", "bare") and of_second_encoder(place[1], shape)
+        for place, shape in places
+    )
 
 
 def _files(source: str, path: Path) -> list[tuple[Path, str | None]]:

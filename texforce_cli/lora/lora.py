@@ -202,6 +202,11 @@ def _fitting(module: Sized) -> Collection[str] | None:
     return _TEXT_WIDTHS.get(module.inputs // 4) if module.path.endswith(".fc2") else None
 
 
+def of_second_encoder(path: str, shape: tuple[int, ...]) -> bool:
+    """Whether a layer of a text encoder takes as much as one of SDXL's second does: 1280, or 5120."""
+    return shape[1:2] == ((5120,) if path.endswith(".fc2") else (1280,))
+
+
 def common_bases(loras: Iterable[Lora]) -> frozenset[str]:
     """The base models that all of them may belong to; empty where nothing tells.
 

@@ -13,7 +13,7 @@ from typing import Any
 from texforce_cli.errors import TexforceError, UsageError
 from texforce_cli.files import user_path
 from texforce_cli.lora.header import without_abysses
-from texforce_cli.lora.lora import Lora, LoraModule, Tensors, bases_of
+from texforce_cli.lora.lora import Lora, LoraModule, Tensors, bases_of, of_second_encoder
 from texforce_cli.lora.names import COMPONENTS, REFUSED, Place, is_convolution, parse_key
 from texforce_cli.lora.pickles import read_pickle
 from texforce_cli.tensorfile import Entry, TensorFile, shown
@@ -225,13 +225,13 @@ def _module(tensors: Tensors, roles: Mapping[str, tuple[str, Place]], scales: _S
 
 
 def _is_second_encoder(places: Mapping[str, Place | None], entries: Mapping[str, Entry]) -> bool:
-    """Whether keys that name no component are those of SDXL's second encoder: what its layers take is 1280 wide, or 5120."""
+    """Whether keys that name no component are those of SDXL's second encoder."""
     return any(
         place is not None
         and place.bare
         and place.component == "text_encoder"
         and place.role == "A"
-        and entries[key].shape[1:2] == ((5120,) if place.path.endswith(".fc2") else (1280,))
+        and of_second_encoder(place.path, entries[key].shape)
         for key, place in places.items()
     )
 
