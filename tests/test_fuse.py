@@ -904,7 +904,7 @@ def test_a_disk_that_takes_no_more_in_mid_file_leaves_nothing(tmp_path: Path, ca
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        assert app.run(["fuse", str(source), "--format", form, "--out", str(out)]) == 1
+        assert app.run(["fuse", f"{source}:te=0", "--format", form, "--out", str(out)]) == 1
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     said = capsys.readouterr()
@@ -1072,6 +1072,39 @@ def test_a_text_encoder_of_any_layers_loads_in_diffusers_with_the_exact_effect(
         assert np.allclose(change, made.wanted[key], rtol=0, atol=3e-5), key
 
 
+def test_a_text_encoder_that_diffusers_does_not_load_in_kohyas_form_is_told(tmp_path: Path) -> None:
+    """One of q_proj and v_proj, as in peft's examples: its attention is known to diffusers by an out_proj."""
+    pipeline = StableDiffusionPipeline.from_pretrained(WEIGHTS, safety_checker=None, dtype=torch.float32)
+    width = pipeline.text_encoder.config.hidden_size
+    made = Made()
+    for name in ("q_proj", "v_proj"):
+        key = f"text_model.encoder.layers.0.self_attn.{name}"
+        keys = [f"base_model.model.{key}.lora_{x}.weight" for x in "AB"]
+        made.add(f"text_encoder.{key}", *keys, shape=(width, width))
+    source = str(made.save(tmp_path / "a.safetensors"))
+    for form, warned in (("diffusers", False), ("peft", False), ("kohya", True)):
+        plan = plan_fuse(FuseRequest([source], out=tmp_path / f"{form}.safetensors", format=form))  # type: ignore[arg-type]
+        assert any("the attention of text_encoder in kohya's form" in text for text in plan.warnings) is warned
+    fuse(plan)
+    with pytest.raises(ValueError, match="infer state dict type"):
+        pipeline.load_lora_weights(tmp_path, weight_name="kohya.safetensors")
+
+
+@pytest.mark.parametrize(("others", "warned"), [((4, 4, 2), False), ((4, 2, 2), True), ((), True)])
+def test_a_text_projection_that_diffusers_does_not_load_is_told(
+    tmp_path: Path, others: tuple[int, ...], warned: bool
+) -> None:
+    """It takes the rank that most of the layers have which it counts; alone nothing is counted."""
+    made = Made()
+    made.add("p", *(f"text_encoder_2.text_projection.lora_{x}.weight" for x in "AB"), rank=4)
+    for rank, name in zip(others, ("q_proj", "v_proj", "out_proj")):
+        key = f"text_encoder_2.text_model.encoder.layers.0.self_attn.{name}"
+        made.add(key, *(f"{key}.lora_{x}.weight" for x in "AB"), rank=rank)
+    source = str(made.save(tmp_path / "a.safetensors"))
+    plan = plan_fuse(FuseRequest([source], out=tmp_path / "b.safetensors"))
+    assert any("text_encoder_2.text_projection only beside" in text for text in plan.warnings) is warned
+
+
 def tiny_sdxl() -> StableDiffusionXLPipeline:
     """An SDXL of its real text widths, one layer in each encoder, two narrow blocks in the U-Net; random, in float64."""
     torch.manual_seed(0)
@@ -1109,15 +1142,21 @@ def outputs(parts: dict[str, torch.nn.Module]) -> dict[str, torch.Tensor]:
         return {**found, "unet": parts["unet"](noise, 3, text, added_cond_kwargs=added).sample}
 
 
+def level(component: str, name: str) -> str:
+    """The name of a live layer as files have it."""
+    inside = component != "unet" and name != "text_projection"
+    return f"text_model.{name.removeprefix('text_model.')}" if inside else name
+
+
 @pytest.mark.parametrize("form", ["diffusers", "kohya", "peft"])
 def test_both_encoders_and_the_unet_of_sdxl_load_with_the_exact_effect(tmp_path: Path, form: Any) -> None:
     pipeline, made, base = tiny_sdxl(), Made(), tiny_sdxl()
     parts = {name: getattr(pipeline, name) for name in ("text_encoder", "text_encoder_2", "unet")}
     for component, part in parts.items():
         for name, layer in part.named_modules():
-            if not isinstance(layer, torch.nn.Linear | torch.nn.Conv2d) or name == "text_projection":
+            if not isinstance(layer, torch.nn.Linear | torch.nn.Conv2d):
                 continue
-            path = f"text_model.{name.removeprefix('text_model.')}" if component != "unet" else name
+            path = level(component, name)
             shape, kernel = layer.weight.shape[:2], tuple(layer.weight.shape[2:])
             keys = [f"{component}.{path}.lora_{x}.weight" for x in "AB"]
             made.add(f"{component}.{path}", *keys, rank=2, shape=tuple(shape), kernel=kernel)
@@ -1129,7 +1168,7 @@ def test_both_encoders_and_the_unet_of_sdxl_load_with_the_exact_effect(tmp_path:
     weights = {"text_encoder": 0.5, "text_encoder_2": -2.0, "unet": 1.0}
     for component in parts:
         for name, layer in getattr(base, component).named_modules():
-            path = f"text_model.{name.removeprefix('text_model.')}" if component != "unet" else name
+            path = level(component, name)
             if f"{component}.{path}" in made.wanted:
                 delta = weights[component] * 0.03**2 * made.wanted[f"{component}.{path}"]
                 layer.weight.data += torch.from_numpy(delta).reshape(layer.weight.shape)

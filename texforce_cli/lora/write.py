@@ -114,6 +114,25 @@ class Layout:
                 planned[alpha] = (dtype, ())
         return planned
 
+    def warnings(self, slots: Iterable[Slot]) -> list[str]:
+        """What diffusers does not load of it."""
+        ranks: dict[str, dict[str, int]] = {}
+        for slot in slots:
+            if slot.component != "unet" and self.format != "peft":
+                ranks.setdefault(slot.component, {})[slot.path] = slot.rank
+        said = []
+        for component, own in ranks.items():
+            attention = [path for path in own if ".self_attn." in path]
+            if self.format == "kohya" and attention and not any(path.endswith(".out_proj") for path in attention):
+                said.append(
+                    f"diffusers does not load the attention of {component} in kohya's form without an out_proj; "
+                    "write --format diffusers for it"
+                )
+            projection = own.pop("text_projection", None)
+            if projection and [projection] != [rank for rank, _ in Counter(own.values()).most_common(1)]:
+                said.append(f"diffusers loads {component}.text_projection only beside other layers of its rank")
+        return said
+
     def peft_name(self, slot: Slot) -> str:
         """The module's name in a PEFT folder."""
         return peft_name(slot.component, slot.path, level=self.level)

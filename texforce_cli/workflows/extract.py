@@ -91,6 +91,8 @@ def extract(request: ExtractRequest, listener: Listener = silent) -> ExtractResu
                 Warned(f"nothing tells whether these are of {' or '.join(sorted(bases))}, which have the same shapes")
             )
         layout = Layout.of(slots, request.format, request.precision, bases)
+        for text in layout.warnings(slots):
+            listener(Warned(text))
         dropped: dict[str, float] = {}
 
         def pairs() -> Iterator[Pair]:

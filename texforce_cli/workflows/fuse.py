@@ -108,7 +108,7 @@ class FusePlan:
                 said.append(
                     f"'{lora.source}' has no component for {', '.join(idle)}; it has {', '.join(lora.components)}"
                 )
-        return said
+        return said + self.layout.warnings(self.slots)
 
     def about(self) -> dict[str, Any]:
         """The plan as plain values."""
