@@ -11,7 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import safetensors.numpy
+from lora_files import kohya
 
 import texforce_cli
 from texforce_cli.cli import console, evaluate
@@ -193,6 +196,35 @@ def test_an_unwritable_folder_is_one_sentence(capsys: pytest.CaptureFixture[str]
     assert run([*TRAIN, "--out", "file/run"]) == 1
     error = capsys.readouterr().err
     assert "file/run" in error.replace("\\", "/") and "choose another folder with --out" in error
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("fuse {lora} --out=~/x.safetensors", "{home}/x.safetensors"),
+        ("fuse --extract {full0} {full1} --rank 1 --out=~/x.safetensors", "{home}/x.safetensors"),
+        ("sample cat --model tiny --steps 1 --seeds 1 --out=~/x", "{home}/x"),
+        ("rewards new sharp --out=~/x", "{home}/x"),
+        ("eval --report-only --out=~/x", "'{home}/x' holds no evaluation"),
+        ("train --config=~/x.toml", "{home}/x.toml"),
+    ],
+)
+def test_a_home_is_understood_where_the_shell_leaves_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, said: str
+) -> None:
+    """bash does not expand the ~ of --out=~/x."""
+    home = tmp_path / "home"
+    home.mkdir()
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(home))
+    for value in (0, 1):
+        safetensors.numpy.save_file(
+            {"conv_in.weight": np.full((2, 2, 3, 3), value, np.float32)}, f"full{value}.safetensors"
+        )
+    names = {"lora": kohya(tmp_path / "y")[0], "full0": "full0.safetensors", "full1": "full1.safetensors"}
+    run(command.format(**names).split())
+    assert str(Path(said.format(home=home))) in "".join(capsys.readouterr()).replace("\n", "")
+    assert not Path("~").exists()
 
 
 def test_a_line_break_in_a_name_makes_no_second_line(capsys: pytest.CaptureFixture[str]) -> None:

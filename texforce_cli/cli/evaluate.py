@@ -23,6 +23,7 @@ from texforce_cli.cli.sampling import (
     Size,
     Steps,
 )
+from texforce_cli.files import user_path
 
 if TYPE_CHECKING:
     from texforce_cli.workflows.evaluation.summary import Summary
@@ -54,6 +55,8 @@ def evaluate(
     variants: Annotated[
         Optional[Path],
         typer.Option(
+            parser=user_path,
+            metavar="PATH",
             help="A TOML file of \\[\\[variants]]: name, model, unet, text_encoder, loras, images.",
             rich_help_panel=_WHAT,
         ),
@@ -113,6 +116,8 @@ def evaluate(
     out: Annotated[
         Path,
         typer.Option(
+            parser=user_path,
+            metavar="PATH",
             help="Folder of pictures, scores.jsonl and .csv, summary.json and .csv, report; alone: go on there.",
             rich_help_panel=_OUT,
         ),

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 import typer
 
 from texforce_cli.cli.sampling import Json
+from texforce_cli.files import user_path
 
 if TYPE_CHECKING:
     from texforce_cli.workflows.events import Event, Listener
@@ -66,7 +67,11 @@ def fuse(
     out: Annotated[
         Optional[Path],
         typer.Option(
-            help="File, or folder for peft.", show_default="a-0.7+b-0.3.safetensors here", rich_help_panel=_OUT
+            parser=user_path,
+            metavar="PATH",
+            help="File, or folder for peft.",
+            show_default="a-0.7+b-0.3.safetensors here",
+            rich_help_panel=_OUT,
         ),
     ] = None,
     format: Annotated[

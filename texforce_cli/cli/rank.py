@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Optional
 import typer
 
 from texforce_cli.cli.sampling import Json
+from texforce_cli.files import user_path
 
 EXAMPLE = "Example: [bold]texforce gpt4v-rank evals/color --judge clip[/bold]"
 _WHAT, _JUDGE, _HOW, _LIMITS, _OUT = "What to rank", "Judge", "Protocol", "Limits", "Output"
@@ -16,7 +17,12 @@ _WHAT, _JUDGE, _HOW, _LIMITS, _OUT = "What to rank", "Judge", "Protocol", "Limit
 def rank(
     evaluation: Annotated[
         Optional[Path],
-        typer.Argument(help="A folder of texforce eval; with --images one to make.", show_default=False),
+        typer.Argument(
+            parser=user_path,
+            metavar="PATH",
+            help="A folder of texforce eval; with --images one to make.",
+            show_default=False,
+        ),
     ] = None,
     judge: Annotated[
         str, typer.Option(help="openai:MODEL, clip, votes, or a plugin's.", show_default=False, rich_help_panel=_JUDGE)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from texforce_cli.files import user_path
+
 if TYPE_CHECKING:
     from texforce_cli.rewards.registry import Registry
 
@@ -102,7 +104,10 @@ def info(name: _NAME, backend: _BACKEND = "", json: _JSON = False) -> None:
 @app.command(epilog='Example: [bold]texforce rewards check brightness --image cat.png --prompt "a cat"[/bold]')
 def check(
     name: _NAME,
-    image: Annotated[Optional[Path], typer.Option("--image", help="A picture; by default one is drawn.")] = None,
+    image: Annotated[
+        Optional[Path],
+        typer.Option("--image", parser=user_path, metavar="PATH", help="A picture; by default one is drawn."),
+    ] = None,
     prompt: Annotated[str, typer.Option("--prompt", help="Its prompt.")] = "a cat",
     reward_option: Annotated[Optional[list[str]], typer.Option(help="NAME.key=value; may be repeated.")] = None,
     reward_timeout: Annotated[float, typer.Option(min=0, help="Seconds that an isolated reward may take.")] = 300.0,
@@ -193,7 +198,9 @@ def remove(
 @app.command(epilog="Example: [bold]texforce rewards new sharpness[/bold]")
 def new(
     name: Annotated[str, typer.Argument(help="Of the reward: lower case, digits, hyphens.", show_default=False)],
-    out: Annotated[Optional[Path], typer.Option(help="Folder, new. Default: texforce-<name>.")] = None,
+    out: Annotated[
+        Optional[Path], typer.Option(parser=user_path, metavar="PATH", help="Folder, new. Default: texforce-<name>.")
+    ] = None,
 ) -> None:
     """Write a plugin package for a reward of your own, with a test that passes."""
     from texforce_cli.cli.console import note

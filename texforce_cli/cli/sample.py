@@ -20,6 +20,7 @@ from texforce_cli.cli.sampling import (
     Size,
     Steps,
 )
+from texforce_cli.files import user_path
 
 EXAMPLE = 'Example: [bold]texforce sample "a cat on the moon" --model tiny --seeds 0:8 --grid --out pictures[/bold]'
 _WHAT, _HOW, _OUT = "What to draw", "Sampling", "Output"
@@ -63,7 +64,9 @@ def sample(
         bool,
         typer.Option("--safety-checker", help="Blacken what the model's checker objects to.", rich_help_panel=_HOW),
     ] = False,
-    out: Annotated[Path, typer.Option(help="Folder for the pictures.", rich_help_panel=_OUT)] = Path("pictures"),
+    out: Annotated[
+        Path, typer.Option(parser=user_path, metavar="PATH", help="Folder for the pictures.", rich_help_panel=_OUT)
+    ] = Path("pictures"),
     grid: Annotated[
         bool, typer.Option("--grid", help="Also one captioned picture of all.", rich_help_panel=_OUT)
     ] = False,

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from texforce_cli.cli.options import add_train_options
+from texforce_cli.files import user_path
 
 EXAMPLE = "Example: [bold]texforce train --reward jpeg-incompressibility --model tiny[/bold]"
 
@@ -17,7 +18,13 @@ def _train(
     *,
     config: Annotated[
         Optional[Path],
-        typer.Option("--config", help="Options from a TOML file.", rich_help_panel="The ones that matter first"),
+        typer.Option(
+            "--config",
+            parser=user_path,
+            metavar="PATH",
+            help="Options from a TOML file.",
+            rich_help_panel="The ones that matter first",
+        ),
     ] = None,
     resume: Annotated[
         Optional[str],
