@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -564,6 +565,13 @@ def test_a_lineage_nested_as_deeply_as_no_command_writes_it_is_left_out(
     assert ("fused from" in about["sources"][0]) is kept
     assert app.run(["fuse", "--inspect", "--json", str(path)]) == 0
     assert bool(json.loads(capsys.readouterr().out)["files"][0]["made_by"]) is kept
+
+
+def test_a_lineage_whose_text_does_not_end_is_passed_over_at_once(tmp_path: Path) -> None:
+    path = simple(tmp_path / "a.safetensors", **{"texforce.fuse": '"' + '\\"' * 20_000 + "\\"})
+    before = time.perf_counter()
+    fused(tmp_path / "out.safetensors", path)
+    assert time.perf_counter() - before < 2
 
 
 def test_inspect_says_who_made_a_file_and_of_what(tmp_path: Path, capsys: Any) -> None:

@@ -24,7 +24,7 @@ _NEW = re.compile(
 """What sources say of themselves that is not so of what they are fused into."""
 _OURS = ("texforce", "texforce.fuse", "texforce.extract")
 _DEEPEST = 300  # what is nested more deeply cannot always be written again; a lineage is cut long before
-_JSON_TEXT = re.compile(r'"(?:[^"\\]|\\.)*"')
+_JSON_TEXT = re.compile(r'"(?:[^"\\]|\\.)*"?')  # an end that is missing is not looked for from every quote again
 
 
 def model_keys(
