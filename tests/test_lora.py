@@ -473,6 +473,7 @@ def test_the_base_model_is_told_by_widths_then_by_headers(tmp_path: Path, make: 
         ("CompVis/stable-diffusion-v1-4", "SD 1.x"),
         ("/home/axl/stable-diffusion-v1-5/", "SD 1.x"),
         (r"D:\sdxl\stable-diffusion-v1-5", "SD 1.x"),
+        (f"/cache/models--sdxl--stable-diffusion-v1-5/snapshots/{'0af' * 13}1/text_encoder", "SD 1.x"),
         ("stabilityai/stable-diffusion-2-1", "SD 2.x"),
         ("stabilityai/stable-diffusion-2", "SD 2.x"),
         ("me/sd21", "SD 2.x"),

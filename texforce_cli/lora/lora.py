@@ -23,6 +23,8 @@ _DEEP = re.compile(r".*\.transformer_blocks\.[1-9]\..*")
 """Only SDXL has more than one transformer block in a row, with layers of these inputs."""
 _TEXT_WIDTHS = {768: {"SD 1.x", "SDXL"}, 1024: {"SD 2.x"}, 1280: {"SDXL"}}
 _BASE_PATH = "base_model_name_or_path"
+_INSIDE = re.compile(rf"|{'|'.join(COMPONENTS)}|snapshots|[0-9a-f]{{40}}")
+"""Folders in a model's own, or in its place in the Hub's cache (models--owner--name/snapshots/HASH/unet)."""
 _TOLD = (  # how other tools' headers call a base model
     (re.compile(r"(?<![a-z])(sd)?xl(?![a-z])", re.IGNORECASE), "SDXL"),
     (re.compile(r"(?<![a-z])(sd|stable-diffusion)[-_ ]?v?2([-_.]?[01])?(?!\d)", re.IGNORECASE), "SD 2.x"),
@@ -241,7 +243,7 @@ def told_base(metadata: Mapping[str, str]) -> str | None:
     for key in _HINTS:
         text = metadata.get(key, "")
         if key == _BASE_PATH:  # the folders above it belong to somebody's machine
-            text = re.split(r"[/\\]", text.rstrip("/\\"))[-1]
+            text = next((part for part in reversed(re.split(r"[/\\]|--", text)) if not _INSIDE.fullmatch(part)), "")
         for pattern, base in _TOLD:
             if pattern.search(text):
                 return base
