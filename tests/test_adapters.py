@@ -184,6 +184,28 @@ def test_a_text_encoder_lora_of_any_of_its_layers_has_its_exact_effect(layers: t
     assert torch.allclose(found, wanted, atol=1e-4)
 
 
+def test_bare_attention_processors_have_their_exact_effect_on_a_unet(tmp_path: Path) -> None:
+    """ReFL-style files, of which diffusers loads nothing today."""
+    ours, changed, made = fresh(), fresh().unet, Made()
+    for name, module in changed.named_modules():
+        block, dot, layer = name.rpartition(".to_")
+        if dot and isinstance(module, torch.nn.Linear):
+            key = f"{block}.processor.to_{layer.removesuffix('.0')}_lora"
+            made.add(f"unet.{name}", f"{key}.down.weight", f"{key}.up.weight", rank=2, shape=tuple(module.weight.shape))
+            module.weight.data += 0.1**2 * torch.from_numpy(made.wanted[f"unet.{name}"])
+    made.tensors = {key: value * np.float32(0.1) for key, value in made.tensors.items()}
+    lora = read_lora(str(made.save(tmp_path / "a.safetensors")))
+    torch.manual_seed(0)
+    config = ours.unet.config
+    inputs = torch.randn(1, config.in_channels, 8, 8), 500, torch.randn(1, 12, config.cross_attention_dim)
+    with torch.no_grad():
+        before = ours.unet(*inputs)[0]
+        stack(ours, [("x", lora.arrays())])
+        assert lora.format == "bare attention processors"
+        assert (changed(*inputs)[0] - before).abs().max() > 0.1
+        assert torch.allclose(ours.unet(*inputs)[0], changed(*inputs)[0], rtol=0, atol=1e-4)
+
+
 def test_a_layer_that_loads_but_at_another_scale_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     good = tuned(fresh()).export()
     pipeline = fresh()

@@ -595,9 +595,13 @@ def test_inspect_says_what_may_be_wrong(tmp_path: Path, capsys: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [[], ["--format", "peft"], ["--method", "svd", "--max-error", "0"]], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [[], ["--format", "kohya"], ["--format", "peft"], ["--method", "svd", "--max-error", "0"]],
+    ids=str,
+)
 def test_a_large_file_is_streamed(tmp_path: Path, options: list[str]) -> None:
-    """600 MB of layers of 4 MB each, in a process of their own."""
+    """600 MB of layers of 4 MB each, in a process of their own, whatever it holds of each at a time."""
     rank, width, layers = 256, 2048, 150
     size = rank * width * 4
     header: dict[str, Any] = {}
@@ -613,7 +617,7 @@ def test_a_large_file_is_streamed(tmp_path: Path, options: list[str]) -> None:
         handle.truncate(8 + len(text) + len(header) * size)  # zeros that take no place on the disk
     peak = peak_of(["fuse", str(tmp_path / "a.safetensors"), "--out", str(out), *options])
     assert size_of(out) > 600e6 or "svd" in options  # the lowest rank of zeros is 1
-    assert peak < 300e6 + 5 * 2 * size
+    assert peak < 250e6
 
 
 def test_peft_says_how_a_pissa_becomes_a_plain_lora_and_that_is_fused(tmp_path: Path, pipeline: Any) -> None:
