@@ -1,5 +1,5 @@
 """Whole weights of a U-Net or a text encoder, by the same names as the modules of LoRAs: folders and files of diffusers,
-transformers, and the original one-file layout. They are read one tensor at a time.
+transformers, and the original one-file layout. They are read one tensor at a time, pickles whole.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`texforce fuse`: the weighted sum of LoRAs as one LoRA, exact or of the lowest rank, written module by module and checked.
 
-Nothing here imports torch: the work is numpy's, a few modules in memory at a time.
+Nothing here imports torch: the work is numpy's, a few modules in memory at a time, and pickles whole.
 """
 
 from __future__ import annotations
