@@ -35,6 +35,7 @@ test-older: setup
 	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(' + repr(sysconfig.get_path('purelib')) + ')')" \
 	  > "$$(build/older/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/zz_tested.pth"
 	build/older/bin/python -m pytest tests/test_adapters.py tests/test_fuse.py tests/test_sample.py -k "load or draw or stack or exact"
+	build/older/bin/python -m pytest -m "slow or not slow" tests/test_extract.py tests/test_train.py -k "draws_with_whole or starts_from_a_lora"
 
 # the page of `texforce eval` in a real browser: needs chromium and chromedriver (apt-get install chromium chromium-driver)
 test-browser: setup
