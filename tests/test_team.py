@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from test_ddpo import PROMPTS, make
 
@@ -34,7 +36,7 @@ from texforce_cli.errors import Interrupted, TexforceError, UsageError
 from texforce_cli.lora.read import FILE_NAME
 from texforce_cli.team import Team, launched
 from texforce_cli.team.processes import Processes
-from texforce_cli.team.start import _refuse_device, team
+from texforce_cli.team.start import _refuse_device, joined, team
 from texforce_cli.team.store import Folder
 from texforce_cli.workflows.learner import follow
 from texforce_cli.workflows.stopping import StopRequest
@@ -242,6 +244,24 @@ def test_words_are_heard_in_their_turn_and_forgotten() -> None:
         assert isinstance(ours._store, Folder)
         assert len(list(ours._store.path.iterdir())) < 12
         ours.of_leader("word")
+
+
+def test_a_launchers_store_carries_values_that_are_larger_than_its_server_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The weights and moments of a resumed run, or held-out pictures, through the store that torchrun makes."""
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, use_libuv=True)
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for name, value in {**where, "WORLD_SIZE": "2", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    ours = joined()
+    monkeypatch.setenv("RANK", "1")
+    value = os.urandom(9 * 2**20)
+    with contextlib.closing(ours), contextlib.closing(joined()) as other, ThreadPoolExecutor(1) as beside:
+        for said in (value, b"", b""):
+            heard = beside.submit(other.of_leader)
+            assert ours.each(said) == [said, None] and heard.result() == said
+        assert server.num_keys() < 10  # what all have heard is forgotten
 
 
 def test_a_signal_is_heard_while_waiting(tmp_path: Path) -> None:

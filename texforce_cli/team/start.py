@@ -19,7 +19,7 @@ from typing import Any
 from texforce_cli.errors import TexforceError, UsageError, first_line
 from texforce_cli.team import Team, launched, sharing
 from texforce_cli.team.processes import LAST_WORDS, START, Lost, Processes
-from texforce_cli.team.store import Folder
+from texforce_cli.team.store import Folder, Pieces
 
 _LEADER_HEARS = 30.0
 """Seconds that the leader has to hear that the others are gone, which it does after each batch; then it hangs."""
@@ -36,7 +36,8 @@ def joined() -> Processes:
             f"the processes of this job did not find each other ({first_line(error)})",
             "see the messages of the others",
         ) from error
-    return Processes(dist.PrefixStore("words", store), lambda: dist.PrefixStore("sums", store), rank, size)
+    words = Pieces(dist.PrefixStore("words", store))
+    return Processes(words, lambda: dist.PrefixStore("sums", store), rank, size)
 
 
 @contextlib.contextmanager

@@ -74,3 +74,48 @@ class Folder:
 
     def _place(self, key: str) -> Path:
         return self.path / key.replace("/", "-")
+
+
+_PIECE = 4 * 2**20
+"""torch's server closes the connection of who sends it more than 8 MiB at once."""
+
+
+class Pieces:
+    """The store of a launcher for values of any size."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._before: dict[str, int] = {}
+        """How many pieces lie beside a key, where there are some."""
+
+    def set(self, key: str, value: bytes) -> None:
+        """Whole or not at all: what stands at the key itself comes last."""
+        before = max(0, len(value) - 1) // _PIECE
+        for number in range(before):
+            self._store.set(_beside(key, number), value[number * _PIECE : (number + 1) * _PIECE])
+        if before:
+            self._before[key] = before
+        self._store.set(key, b"%d " % before + value[before * _PIECE :])
+
+    def get(self, key: str) -> bytes:
+        """What stands there."""
+        before, _, last = self._store.get(key).partition(b" ")
+        return b"".join([*(self._store.get(_beside(key, number)) for number in range(int(before))), last])
+
+    def check(self, keys: list[str]) -> bool:
+        """Whether all are there."""
+        return self._store.check(keys)
+
+    def wait(self, keys: list[str], timeout: timedelta) -> None:
+        """Until all are there."""
+        self._store.wait(keys, timeout)
+
+    def delete_key(self, key: str) -> bool:
+        """Forget what was set here."""
+        for number in range(self._before.pop(key, 0)):
+            self._store.delete_key(_beside(key, number))
+        return self._store.delete_key(key)
+
+
+def _beside(key: str, number: int) -> str:
+    return f"{key}.{number}"
