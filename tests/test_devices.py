@@ -313,8 +313,8 @@ def test_a_machine_that_cannot_compile_is_told_so(
     assert run(["train", *options]) == 1
     said = " ".join(capsys.readouterr().err.split())
     assert (
-        "torch.compile does not work here (Cannot find a working triton installation.); begin a run without --compile"
-        in said
+        "torch.compile does not work here (Cannot find a working triton installation.); go on with: texforce train --resume "
+        "runs/brightness-tiny-1 --no-compile" in said
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -282,6 +283,26 @@ def test_a_run_that_would_learn_something_else_is_not_begun(
     train("--out", "a", "--compile", epochs=1, code=1)
     assert sentence in " ".join(capsys.readouterr().err.split())
     assert not Path("a/adapter").exists()
+
+
+def test_a_run_goes_on_where_the_ratio_has_drifted_and_without_a_compiler_that_is_another_one(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from texforce_cli.algorithms.ddpo import DDPO
+    from texforce_cli.diffusion.policy import Policy
+
+    monkeypatch.setattr(Policy, "compile", lambda policy: setattr(policy, "compiled", True))
+    train("--out", "a", "--compile", "--eval-images", "0")
+    shutil.rmtree("a/checkpoints/epoch_0002")
+    log_prob = DDPO._log_prob
+    monkeypatch.setattr(DDPO, "_log_prob", lambda *about: (log_prob(*about)[0] + 1e-4, log_prob(*about)[1]))
+    with monkeypatch.context() as patch:
+        patch.setattr(DDPO, "_gradient_error", lambda *drawn: 0.7)
+        assert run(["train", "--resume", "a"]) == 1
+    assert "go on with: texforce train --resume a --no-compile" in " ".join(capsys.readouterr().err.split())
+    assert run(["train", "--resume", "a", "--no-compile"]) == 0
+    assert "with unchanged weights the ratio differs from 1 by 1.0e-04" in " ".join(capsys.readouterr().err.split())
+    assert len(rows("a")) == 2
 
 
 def test_several_rewards_are_logged_each(capsys: pytest.CaptureFixture[str]) -> None:
@@ -676,7 +697,6 @@ def test_a_run_is_not_resumed_that_knows_an_option_more(capsys: pytest.CaptureFi
 
 
 def test_a_resumed_run_needs_no_longer_what_it_started_from() -> None:
-    import shutil
 
     train("--out", "first", epochs=1)
     train("--out", "a", "--init-lora", "first", epochs=1)

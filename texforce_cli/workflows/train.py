@@ -108,9 +108,9 @@ def _resumed(folder: RunFolder, wanted: dict[str, Any], listener: Listener) -> T
 
 _FREE = (
     *("num_processes", "process_timeout", "save_within", "save_every", "draft_every", "keep", "log", "device"),
-    *("reward_host", "reward_workers", "reward_timeout", "reward_memory"),
+    *("reward_host", "reward_workers", "reward_timeout", "reward_memory", "compile"),
 )
-"""Options that may change when a run goes on: they do not change its result."""
+"""Options that may change when a run goes on: they change its result by rounding at most."""
 
 
 @contextlib.contextmanager
