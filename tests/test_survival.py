@@ -211,6 +211,25 @@ def test_a_folder_that_may_not_be_written_is_one_sentence(
     assert "cannot be written; choose another folder with --out" in said_by(capsys)
 
 
+def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_damaged(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train("--out", "a", "--eval-images", "0")
+    real, before = Path.read_bytes, made(Path("a"))
+
+    def stale(self: Path) -> bytes:
+        if self.name == "state.safetensors":
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return real(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", stale)
+        assert run(["train", "--resume", "a"]) == 1
+    assert "epoch_0002' cannot be read (Stale file handle); resume when that is mended" in said_by(capsys)
+    is_whole(Path("a"), 2)
+    assert made(Path("a")) == before
+
+
 def test_a_full_disk_does_not_hide_why_a_run_ends(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

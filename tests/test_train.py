@@ -697,7 +697,6 @@ def test_a_run_is_not_resumed_that_knows_an_option_more(capsys: pytest.CaptureFi
 
 
 def test_a_resumed_run_needs_no_longer_what_it_started_from() -> None:
-
     train("--out", "first", epochs=1)
     train("--out", "a", "--init-lora", "first", epochs=1)
     before = adapter("a")

@@ -14,6 +14,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
+from texforce_cli.errors import TexforceError
 from texforce_cli.files import patiently, settle, sha256, write_bytes, write_error, write_json
 from texforce_cli.lora.read import FILE_NAME
 
@@ -54,7 +55,11 @@ def save(folder: Path, checkpoint: Checkpoint, lora: bytes) -> None:
 
 
 def load_latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that is whole, and a sentence for each damaged one that was passed over."""
+    """The newest checkpoint that is whole, and a sentence for each damaged one that was passed over.
+
+    Raises:
+        TexforceError: one cannot be read, which is no damage.
+    """
     damaged: list[str] = []
     for epoch in sorted(epochs(folder), reverse=True):
         path = place(folder, epoch)
@@ -65,9 +70,14 @@ def load_latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
             # not load_file, which maps the file for as long as its tensors live: Windows removes no such file
             tensors = safetensors.torch.load((path / _TENSORS).read_bytes())
             return Checkpoint(state["epoch"], tensors, state["numbers"]), damaged
-        except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+        except (FileNotFoundError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             damaged.append(f"the checkpoint '{path}' is damaged ({reason}); using the one before")
+        except OSError as error:
+            raise TexforceError(
+                f"the checkpoint '{path}' cannot be read ({error.strerror})",
+                "resume when that is mended, or move it away to go on from the one before",
+            ) from error
     return None, damaged
 
 
