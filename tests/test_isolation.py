@@ -27,13 +27,17 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from texforce_cli.cli.app import run
 from texforce_cli.errors import TexforceError, UsageError
+from texforce_cli.prompts import load_prompts
+from texforce_cli.prompts.heldout import heldout_pairs
 from texforce_cli.rewards import isolation, worker
 from texforce_cli.rewards.isolation import IsolatedReward, RewardFailure, WorkerFailure, WorkerSettings, ask_once
 from texforce_cli.rewards.places import Place
-from texforce_cli.rewards.registry import Registry, RewardInfo
+from texforce_cli.rewards.registry import Registry, RewardInfo, load_registry
 from texforce_cli.rewards.sharing import Lender, Lent
 from texforce_cli.rewards.terms import RewardSet, TermSpec
+from texforce_cli.workflows import plan
 
 Make = Callable[..., IsolatedReward]
 
@@ -437,6 +441,22 @@ def test_without_a_substitute_a_reward_that_answers_nan_is_named_too(make: Make)
     assert reward.warnings() == ["reward 'r' returned nan for the prompt 'p66'; it has no score"]
     with pytest.raises(TexforceError, match=r"reward 'r' returned nan for the prompt 'p66', and on more"):
         ask(reward, 66, 66, 66)
+
+
+def test_a_held_out_picture_that_a_watched_reward_cannot_score_is_named_and_left_out(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    poison = heldout_pairs(load_prompts("color", "tiny"), 4)[0][1].text
+    one = make(f"if {poison!r} in prompts: raise ValueError('no')\n" + MEAN)._workers[0]
+    environment = mock.Mock(place=one.place, in_use=contextlib.nullcontext)
+    registry = load_registry()
+    registry.rewards["r", ""] = RewardInfo("r", one._start["factory"], "x", "1", environment=environment)
+    monkeypatch.setattr(plan, "load_registry", lambda: registry)
+    options = "--samples-per-epoch 8 --group-size 4 --micro-batch 4 --grad-accum 1 --steps 2 --eval-images 4 --epochs 1"
+    given = [*options.split(), "--prompts", "color", "--watch", "r", "--out", str(tmp_path / "run")]
+    assert run(["train", "--reward", "brightness", "--model", "tiny", *given]) == 0
+    assert f"failed on a picture of the prompt '{poison}'" in " ".join(capsys.readouterr().err.split())
+    assert json.loads((tmp_path / "run" / "evaluations.jsonl").read_text())["watched"]["r"]["difference"]["n"] == 3
 
 
 def test_in_batches_of_one_picture_the_worst_so_far_is_given_and_three_in_a_row_end_it(make: Make) -> None:

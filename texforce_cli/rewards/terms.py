@@ -109,6 +109,7 @@ class RewardSet:
         """
         self.specs = tuple(specs)
         self.normalize = normalize
+        self._substitute = (workers or WorkerSettings()).substitute
         infos = [find(spec, registry) for spec in specs]  # every name is checked before anything is imported
         self._terms: list[_Term] = []
         self._room: dict[str, int] = {}
@@ -263,7 +264,7 @@ class RewardSet:
             raise TexforceError(f"reward '{name}' {message}", remedy) from error
         except (Exception, SystemExit) as error:  # the plugin boundary
             raise TexforceError(f"reward '{name}' failed: {worker.describe(error)}", "see it with --debug") from error
-        unscored = isinstance(term.reward, IsolatedReward) and not term.reward.settings.substitute
+        unscored = term.elsewhere and not self._substitute
         bad = np.flatnonzero(np.isinf(values) if unscored else ~np.isfinite(values))
         if bad.size:
             raise TexforceError(

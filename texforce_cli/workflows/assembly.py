@@ -46,7 +46,8 @@ def make_scoring(config: TrainConfig, registry: Registry, lent: Sequence[Address
     """Everything that scores in a run; `lent` is what another process of this machine lends."""
     rewards = make_rewards(config, registry, lent[0] if lent else None)
     watches: list[RewardSet] = []
-    workers = WorkerSettings(config.reward_timeout, memory_gb=config.reward_memory)
+    # what is only measured needs no score for every picture
+    workers = WorkerSettings(config.reward_timeout, memory_gb=config.reward_memory, substitute=False)
     try:
         for index, spec in enumerate(parse_terms(config.watched_rewards), 1):
             watches.append(RewardSet([spec], registry, workers=workers, lender=lent[index] if lent else None))

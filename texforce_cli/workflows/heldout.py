@@ -16,6 +16,7 @@ from texforce_cli.core.comparison import diversity
 from texforce_cli.core.statistics import Interval, paired_interval
 from texforce_cli.diffusion.policy import Policy
 from texforce_cli.diffusion.sampler import draw, too_full
+from texforce_cli.errors import TexforceError
 from texforce_cli.prompts import PromptSet
 from texforce_cli.prompts.heldout import heldout_pairs, repeated
 from texforce_cli.report.pictures import before_after, save_png
@@ -94,11 +95,7 @@ class HeldOut:
             unseen=_paired(rewards[split:], base[split:]) if self.unseen > 1 else None,
             rewards=tuple(rewards.tolist()),
             base_rewards=tuple(base.tolist()),
-            watched={
-                name: Watched(float(values.mean()), float(before.mean()), _paired(values, before))
-                for name in self.watched
-                for values, before in ((watched[name], self._base_watched[name]),)
-            },
+            watched={name: _watched(name, watched[name], self._base_watched[name]) for name in self.watched},
         )
         self.history.append(evaluation)
         return evaluation
@@ -156,11 +153,12 @@ class HeldOut:
             scored = {name: one.weighted(one.score(images, texts[part], metadata)) for name, one in sets.items()}
             parts[start] = images, scored
             progress(min(total, start + (self.team.size - self.team.rank) * self.batch), total)
-        every = self.team.each((parts, self._halved))
-        for text in dict.fromkeys(text for _, halved in every for text in halved):
+        found = {start: batch for shared in self.team.each(parts) for start, batch in shared.items()}
+        # all have scored, so the owner of lent workers has everything to say
+        said = [*self._halved, *(text for one in sets.values() for text in one.warnings())]
+        for text in dict.fromkeys(text for texts in self.team.each(said) for text in texts):
             self.warn(text)
         self._halved = []
-        found = {start: batch for shared, _ in every for start, batch in shared.items()}
         drawn, scores = zip(*(found[start] for start in sorted(found)))
         values = {name: np.concatenate([score[name] for score in scores]) for name in sets}
         pictures = np.concatenate(drawn)
@@ -181,6 +179,21 @@ class HeldOut:
             images = min(self._room, len(texts))
             self._room = max(1, images // 2)
             self._halved.append(too_full(self.policy.device, images, self._room))
+
+
+def _watched(name: str, after: Floats, before: Floats) -> Watched:
+    """Over the pairs of which both pictures have a score.
+
+    Raises:
+        TexforceError: there are fewer than two.
+    """
+    both = np.isfinite(after) & np.isfinite(before)
+    if both.sum() < 2:
+        raise TexforceError(
+            f"the watched reward '{name}' has scored {both.sum()} of {len(both)} held-out pairs",
+            "see the warnings before; --resume goes on when that is mended",
+        )
+    return Watched(float(after[both].mean()), float(before[both].mean()), _paired(after[both], before[both]))
 
 
 def _paired(after: Floats, before: Floats) -> Interval:
