@@ -496,8 +496,8 @@ def test_lost_gradients_are_counted_on_after_a_resume() -> None:
         after.step()
 
 
-def test_an_epoch_counts_the_updates_that_it_passed_over(pipeline: Any) -> None:
-    algorithm = make(pipeline, update_batch=4)
+def test_an_epoch_counts_the_updates_that_it_passed_over_and_steers_no_rate_by_the_others(pipeline: Any) -> None:
+    algorithm = make(pipeline, update_batch=4, kl_target=1.0)
     real, calls = algorithm.optimisation.step, []
 
     def poisoned() -> float:
@@ -511,6 +511,9 @@ def test_an_epoch_counts_the_updates_that_it_passed_over(pipeline: Any) -> None:
     assert report.skipped_updates == 1 and len(calls) > 2
     assert math.isfinite(report.grad_norm) and math.isfinite(report.approx_kl)
     assert any("passed over" in text for text in report.warnings)
+    assert algorithm.optimisation.base_rate == 1e-2
+    algorithm.run_epoch(1)
+    assert algorithm.optimisation.base_rate == pytest.approx(1.5e-2)
 
 
 def test_pictures_of_other_steps_are_those_of_a_policy_that_always_has_them(pipeline: Any) -> None:

@@ -321,7 +321,7 @@ class DDPO:
             counts=rollouts.counts,
             warnings=(*rollouts.warnings, *self._warnings(flat, skipped, prompts, diagnostics, halved)),
         )
-        if self.settings.kl_target and updates:
+        if self.settings.kl_target and updates and not skipped:  # fewer updates go less far, whatever the rate
             self.optimisation.base_rate = steered_learning_rate(
                 self.optimisation.base_rate, report.approx_kl, self.settings.kl_target
             )
