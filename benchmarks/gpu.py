@@ -4,7 +4,7 @@ python -m benchmarks.gpu --out FILE.json                # bf16, micro-batches 1 
 python -m benchmarks.gpu --size small --device cpu --precision fp32 --micro-batches 1,2 --steps 2    # does it run?
 
 Weights do not change speed, so none are fetched. An epoch is that of `texforce train`: text encoder, guidance 5, half of the
-steps trained, two micro-batches of images. The floor beside it is the same U-Net passes and nothing else.
+steps trained, two micro-batches of images or `--images`, whose latents are kept until they are learnt from. The floor beside it is the same U-Net passes and nothing else.
 """
 
 from __future__ import annotations
@@ -150,6 +150,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     p.add_argument("--precision", choices=tuple(_PRECISIONS), default="bf16")
     p.add_argument("--micro-batches", default="1,2,4,8,16,32")
     p.add_argument("--steps", type=int, default=20, help="denoising steps, half of them trained (20)")
+    p.add_argument("--images", type=int, help="images an epoch, a multiple of every micro-batch (two micro-batches)")
     p.add_argument("--rounds", type=int, default=2)
     p.add_argument("--out", type=Path, help="JSON file for everything that was measured")
     a = p.parse_args(argv)
@@ -164,6 +165,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     )
     print(f"{'micro-batch':>11}{'images/s':>10}{'epoch/floor':>13}{'of peak':>9}{'GB':>8}{'predicted':>11}")
     for micro_batch in map(int, a.micro_batches.split(",")):
+        images = a.images or 2 * micro_batch
         config = resolve(
             {
                 "reward": ["brightness"],
@@ -172,11 +174,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 "precision": a.precision,
                 "steps": a.steps,
                 "train_steps": "random:0.5",
-                "samples_per_epoch": 2 * micro_batch,
+                "samples_per_epoch": images,
                 "micro_batch": micro_batch,
                 "grad_accum": 1,
                 "timestep_batch": 1,
-                "images": 2 * micro_batch * (a.rounds + 1),
+                "images": images * (a.rounds + 1),
                 "advantages": "batch",
                 "group_size": 1,
             },

@@ -96,8 +96,9 @@ attention: the peak of the process above its weights (docs/performance.md)."""
 
 @dataclass(frozen=True)
 class Memory:
-    """What a run on SD 1.x holds, computed: 1.07 G parameters, the activations of one pass of training through `branches` in
-    `steps` of each image together, and `latents` an image in fp32, twice while an epoch's are joined."""
+    """What a run on SD 1.x holds, computed: 1.07 G parameters, and `latents` an image in fp32, which are there twice while an
+    epoch's are joined, and then once beside the activations of a pass of training through `branches` in `steps` of each image
+    together."""
 
     train: str
     precision: str
@@ -113,8 +114,8 @@ class Memory:
         number, pixels = 4 if self.precision == "fp32" else 2, (self.size / 512) ** 2
         one = (_CHECKPOINTED if self.checkpointing else _ACTIVATIONS[self.train]) * number * pixels
         one *= self.branches * self.steps
-        trajectories = 2 * self.images * self.latents * 16384 * pixels * 4 / 1e9
-        return 1.07 * number + one * micro_batch + trajectories
+        trajectories = self.images * self.latents * 16384 * pixels * 4 / 1e9
+        return 1.07 * number + trajectories + max(trajectories, one * micro_batch)
 
     def micro_batch(self, gb: float) -> int:
         """The largest of 8, 4, 2, 1 that fits into 90 % of `gb`."""
