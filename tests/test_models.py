@@ -26,11 +26,12 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from texforce_cli import tiny
 from texforce_cli.diffusion import single_file
-from texforce_cli.diffusion.models import ModelSource, fingerprint, load_pipeline, resolve_model
+from texforce_cli.diffusion.models import ModelSource, fingerprint, load_pipeline, native_size, resolve_model
 from texforce_cli.diffusion.policy import Denoising, Policy
 from texforce_cli.diffusion.sampler import draw, rollout
 from texforce_cli.errors import TexforceError, UsageError
 from texforce_cli.quiet import quiet
+from texforce_cli.workflows.plan import plan
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 TEXT = "text_encoder/model.safetensors"
@@ -379,6 +380,17 @@ def test_a_cached_repository_loads_offline_and_is_recorded_by_commit(
     assert not caplog.records
 
 
+def test_the_memory_counts_pictures_of_the_size_that_a_model_draws(cached: Path, folder: Path) -> None:
+    for unet in (cached / "unet", folder / "unet"):
+        config = json.loads((unet / "config.json").read_text())
+        (unet / "config.json").write_text(json.dumps({**config, "sample_size": 96}))
+    names = ("someone/a-model@main", str(folder), f"{resolve_model('sd21').location}@main", "someone/another", "sd15")
+    assert [native_size(resolve_model(name)) for name in names] == [768, 768, 768, 512, 512]
+    flags = {"reward": ["brightness"], "device": "cpu", "micro_batch": 1, "precision": "fp32"}
+    pixels = [plan({**flags, "model": name}).cost()["computed_petaflop"] for name in names]
+    assert pixels[0] == pixels[1] == pixels[2] == pytest.approx(2.25 * pixels[4])
+
+
 def test_offline_names_the_repository_the_command_and_the_embedded_model() -> None:
     source = resolve_model("sd15")
     message = refused(source)
@@ -620,6 +632,7 @@ def test_a_checkpoint_alone_takes_the_configs_and_the_tokenizer_of_the_package(
     ours = load(path, precision="fp16")
     assert_same_weights(ours, theirs)
     assert (ours.scheduler.config.prediction_type, ours.unet.config.sample_size) == (prediction, side)
+    assert native_size(resolve_model(str(path))) == 8 * side
     assert ours.tokenizer("a photo of a cat").input_ids == FULL_PROMPT
 
 

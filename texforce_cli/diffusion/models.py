@@ -254,6 +254,23 @@ def _arrange(pipeline: Any, family: Family, device: torch.device) -> None:
         pipeline.unet.to(memory_format=torch.channels_last)
 
 
+def native_size(source: ModelSource) -> int:
+    """The side in pixels of the pictures of a Stable Diffusion, as its U-Net's configuration says where that is on this
+    machine; no weights are read and nothing is fetched. Else that of the published one."""
+    found = single_file.inspect(Path(source.location)) if source.kind == "file" else None
+    if found and found.sample_size:
+        return 8 * found.sample_size
+    config: Any = Path(found.config if found else source.location, "unet", "config.json")
+    if source.kind == "hub":
+        from huggingface_hub import try_to_load_from_cache
+
+        config = try_to_load_from_cache(source.location, "unet/config.json", revision=source.revision)
+    try:
+        return 8 * int(json.loads(Path(config).read_text(encoding="utf-8"))["sample_size"])
+    except (OSError, ValueError, KeyError, TypeError):  # not there
+        return 768 if source.location == _HUB["sd21"][0] else 512
+
+
 def fingerprint(source: ModelSource) -> dict[str, str]:
     """What a run folder records of the weights: a version or revision, and a SHA-256 where there is a file.
 

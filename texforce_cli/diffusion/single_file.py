@@ -53,6 +53,12 @@ class Checkpoint:
     generation: int | None = None
     prediction: Prediction | None = None
 
+    @property
+    def sample_size(self) -> int | None:
+        """The side of its latents where `config` does not have the last word: SD 2.x was published at 768 pixels with
+        v_prediction, at 512 with epsilon."""
+        return (96 if self.prediction == "v_prediction" else 64) if self.generation == 2 else None
+
 
 def inspect(path: Path) -> Checkpoint:
     """What a file is, by its header.
@@ -93,8 +99,8 @@ def load(checkpoint: Checkpoint, **arguments: Any) -> StableDiffusionPipeline:
     )
     if checkpoint.prediction:
         pipeline.scheduler.register_to_config(prediction_type=checkpoint.prediction)
-    if checkpoint.generation == 2:  # SD 2.x was published at 768 pixels with v_prediction, at 512 with epsilon
-        pipeline.unet.register_to_config(sample_size=96 if checkpoint.prediction == "v_prediction" else 64)
+    if checkpoint.sample_size:
+        pipeline.unet.register_to_config(sample_size=checkpoint.sample_size)
     return pipeline
 
 

@@ -13,6 +13,7 @@ from texforce_cli.devices import claim, cpu_computes_bf16, device_memory_gb, mac
 from texforce_cli.diffusion.models import (
     ModelSource,
     gpu_precision,
+    native_size,
     resolve_model,
 )
 from texforce_cli.errors import UsageError
@@ -110,7 +111,7 @@ class Plan:
             "unet_calls_training": training,
         }
         if self.source.family == "sd":
-            memory = memory_of(c, _size(c, self.source))
+            memory = memory_of(c, c.size or native_size(self.source))
             work = computed_petaflop(sampling, training, memory.size)
             cost["computed_petaflop"] = work
             cost["computed_hours_at_100_tflops"] = computed_hours(work, 100)
@@ -185,15 +186,11 @@ def _chosen(config: TrainConfig, origins: Mapping[str, str], source: ModelSource
         if origins["micro_batch"] == "default":
             made = replace(config, precision=chosen.get("precision", config.precision))
             room = memory or machine_memory_gb() / sharing(config.num_processes)[1]  # a GPU is nobody else's
-            fits = memory_of(made, _size(config, source)).micro_batch(room)
+            fits = memory_of(made, config.size or native_size(source)).micro_batch(room)
             chosen["micro_batch"] = fits
             chosen["grad_accum"] = config.update_batch // fits
             chosen["fit_micro_batch"] = memory is not None  # one that is the machine's own swaps before it is full
     return chosen
-
-
-def _size(config: TrainConfig, source: ModelSource) -> int:
-    return config.size or (768 if source.name == "sd21" else 512)
 
 
 def memory_of(config: TrainConfig, size: int) -> Memory:
