@@ -38,7 +38,9 @@ from texforce_cli.team import Team, launched
 from texforce_cli.team.processes import Processes
 from texforce_cli.team.start import _refuse_device, joined, team
 from texforce_cli.team.store import Folder
-from texforce_cli.workflows.learner import follow
+from texforce_cli.workflows.assembly import make_scoring
+from texforce_cli.workflows.learner import Learner, follow
+from texforce_cli.workflows.plan import plan
 from texforce_cli.workflows.stopping import StopRequest
 from texforce_cli.workflows.training_run import TrainingRun
 
@@ -417,6 +419,19 @@ def test_a_slow_process_that_gets_on_is_waited_for(gets_on: bool) -> None:
         else:
             with pytest.raises(TexforceError, match=r"process 1 of 2 ended or hangs \(did not answer within 0.4 s\)"):
                 ours.each("mine")
+
+
+def test_a_process_gets_on_with_each_denoising_step_of_a_batch_that_takes_long() -> None:
+    made, store = plan({"reward": ["brightness"], "model": "tiny", "device": "cpu"}), Missing()
+    store.kept["1/1"] = pickle.dumps(None)  # the other one has loaded the model too
+    with (
+        contextlib.closing(alone_with(store)) as ours,
+        contextlib.closing(make_scoring(made.config, made.registry)) as scoring,
+    ):
+        learner = Learner(made.config, made.prompts, scoring, team=ours, progress=lambda *a, **b: None, begin=True)
+        before = ours._steps
+        rollout(learner.policy, ["a cat"], [0])
+        assert ours._steps == before + made.config.steps
 
 
 HANGS = """

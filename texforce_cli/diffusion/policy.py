@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -89,6 +89,8 @@ class Policy:
         self.unconditional = unconditional
         self.unet: Any = pipeline.unet
         self.compiled = False
+        self.passed: Callable[[], None] = lambda: None
+        """Called after each pass through the U-Net, the longest that nothing else is heard of one who works."""
         self.device: torch.device = pipeline.unet.device
         self.dtype: torch.dtype = pipeline.unet.dtype
         self.schedule = _schedule(pipeline.scheduler, denoising)
@@ -240,6 +242,7 @@ class Policy:
 
     def _unet(self, sample: Tensor, timestep: Tensor, embeddings: Tensor) -> Tensor:
         result: Tensor = self.unet(sample, timestep, encoder_hidden_states=embeddings, return_dict=False)[0]
+        self.passed()
         return at_least_fp32(result)
 
 

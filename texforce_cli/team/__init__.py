@@ -42,6 +42,9 @@ class Team:
     def look(self) -> None:
         """Between exchanges, which may be minutes: raise where one of the others has left or ended."""
 
+    def get_on(self) -> None:
+        """Within what may take long: who waits for this process shall know that it does not hang."""
+
     def device(self, name: str) -> str:
         """The device of this process where the job's is `name`."""
         return name

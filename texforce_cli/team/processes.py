@@ -55,7 +55,7 @@ class Processes(Team):
         self._store, self._sums = words, sums
         self._ended = ended
         self._patience = START
-        self._turn, self._looks = 0, 0
+        self._turn, self._steps = 0, 0
         self._pulses: dict[int, str] = {}
         self._felt = -_PULSELESS
         self._stopped = threading.Event()
@@ -134,8 +134,11 @@ class Processes(Team):
     def of_leader(self, value: Any = None) -> Any:
         return self.each(value if self.rank == 0 else None)[0]
 
+    def get_on(self) -> None:
+        self._steps += 1
+
     def look(self) -> None:
-        self._looks += 1
+        self.get_on()
         try:
             self._see_who_left()
             silent = self._felt_no_pulse()
@@ -202,7 +205,7 @@ class Processes(Team):
                     shown = self._shown(rank)
                 except RuntimeError:
                     raise self._gone(error) from error
-                if pulse and _looks(shown) != _looks(pulse):  # slow, and not hanging
+                if pulse and _steps(shown) != _steps(pulse):  # slow, and not hanging
                     begun = now
                 pulse, alive = (shown, now) if shown != pulse else (pulse, alive)
                 if ended := self._ended():
@@ -224,7 +227,7 @@ class Processes(Team):
                 raise TexforceError(message if rank == 0 else f"process {rank}: {message}", hint)
 
     def _shown(self, rank: int) -> str:
-        """The last sign of life of process `rank`, with how often it has looked up from its work; "" before the first."""
+        """The last sign of life of process `rank`, with how far its work has got; "" before the first."""
         key = f"pulse/{rank}"
         return str(self._get(key)) if self._store.check([key]) else ""
 
@@ -269,12 +272,12 @@ class Processes(Team):
         while True:
             count += 1
             with contextlib.suppress(RuntimeError, TexforceError):  # the disk may be full for a moment only
-                self._set(f"pulse/{self.rank}", f"{count} {self._looks}")
+                self._set(f"pulse/{self.rank}", f"{count} {self._steps}")
             if self._stopped.wait(_PULSE):
                 return
 
 
-def _looks(shown: str) -> str:
+def _steps(shown: str) -> str:
     return shown.partition(" ")[2]
 
 

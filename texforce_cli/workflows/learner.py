@@ -71,6 +71,7 @@ class Learner:
         pipeline = load_pipeline(resolve_model(config.model), device=device, precision=config.precision)
         self.adapter = make_adapter(pipeline, config, begin=begin)
         self.policy = make_policy(pipeline, config, self.adapter)
+        self.policy.passed = team.get_on
         self.optimisation = make_optimisation(config, self.adapter, team)
         self.algorithm = make_algorithm(
             config, self.policy, scoring.rewards, self.optimisation, prompts.seen, progress, team, drafts
