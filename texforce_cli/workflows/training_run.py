@@ -231,11 +231,12 @@ class TrainingRun:
 
     @property
     def best_epoch(self) -> int | None:
-        """The epoch with the highest held-out value of the first watched reward, else of the reward, else of its own images."""
+        """The epoch with the highest held-out value of the first watched reward, else of the reward, else with the best images:
+        those of the next one, which draws by its weights."""
         history = self.heldout.history
         judge = self._judge
         values = {e.epoch: e.watched[judge].mean if judge else e.mean for e in history}
-        values = values or {row["epoch"]: row["reward_mean"] for row in self.rows}
+        values = values or {row["epoch"] - 1: row["reward_mean"] for row in self.rows if row["epoch"] > 1}
         return max(values, key=lambda epoch: values[epoch]) if values else None
 
     def write_record(self, status: str, reason: str | None = None) -> None:
