@@ -316,6 +316,20 @@ def test_several_rewards_are_logged_each(capsys: pytest.CaptureFixture[str]) -> 
     )
 
 
+def test_an_epoch_has_what_rewards_counted_in_its_own_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    from texforce_cli.rewards.builtin.pictures import Brightness
+
+    real = Brightness.score
+
+    def counting(self: Any, images: Any, prompts: Any, metadata: Any) -> list[float]:
+        self.counts = {"seen": getattr(self, "counts", {"seen": 0})["seen"] + len(images)}
+        return real(self, images, prompts, metadata)
+
+    monkeypatch.setattr(Brightness, "score", counting)
+    train("--out", "a", "--eval-every", "1", epochs=3)
+    assert [row["reward_counts"] for row in rows("a")] == 3 * [{"brightness.seen": 8}]
+
+
 def test_training_starts_from_a_lora() -> None:
     train("--out", "a", epochs=1)
     train("--out", "b", "--init-lora", "a:0.5", "--lr", "1e-12", "--weight-decay", "0", epochs=1)

@@ -48,7 +48,7 @@ class EpochReport:
     skipped_updates: int = 0
     """Updates whose gradient was not finite: they changed nothing."""
     counts: Mapping[str, int] = field(default_factory=dict)
-    """What the rewards count, since the run was started: pictures without a face, say."""
+    """What the rewards have counted in its images: those without a face, say."""
     warnings: tuple[str, ...] = field(default_factory=tuple)
 
 

@@ -115,6 +115,7 @@ class RewardSet:
         self._room: dict[str, int] = {}
         """Pictures that a reward of this process scores at once, where the memory was too full for more."""
         self._halved: list[str] = []
+        self._counted: dict[str, int] = {}
         self._ahead: dict[str, ThreadPoolExecutor] = {}
         self._here: ThreadPoolExecutor | None = None
         self._joining: ThreadPoolExecutor | None = None
@@ -213,12 +214,16 @@ class RewardSet:
         return np.asarray(np.sum(weighted, axis=0))
 
     def counts(self) -> dict[str, int]:
-        """What the rewards count since they were made, as `NAME.what`: pictures without a face, say."""
-        return {
-            f"{term.spec.name}.{what}": int(number)
-            for term in self._terms
-            for what, number in (getattr(term.reward, "counts", None) or {}).items()
-        }
+        """What the rewards have counted since the last call, as `NAME.what`: pictures without a face, say."""
+        before, self._counted = (
+            self._counted,
+            {
+                f"{term.spec.name}.{what}": int(number)
+                for term in self._terms
+                for what, number in (getattr(term.reward, "counts", None) or {}).items()
+            },
+        )
+        return {what: number - before.get(what, 0) for what, number in self._counted.items()}
 
     def warnings(self) -> list[str]:
         """What isolated rewards have to say since the last call, and those of this process of a memory that was full."""

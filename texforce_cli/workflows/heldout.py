@@ -154,7 +154,8 @@ class HeldOut:
             parts[start] = images, scored
             progress(min(total, start + (self.team.size - self.team.rank) * self.batch), total)
         found = {start: batch for shared in self.team.each(parts) for start, batch in shared.items()}
-        # all have scored, so the owner of lent workers has everything to say
+        # all have scored, so the owner of lent workers has everything to say, and has counted it
+        self.rewards.counts()  # an epoch counts in its own images
         said = [*self._halved, *(text for one in sets.values() for text in one.warnings())]
         for text in dict.fromkeys(text for texts in self.team.each(said) for text in texts):
             self.warn(text)
