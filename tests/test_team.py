@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -432,6 +433,22 @@ def test_a_process_gets_on_with_each_denoising_step_of_a_batch_that_takes_long()
         before = ours._steps
         rollout(learner.policy, ["a cat"], [0])
         assert ours._steps == before + made.config.steps
+
+
+def test_a_full_memory_in_a_process_that_follows_is_a_sentence_there_and_for_the_leader(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*about: Any) -> None:
+        raise torch.OutOfMemoryError("full")
+
+    made, store = plan({"reward": ["brightness"], "model": "tiny", "device": "cpu"}), Missing()
+    store.kept["1/0"] = pickle.dumps((asdict(made.config), made.prompts, {}))
+    monkeypatch.setattr("texforce_cli.workflows.learner._scoring_beside", full)
+    with contextlib.closing(alone_with(store, rank=1)) as ours, contextlib.closing(alone_with(store)) as leader:
+        with pytest.raises(TexforceError, match="the memory of cpu is full"):
+            follow(ours)
+        with pytest.raises(TexforceError, match=r"process 1: the memory of cpu is full.*--gradient-checkpointing or"):
+            leader.look()
 
 
 HANGS = """

@@ -15,7 +15,7 @@ from texforce_cli.algorithms.base import EpochReport, Preflight, Progress
 from texforce_cli.config import DIVERSITY, TrainConfig
 from texforce_cli.devices import claim, same_bits
 from texforce_cli.diffusion.models import fingerprint, load_pipeline, resolve_model
-from texforce_cli.errors import TexforceError
+from texforce_cli.errors import TexforceError, first_line
 from texforce_cli.prompts import PromptSet
 from texforce_cli.rewards.registry import load_registry
 from texforce_cli.team import Team, machine
@@ -145,6 +145,18 @@ class Learner:
         self.progress("evaluation", done, total)
 
 
+def memory_full(config: TrainConfig, error: torch.OutOfMemoryError, record: str = "RUN/config.toml") -> TexforceError:
+    """What is said of a memory that is full whatever was halved. What takes less changes the result: no run goes on with it."""
+    ways = [] if config.gradient_checkpointing else ["--gradient-checkpointing"]
+    ways += ["--precision bf16"] if config.precision == "fp32" else []
+    cause = f" ({first_line(error)})" if error.__cause__ else ""
+    return TexforceError(
+        f"the memory of {config.device} is full, even for few images at once{cause}",
+        f"begin a new run with --config {record} and "
+        + " or ".join([*ways, "a smaller --size", "fewer --samples-per-epoch"]),
+    )
+
+
 def lead(team: Team, config: TrainConfig, prompts: PromptSet, scoring: Scoring) -> None:
     """Tell the others which run it is, and lend those of this machine the reward workers."""
     if isinstance(team, Processes):
@@ -184,6 +196,10 @@ def follow(team: Processes) -> Any:
                 begin=False,
             )
             return learner.follow()
+    except torch.OutOfMemoryError as error:
+        full = memory_full(config, error)
+        team.leave(full)
+        raise full from error
     except BaseException as error:
         team.leave(error)
         raise

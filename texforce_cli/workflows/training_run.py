@@ -38,7 +38,7 @@ from texforce_cli.workflows.events import (
     Started,
     Warned,
 )
-from texforce_cli.workflows.learner import Learner
+from texforce_cli.workflows.learner import Learner, memory_full
 from texforce_cli.workflows.loggers import open_logger
 from texforce_cli.workflows.plan import Plan
 from texforce_cli.workflows.run_folder import RunFolder, made_with, read_rows, write_rows
@@ -149,11 +149,7 @@ class TrainingRun:
             raise
         except torch.OutOfMemoryError as error:
             self._record_end("failed", reason="out of memory")
-            cause = f" ({first_line(error)})" if error.__cause__ else ""
-            raise TexforceError(
-                f"the memory of {self.config.device} is full, even for few images at once{cause}",
-                f"begin a new run with --config {quoted(self.folder.config)} and {self._less_memory()}",
-            ) from error
+            raise memory_full(self.config, error, quoted(self.folder.config)) from error
         except BaseException as error:
             self._record_end("failed", reason=type(error).__name__)
             raise
@@ -191,12 +187,6 @@ class TrainingRun:
         """run.json where it can be written: a full disk must not hide why the run ends."""
         with contextlib.suppress(TexforceError):
             self.write_record(status, reason)
-
-    def _less_memory(self) -> str:
-        """Options that take less memory; they change the result, so a run is not resumed with them."""
-        ways = [] if self.config.gradient_checkpointing else ["--gradient-checkpointing"]
-        ways += ["--precision bf16"] if self.config.precision == "fp32" else []
-        return " or ".join([*ways, "a smaller --size", "fewer --samples-per-epoch"])
 
     def _train(self) -> None:
         logger = open_logger(self.config.log, self.folder.path, dataclasses.asdict(self.config), self._warn)
