@@ -295,6 +295,9 @@ class Missing:
     def get(self, key: str) -> bytes:
         return self.kept[key]
 
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        return [self.kept[key] for key in keys]
+
     def check(self, keys: list[str]) -> bool:
         return all(key in self.kept for key in keys)
 
@@ -305,6 +308,32 @@ class Missing:
 
     def delete_key(self, key: str) -> bool:
         raise RuntimeError("Broken pipe")
+
+
+def test_a_turn_is_four_words_with_the_store_however_many_the_processes_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, words = Missing(), list[str]()
+    store.kept |= {f"{turn}/{rank}": pickle.dumps(rank) for turn in (1, 2) for rank in range(1, 64)}
+    with contextlib.closing(Processes(store, lambda: None, 0, 64)) as ours:
+        ours.each(None)
+        for name in ("set", "get", "multi_get", "wait", "delete_key"):
+            monkeypatch.setattr(store, name, counted(getattr(store, name), words))
+        assert ours.each(0) == [*range(64)]
+        assert [word for word in words if "pulse" not in word] == [
+            "set 2/0",
+            "wait 2/1",
+            "multi_get 2/1",
+            "delete_key 1/0",
+        ]
+
+
+def counted(word: Callable[..., Any], words: list[str]) -> Callable[..., Any]:
+    """The same, noted with the first key that it is about."""
+
+    def noted(key: Any, *more: Any) -> Any:
+        words.append(f"{word.__name__} {key if isinstance(key, str) else key[0]}")
+        return word(key, *more)
+
+    return noted
 
 
 def alone_with(store: Missing, rank: int = 0) -> Processes:

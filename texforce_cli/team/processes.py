@@ -125,7 +125,8 @@ class Processes(Team):
             self._set(f"{self._turn}/{self.rank}", value)
         except RuntimeError as error:
             raise self._gone(error) from error
-        values = [value if rank == self.rank else self._heard(rank) for rank in range(self.size)]
+        values = self._heard([rank for rank in range(self.size) if rank != self.rank])
+        values.insert(self.rank, value)
         if self._turn > 1:  # all have come here, so all have heard what was said before
             with contextlib.suppress(RuntimeError):
                 self._store.delete_key(f"{self._turn - 1}/{self.rank}")
@@ -182,8 +183,25 @@ class Processes(Team):
     def _get(self, key: str) -> Any:
         return pickle.loads(self._store.get(key))
 
-    def _heard(self, rank: int) -> Any:
-        """What process `rank` says at this turn.
+    def _heard(self, ranks: Sequence[int]) -> list[Any]:
+        """What the processes `ranks` say at this turn: two words with the store, however many they are, where none is late.
+
+        Raises:
+            TexforceError, Interrupted: as `_wait_for`.
+        """
+        keys = [f"{self._turn}/{rank}" for rank in ranks]
+        try:
+            self._store.wait(keys, _SLICE)
+        except RuntimeError:
+            for rank in ranks:
+                self._wait_for(rank)
+        try:
+            return [pickle.loads(word) for word in self._store.multi_get(keys)]
+        except RuntimeError as error:
+            raise self._gone(error) from error
+
+    def _wait_for(self, rank: int) -> None:
+        """Until process `rank` has said its word of this turn.
 
         Raises:
             TexforceError, Interrupted: one of the others left and said why, ended, or lets this one wait too long without getting on.
@@ -193,7 +211,7 @@ class Processes(Team):
         while True:
             try:
                 self._store.wait([key], _SLICE)
-                return self._get(key)
+                return
             except RuntimeError as error:  # torch's DistStoreError: not yet; or the store is gone
                 self.heed()
                 now = time.monotonic()

@@ -19,6 +19,8 @@ class Store(Protocol):
 
     def get(self, key: str) -> bytes: ...
 
+    def multi_get(self, keys: list[str]) -> list[bytes]: ...
+
     def check(self, keys: list[str]) -> bool: ...
 
     def wait(self, keys: list[str], timeout: timedelta) -> object: ...
@@ -53,6 +55,10 @@ class Folder:
             return self._place(key).read_bytes()
         except OSError as error:
             raise RuntimeError(f"nothing is known of {key}") from error
+
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        """What stands at each."""
+        return [self.get(key) for key in keys]
 
     def check(self, keys: list[str]) -> bool:
         """Whether all are there."""
@@ -99,7 +105,14 @@ class Pieces:
 
     def get(self, key: str) -> bytes:
         """What stands there."""
-        before, _, last = self._store.get(key).partition(b" ")
+        return self._whole(key, self._store.get(key))
+
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        """What stands at each, by one word with the server."""
+        return [self._whole(key, found) for key, found in zip(keys, self._store.multi_get(keys))]
+
+    def _whole(self, key: str, found: bytes) -> bytes:
+        before, _, last = found.partition(b" ")
         return b"".join([*(self._store.get(_beside(key, number)) for number in range(int(before))), last])
 
     def check(self, keys: list[str]) -> bool:
