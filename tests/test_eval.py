@@ -336,7 +336,7 @@ def test_a_launchers_process_that_dies_is_named_and_not_waited_for(
     elsewhere("a", GREYS)
     written("x\ny\n")
     monkeypatch.setattr(processes, "_PULSELESS", 4.0)
-    monkeypatch.setattr(processes, "_PULSE", 1.0)
+    monkeypatch.setattr(processes, "PULSE", 1.0)
     for name, value in {**launcher(), "WORLD_SIZE": "2", "RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     dying = "from texforce_cli.team.start import joined; joined().be_patient(1e9); import os; os._exit(1)"

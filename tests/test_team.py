@@ -157,7 +157,7 @@ def die_in_a_sum(place: Processes) -> None:
 def test_a_process_that_dies_within_a_sum_is_named_where_only_its_launcher_sees_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("texforce_cli.team.processes._PULSE", 0.2)
+    monkeypatch.setattr("texforce_cli.team.processes.PULSE", 0.2)
     with team(2, "cpu", die_in_a_sum) as ours:
         assert isinstance(ours, Processes)
         ours.compute("cpu", 60)
@@ -167,7 +167,7 @@ def test_a_process_that_dies_within_a_sum_is_named_where_only_its_launcher_sees_
 
 
 def test_of_those_left_in_a_broken_sum_the_silent_ones_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("texforce_cli.team.processes._PULSE", 0.1)
+    monkeypatch.setattr("texforce_cli.team.processes.PULSE", 0.1)
     store = Missing()
     ours, other = (Processes(store, lambda: None, rank, 4) for rank in (0, 2))
     with contextlib.closing(ours), contextlib.closing(other):
@@ -358,7 +358,7 @@ def test_a_request_to_stop_is_heard_while_another_process_hangs(number: signal.S
 
 
 def test_a_process_shows_its_life_again_after_a_write_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("texforce_cli.team.processes._PULSE", 0.01)
+    monkeypatch.setattr("texforce_cli.team.processes.PULSE", 0.01)
     store, deadline = Missing(failures=1), time.monotonic() + 10
     with contextlib.closing(alone_with(store)):
         while not store.check(["pulse/0"]):
@@ -478,6 +478,51 @@ def test_a_full_memory_in_a_process_that_follows_is_a_sentence_there_and_for_the
             follow(ours)
         with pytest.raises(TexforceError, match=r"process 1: the memory of cpu is full.*--gradient-checkpointing or"):
             leader.look()
+
+
+MEETS = """
+from texforce_cli.team import start
+
+start._STORE_ANSWERS = 4.0
+place = start.joined()
+print("met", flush=True)
+place.each(None)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_whose_store_is_on_a_frozen_machine_ends_with_a_sentence() -> None:
+    """As torchrun's own process holds it, which never answers again."""
+    holds = (
+        "from torch.distributed import TCPStore as S; s = S('127.0.0.1', 0, is_master=True, wait_for_workers=False); "
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", holds + "print(s.port, flush=True); input()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert holder.stdout is not None
+    where = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": holder.stdout.readline().strip(),
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+    }
+    environment = {**os.environ, **where, "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    ours = subprocess.Popen(
+        [sys.executable, "-c", MEETS], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert ours.stdout is not None and ours.stdout.readline() == "met\n"
+        holder.send_signal(signal.SIGSTOP)
+        _, said = ours.communicate(timeout=40)
+    finally:
+        for process in (holder, ours):
+            process.kill()
+            process.communicate()
+    assert ours.returncode == 1
+    assert "error: another process ended or hangs (the machine where they meet has not answered for 4 s)" in said
 
 
 HANGS = """

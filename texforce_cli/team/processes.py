@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 START = 1800.0
 """Seconds that a process may take to start: it may have to download a model."""
-_PULSE, _PULSELESS = 2.0, 20.0
+PULSE, _PULSELESS = 2.0, 20.0
 """A process shows every so many seconds that it lives; after so many without, it does not."""
 _SLICE = timedelta(seconds=0.25)
 """So long at most does waiting keep a signal from being heard."""
@@ -58,7 +58,9 @@ class Processes(Team):
         self._turn, self._steps = 0, 0
         self._pulses: dict[int, str] = {}
         self._felt = -_PULSELESS
-        self._stopped = threading.Event()
+        self.answered = 0
+        """How often the store has answered to a sign of life, if only by an error."""
+        self.stopped = threading.Event()
         self._pulse = threading.Thread(target=self._show_life, name="texforce-pulse", daemon=True)
         self._pulse.start()
 
@@ -171,7 +173,7 @@ class Processes(Team):
     def close(self) -> None:
         import torch.distributed as dist
 
-        self._stopped.set()
+        self.stopped.set()
         self._pulse.join()
         if dist.is_initialized():
             with contextlib.suppress(RuntimeError):
@@ -273,7 +275,7 @@ class Processes(Team):
         others = [rank for rank in range(self.size) if rank != self.rank]
         try:
             before = [self._shown(rank) for rank in others]
-            time.sleep(3 * _PULSE)
+            time.sleep(3 * PULSE)
             return [rank for rank, shown in zip(others, before) if self._shown(rank) == shown]
         except RuntimeError:  # the leader held the store
             return [0] if self.rank else []
@@ -291,7 +293,9 @@ class Processes(Team):
             count += 1
             with contextlib.suppress(RuntimeError, TexforceError):  # the disk may be full for a moment only
                 self._set(f"pulse/{self.rank}", f"{count} {self._steps}")
-            if self._stopped.wait(_PULSE):
+                self._store.check([f"pulse/{self.rank}"])  # to what is set a store says nothing
+            self.answered += 1
+            if self.stopped.wait(PULSE):
                 return
 
 

@@ -18,11 +18,14 @@ from typing import Any
 
 from texforce_cli.errors import TexforceError, UsageError, first_line
 from texforce_cli.team import Team, launched, sharing
-from texforce_cli.team.processes import LAST_WORDS, START, Lost, Processes
+from texforce_cli.team.processes import LAST_WORDS, PULSE, START, Lost, Processes
 from texforce_cli.team.store import Folder, Pieces
 
 _LEADER_HEARS = 30.0
 """Seconds that the leader has to hear that the others are gone, which it does after each batch; then it hangs."""
+
+_STORE_ANSWERS = 60.0
+"""Seconds that a launcher's store, on another machine perhaps, has to answer."""
 
 
 def joined() -> Processes:
@@ -37,7 +40,20 @@ def joined() -> Processes:
             "see the messages of the others",
         ) from error
     words = Pieces(dist.PrefixStore("words", store))
-    return Processes(words, lambda: dist.PrefixStore("sums", store), rank, size)
+    place = Processes(words, lambda: dist.PrefixStore("sums", store), rank, size)
+    threading.Thread(target=_guard, args=(place,), name="texforce-guard", daemon=True).start()
+    return place
+
+
+def _guard(place: Processes) -> None:
+    """End this process where the store falls silent: who calls one whose machine is frozen or off waits without end."""
+    silent = seen = 0
+    while not place.stopped.wait(PULSE):  # a process that was stopped itself is not silent for as many turns
+        silent, seen = (silent + 1 if place.answered == seen else 0), place.answered
+        if silent * PULSE > _STORE_ANSWERS:
+            why = f"the machine where they meet has not answered for {_STORE_ANSWERS:g} s"
+            print(f"error: {Lost([], place.size, why)}", file=sys.stderr, flush=True)
+            os._exit(1)
 
 
 @contextlib.contextmanager
