@@ -225,7 +225,7 @@ def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_damaged(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "read_bytes", stale)
         assert run(["train", "--resume", "a"]) == 1
-    assert "epoch_0002' cannot be read (Stale file handle); resume when that is mended" in said_by(capsys)
+    assert f"epoch_0002' cannot be read ({os.strerror(errno.ESTALE)}); resume when that is mended" in said_by(capsys)
     is_whole(Path("a"), 2)
     assert made(Path("a")) == before
 
