@@ -52,8 +52,9 @@ def _guard(place: Processes) -> None:
         silent, seen = (silent + 1 if place.answered == seen else 0), place.answered
         if silent * PULSE > _STORE_ANSWERS:
             why = f"the machine where they meet has not answered for {_STORE_ANSWERS:g} s"
-            print(f"error: {Lost([], place.size, why)}", file=sys.stderr, flush=True)
-            os._exit(1)
+            sys.stderr.write(f"error: {Lost([], place.size, why)}\n")
+            sys.stderr.flush()
+            os._exit(1)  # the thread that would have to end it waits
 
 
 @contextlib.contextmanager
