@@ -52,7 +52,7 @@ from texforce_cli.workflows.evaluation import run as running
 from texforce_cli.workflows.evaluation.layout import Layout, read_layout, write_layout
 from texforce_cli.workflows.evaluation.pictures import Found, Item, items_of
 from texforce_cli.workflows.evaluation.request import EvalRequest, gather_variants, prompts_of
-from texforce_cli.workflows.evaluation.scores import Metric, ScoreFile, score_key, score_pictures
+from texforce_cli.workflows.evaluation.scores import Metric, ScoreFile, metrics_of, score_key, score_pictures
 from texforce_cli.workflows.evaluation.summary import adjusted
 from texforce_cli.workflows.evaluation.variants import parse_variant, read_variants
 from texforce_cli.workflows.evaluation.votes import count_votes
@@ -463,6 +463,38 @@ def test_a_mistake_is_one_sentence(arguments: list[str], code: int, sentence: st
     assert len(error.strip().splitlines()) == 1
 
 
+def test_a_command_that_fails_draws_nothing_and_leaves_the_folder_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    written("x\n")
+    assert evaluate("p.txt", "--variant", "base=tiny", "--seeds", "0:2") == 0
+    before = {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
+    monkeypatch.setattr(models, "load_pipeline", lambda *given, **named: pytest.fail("a model was loaded"))
+    capsys.readouterr()
+    for wrong, sentence in (
+        (["--score-only", "--metric-option", "brightness.typo=1"], "it has no option 'typo'"),
+        (["--report-only", "--metric-option", "brightness.typo=1"], "it has no option 'typo'"),
+        (["--metric-option", "brightness.typo=1", "--seeds", "0:9"], "it has no option 'typo'"),
+        (["--metric", "brightness:-1"], "the metric 'brightness:-1' has a weight"),
+        (["--metric", "scores-file"], "the reward scores-file has no table"),
+        (["--variant", "base=tiny+none.safetensors", "--prompts", "p.txt", *FAST], "there is no LoRA"),
+        (["--variant", "base=tiny+none", "--prompts", "p.txt", "--report-only", *FAST], "there is no LoRA"),
+        (["--variant", "base=tiny+unet=none", "--prompts", "p.txt", *FAST], "there is no folder or file 'none'"),
+        (["--size", "9"], "the size 9 is not a positive multiple of 4"),
+        (["--device", "gpu", "--steps", "7"], "the device 'gpu' is not available here"),
+    ):
+        assert run(["eval", "--out", "out", *wrong]) == 2
+        assert sentence in capsys.readouterr().err
+        assert {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("name", ["diversity", "votes"])
+def test_no_metric_is_called_as_what_eval_has_itself(name: str) -> None:
+    registry = Registry({(name, ""): RewardInfo(name, "m:R", "third", "1")})
+    with pytest.raises(UsageError, match=f"no metric can be called '{name}'"):
+        metrics_of([TermSpec(name)], registry)
+
+
 def test_a_dry_run_says_what_would_be_drawn_and_what_is_not_there_yet(prompts: str, lora: str, capsys: Any) -> None:
     arguments = [
         "--variant",
@@ -487,6 +519,7 @@ def test_a_dry_run_says_what_would_be_drawn_and_what_is_not_there_yet(prompts: s
     [
         (["--size", "9"], 2, "the size 9 is not a positive multiple of 4"),
         (["--device", "gpu"], 2, "the device 'gpu' is not available here"),
+        (["--metric-option", "brightness.typo=1"], 2, "it has no option 'typo'"),
         (["--unet", "empty"], 2, "the folder 'empty' holds no weights"),
         (["--unet", "some/text_encoder"], 1, "'some/text_encoder' holds no unet, but text_encoder"),
     ],

@@ -73,12 +73,7 @@ class RewardInfo:
         if self.environment or places:
             return self._isolated(options, workers, places)
         factory = self.load()
-        try:
-            arguments = worker.typed_options(factory, options)
-        except ValueError as error:
-            raise UsageError(f"reward '{self.name}': {error}", f"see texforce rewards info {self.name}") from error
-        except Exception as error:  # annotations are the plugin's code
-            raise self._unreadable(error) from error
+        arguments = self._typed(factory, options)
         try:
             with to_stderr():
                 reward: Reward = factory(**arguments)
@@ -89,6 +84,27 @@ class RewardInfo:
                 f"reward '{self.name}' could not start: {worker.describe(error)}", "check its options"
             ) from error
         return reward
+
+    def check(self, options: Mapping[str, str]) -> None:
+        """Whether it has these options; of one that is not isolated, the types of their values too. It is not made.
+
+        Raises:
+            UsageError, TexforceError: as `create`, as far as the class alone tells.
+        """
+        if options and self.environment is None:
+            self._typed(self.load(), options)
+        elif unknown := sorted(options.keys() - {option["name"] for option in self.options()} if options else ()):
+            raise UsageError(
+                f"reward '{self.name}': it has no option '{unknown[0]}'", f"see texforce rewards info {self.name}"
+            )
+
+    def _typed(self, factory: Any, options: Mapping[str, str]) -> dict[str, Any]:
+        try:
+            return worker.typed_options(factory, options)
+        except ValueError as error:
+            raise UsageError(f"reward '{self.name}': {error}", f"see texforce rewards info {self.name}") from error
+        except Exception as error:  # annotations are the plugin's code
+            raise self._unreadable(error) from error
 
     def load(self) -> Any:
         """The class, imported into this process.

@@ -33,6 +33,11 @@ class TermSpec:
     def __str__(self) -> str:
         return self.name if self.weight == 1 else f"{self.name}:{self.weight:g}"
 
+    @property
+    def arguments(self) -> dict[str, str]:
+        """What the reward is made with: `options` without `backend`, which says which reward it is."""
+        return {key: value for key, value in self.options.items() if key != "backend"}
+
 
 def parse_terms(rewards: Sequence[str], options: Sequence[str] = ()) -> list[TermSpec]:
     """The terms that the two options of the command line name.
@@ -127,13 +132,12 @@ class RewardSet:
             )
         try:
             for spec, info in zip(specs, infos):
-                options = {key: value for key, value in spec.options.items() if key != "backend"}
                 places = (hosts or {}).get(spec.name) or ((hosts or {}).get("", ()) if info.environment else ())
                 elsewhere = lender is not None and (info.environment or places)
                 if lender and elsewhere:
                     reward: Reward = Lent(spec.name, lender, (workers or WorkerSettings()).patience)
                 else:
-                    reward = info.create(options, workers, places)
+                    reward = info.create(spec.arguments, workers, places)
                 if isinstance(reward, IsolatedReward) and info.higher_is_better != (spec.weight > 0):
                     reward.worst = max
                 self._terms.append(_Term(spec, info, reward))

@@ -11,7 +11,7 @@ from PIL import Image
 
 from texforce_cli.devices import full_memory
 from texforce_cli.diffusion.models import ModelSource, Precision, known_model, resolve_model
-from texforce_cli.diffusion.policy import Denoising, Policy
+from texforce_cli.diffusion.policy import PIXELS, Denoising, Policy, latent_side
 from texforce_cli.diffusion.sampler import draw
 from texforce_cli.errors import UsageError
 from texforce_cli.presets import Family
@@ -57,7 +57,13 @@ def source_for(model: str, trained: Mapping[str, Any], device: str = "auto") -> 
 
 
 def denoising_for(options: DrawingOptions, trained: Mapping[str, Any], family: Family) -> Denoising:
-    """As asked for, else as the LoRA was trained, else as is usual."""
+    """As asked for, else as the LoRA was trained, else as is usual.
+
+    Raises:
+        UsageError: no picture has that size.
+    """
+    if options.size is not None:
+        latent_side(options.size, PIXELS[family])
     usual: dict[str, Any] = {"steps": 50, "guidance": 7.5, "eta": 1.0, "negative_prompt": ""}
     if family == "tiny":
         usual |= {"steps": 20, "guidance": 3.0}

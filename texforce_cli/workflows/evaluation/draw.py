@@ -60,9 +60,8 @@ def recipes(request: EvalRequest, *, to_draw: bool = False) -> list[Recipe]:
         UsageError, TexforceError: a model or LoRA that is not there or cannot be read.
     """
     from texforce_cli.diffusion.models import fingerprint
-    from texforce_cli.lora.full import open_full
     from texforce_cli.workflows.drawing import denoising_for, source_for
-    from texforce_cli.workflows.loras import load_lora
+    from texforce_cli.workflows.loras import load_lora, weights_of
 
     pickle = request.allow_pickle
     loaded = {v.name: [load_lora(text, allow_pickle=pickle) for text in v.loras] for v in request.variants}
@@ -77,7 +76,9 @@ def recipes(request: EvalRequest, *, to_draw: bool = False) -> list[Recipe]:
         denoising = denoising_for(request, first, source.family)
         settings = {
             "model": fingerprint(source),
-            "weights": {name: open_full(path, allow_pickle=pickle).sha256() for name, path in variant.replaced.items()},
+            "weights": {
+                name: weights_of(name, path, allow_pickle=pickle).sha256() for name, path in variant.replaced.items()
+            },
             "loras": [lora.about for lora in loras],
             "uncond_embedding": trained.get("uncond_embedding") == "base",
             "denoising": asdict(denoising),
@@ -149,22 +150,23 @@ def _same_loras(request: EvalRequest, variant: Variant, settings: Mapping[str, A
 
 def draw(
     request: EvalRequest,
+    made: Sequence[Recipe],
     items: Sequence[Item],
     listener: Listener,
     stop: StopRequest,
     shard: tuple[int, int] = (0, 1),
     failed: Failed = lambda variant, item, why: None,
 ) -> None:
-    """Draw what is missing, variant by variant; of `shard` (i, n) every n-th batch from the i-th.
+    """Draw what is missing, variant by variant, as `made` by `recipes`; of `shard` (i, n) every n-th batch from the i-th.
 
     What cannot be drawn is told to `failed`, and the others go on.
 
     Raises:
-        UsageError, TexforceError: a model or LoRA that cannot be used, a folder that cannot be written.
+        UsageError, TexforceError: a model that cannot be loaded, a folder that cannot be written.
         Interrupted: asked to stop.
     """
     laid_out = []
-    for recipe in recipes(request, to_draw=True):
+    for recipe in made:
         name = recipe.variant.name
         wished = Layout(_asked(request, recipe.variant), recipe.settings, request.batch)
         earlier = read_layout(request.out, name)
@@ -184,12 +186,13 @@ def draw_share(request: EvalRequest, shard: tuple[int, int], listener: Listener)
     """What one of several processes draws. What it cannot draw is missing, and the first process tries it once more.
 
     Raises:
-        as `draw`
+        as `recipes` and `draw`
     """
     stop = StopRequest()
     prompts = prompts_of(request)
     with stop.listening():
-        draw(request, items_of([*prompts.seen, *prompts.unseen], request.seeds), listener, stop, shard)
+        items = items_of([*prompts.seen, *prompts.unseen], request.seeds)
+        draw(request, recipes(request, to_draw=True), items, listener, stop, shard)
 
 
 def _draw_variant(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from texforce_cli.devices import resolve_device
-from texforce_cli.diffusion.policy import PIXELS, latent_side
 from texforce_cli.errors import UsageError
 from texforce_cli.prompts.fetched import NotFetched, least_count
 from texforce_cli.rewards.registry import load_registry
@@ -28,6 +27,8 @@ def plan_eval(request: EvalRequest) -> dict[str, Any]:
     baseline = check_variants(request.variants, request.baseline)
     resolve_device(request.device)
     metrics = metrics_of(parse_terms(request.metrics, request.metric_options), load_registry())
+    for metric in metrics:
+        metric.info.check(metric.spec.arguments)
     absent: list[str] = []
     try:
         prompts = prompts_of(request)
@@ -55,8 +56,6 @@ def plan_eval(request: EvalRequest) -> dict[str, Any]:
         if not variant.images:
             source = source_for(variant.model, trained.get(variant.name) or first, request.device)
             denoising = denoising_for(request, first, source.family)
-            if request.size is not None:
-                latent_side(request.size, PIXELS[source.family])
             branches = 1 if denoising.guidance == 1 else 2
             about |= {"model": source.name, "steps": denoising.steps, "guidance": denoising.guidance}
             about["unet_calls"] = pictures * denoising.steps * branches

@@ -141,7 +141,11 @@ def record(request: EvalRequest, trained: Mapping[str, Sequence[str]]) -> None:
 
 
 def rewards_trained_on(request: EvalRequest) -> dict[str, list[str]]:
-    """LoRA, as it was named -> the rewards that it was trained on; for one that is gone, as the folder remembers it."""
+    """LoRA, as it was named -> the rewards that it was trained on; for one that is gone, as the folder remembers it.
+
+    Raises:
+        UsageError, TexforceError: a LoRA that is not there, or cannot be read, and that the folder does not know.
+    """
     try:
         kept = read_json(request.out / _RECORD)["trained_on"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -153,7 +157,9 @@ def rewards_trained_on(request: EvalRequest) -> dict[str, list[str]]:
             found[text] = sorted(trained_on(text))
         except TexforceError:
             known = kept.get(text) if isinstance(kept, dict) else None
-            found[text] = [str(name) for name in known] if isinstance(known, list) else []
+            if not isinstance(known, list):
+                raise
+            found[text] = list(map(str, known))
     return found
 
 

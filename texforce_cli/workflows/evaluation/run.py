@@ -18,7 +18,7 @@ from texforce_cli.report.verdicts import ranking_tabs
 from texforce_cli.rewards.isolation import WorkerSettings
 from texforce_cli.rewards.registry import Registry, load_registry
 from texforce_cli.rewards.terms import parse_terms
-from texforce_cli.workflows.evaluation.draw import draw, settings_of
+from texforce_cli.workflows.evaluation.draw import draw, recipes, settings_of
 from texforce_cli.workflows.evaluation.pictures import Found, Item, collect, items_of
 from texforce_cli.workflows.evaluation.request import EvalRequest as EvalRequest
 from texforce_cli.workflows.evaluation.request import gather_variants as gather_variants
@@ -27,6 +27,7 @@ from texforce_cli.workflows.evaluation.request import recalled as recalled
 from texforce_cli.workflows.evaluation.scores import (
     Metric,
     ScoreFile,
+    check_metrics,
     known_score,
     measure_diversity,
     metrics_of,
@@ -88,25 +89,29 @@ def evaluate(request: EvalRequest, listener: Listener = silent, *, beforehand: D
     if not (metrics or request.votes or ranking_tabs(request.out)) and request.stage != "images":
         raise UsageError("there is no metric", "add --metric brightness, or another of: texforce rewards")
     items = items_of([*prompts.seen, *prompts.unseen], request.seeds)
+    draws = request.stage in ("all", "images")
     missing = _Missing()
     stop = StopRequest()
     with stop.listening(), held(request.out):
+        # all that can be wrong with the request is told before the folder remembers it, and before hours of drawing
         trained = rewards_trained_on(request)
+        to_draw = recipes(request, to_draw=True) if draws else []
+        if request.stage != "report" and request.device != "auto":
+            claim(str(resolve_device(request.device)))  # nothing else has, where all pictures are there
+        scores = ScoreFile(request.out / "scores.jsonl")
+        check_metrics(metrics, registry, scores, make=request.stage == "all")
         if request.recorded:
             record(request, trained)
-        if request.stage in ("all", "images"):
+        if draws:
             if beforehand:
                 beforehand(request, items, stop)
-            draw(request, items, listener, stop, failed=missing.note)
+            draw(request, to_draw, items, listener, stop, failed=missing.note)
         if request.stage == "images":
             for (name, item), why in missing.undrawn.items():
                 missing.tell(name, item, why)
             return EvalResult(request.out, None, None, tuple(missing.entries))
         found = collect(request.out, request.variants, items, settings_of(request), missing.tell_picture)
-        scores = ScoreFile(request.out / "scores.jsonl")
         if request.stage != "report":
-            if request.device != "auto":
-                claim(str(resolve_device(request.device)))  # nothing else has, where all pictures are there
             for metric in metrics:
                 _score(request, metric, registry, scores, found, missing, listener, stop)
         values = [_values(request, metric, scores, found, missing) for metric in metrics]

@@ -16,15 +16,18 @@ from numpy.typing import NDArray
 
 from texforce_cli.config import DIVERSITY
 from texforce_cli.core.comparison import diversity
-from texforce_cli.errors import TexforceError
+from texforce_cli.devices import release
+from texforce_cli.errors import TexforceError, UsageError
 from texforce_cli.files import contents_hash, from_json, write_error
 from texforce_cli.report.pictures import read_picture
 from texforce_cli.rewards.isolation import WorkerSettings
 from texforce_cli.rewards.registry import Registry, RewardInfo
 from texforce_cli.rewards.terms import RewardSet, TermSpec, find
 from texforce_cli.workflows.evaluation.pictures import Found, Item
+from texforce_cli.workflows.evaluation.votes import VOTES
 
 _DIVERSITY_VERSION = "1"
+_TAKEN = (DIVERSITY, VOTES)
 
 Key = tuple[str, str, str, str]
 """Hash of the pixels, prompt, metric, version."""
@@ -141,9 +144,31 @@ def metrics_of(specs: Sequence[TermSpec], registry: Registry) -> list[Metric]:
     """The metrics that were asked for.
 
     Raises:
-        UsageError: an unknown name.
+        UsageError: an unknown name, one that a plugin cannot have here, or a weight.
     """
+    for spec in specs:
+        if spec.name in _TAKEN:
+            raise UsageError(f"no metric can be called '{spec.name}': eval has that itself", "leave it out")
+        if spec.weight != 1:
+            raise UsageError(f"the metric '{spec}' has a weight", f"metrics are not added up: --metric {spec.name}")
     return [Metric(spec, find(spec, registry)) for spec in specs]
+
+
+def check_metrics(metrics: Sequence[Metric], registry: Registry, scores: ScoreFile, *, make: bool) -> None:
+    """What is wrong with the options of metrics that have not scored here yet; to `make` and end each tells of weights that
+    are missing, too.
+
+    Raises:
+        UsageError, TexforceError: as `RewardInfo.check`; where they are made, as `RewardInfo.create`.
+    """
+    import torch
+
+    for metric in (one for one in metrics if one.version(scores) not in scores.versions(one.name)):
+        if make:
+            RewardSet([metric.spec], registry).close()
+            release(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        else:
+            metric.info.check(metric.spec.arguments)
 
 
 def score_key(metric: str, version: str, item: Item, found: Found) -> Key:
