@@ -26,6 +26,7 @@ import torch
 from diffusers import AutoencoderTiny
 from PIL import Image, PngImagePlugin
 
+from texforce_cli import __version__
 from texforce_cli.cli.app import run
 from texforce_cli.diffusion import models
 from texforce_cli.diffusion.adapters import Adapter
@@ -1505,6 +1506,27 @@ def test_the_report_alone_makes_no_reward(monkeypatch: pytest.MonkeyPatch) -> No
     elsewhere("a", {("y", 1): 40})
     assert run(["eval", "--out", "out", "--report-only"]) == 0
     assert Path("out/summary.json").read_bytes() == whole
+
+
+def test_the_report_alone_needs_neither_the_version_nor_the_plugin_that_scored(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    elsewhere("a", GREYS)
+    written("".join(json.dumps({"prompt": text, "level": 1}) + "\n" for text in "xy"), "p.jsonl")
+    assert compared(*BRIGHT, images=("a",), prompts="p.jsonl") == 0
+    whole = Path("out/summary.json").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr("texforce_cli.rewards.registry.__version__", "999")
+        assert run(["eval", "--out", "out", "--report-only"]) == 0
+        said = f"the scores of brightness are those of 'texforce {__version__}', which is not what is installed"
+        assert said in capsys.readouterr().err and Path("out/summary.json").read_bytes() == whole
+    monkeypatch.setattr(running, "load_registry", Registry)
+    assert run(["eval", "--out", "out", "--report-only"]) == 0
+    assert said in capsys.readouterr().err and Path("out/summary.json").read_bytes() == whole
+    assert run(["eval", "--out", "out"]) == 2
+    Path("out/summary.json").unlink()
+    assert run(["eval", "--out", "out", "--report-only"]) == 2
+    assert "unknown reward 'brightness'" in capsys.readouterr().err
 
 
 def test_what_one_variant_lacks_leaves_all_of_them_and_is_counted(capsys: Any) -> None:

@@ -85,7 +85,8 @@ def evaluate(request: EvalRequest, listener: Listener = silent, *, beforehand: D
     baseline = check_variants(request.variants, request.baseline)
     registry = load_registry()
     prompts = prompts_of(request)
-    metrics = metrics_of(parse_terms(request.metrics, request.metric_options), registry)
+    folder = request.out if request.stage == "report" else None
+    metrics = metrics_of(parse_terms(request.metrics, request.metric_options), registry, folder)
     if not (metrics or request.votes or ranking_tabs(request.out)) and request.stage != "images":
         raise UsageError("there is no metric", "add --metric brightness, or another of: texforce rewards")
     items = items_of([*prompts.seen, *prompts.unseen], request.seeds)
@@ -114,7 +115,7 @@ def evaluate(request: EvalRequest, listener: Listener = silent, *, beforehand: D
         if request.stage != "report":
             for metric in metrics:
                 _score(request, metric, registry, scores, found, missing, listener, stop)
-        values = [_values(request, metric, scores, found, missing) for metric in metrics]
+        values = [_values(request, metric, scores, found, missing, listener) for metric in metrics]
         values += _diversity(request, scores, found, items, stop)
         unseen = frozenset(prompt.text for prompt in prompts.unseen)
         in_sample = {v.name: sorted({name for text in v.loras for name in trained[text]}) for v in request.variants}
@@ -201,10 +202,17 @@ def _score(
 
 
 def _values(
-    request: EvalRequest, metric: Metric, scores: ScoreFile, found: Pictures, missing: _Missing
+    request: EvalRequest,
+    metric: Metric,
+    scores: ScoreFile,
+    found: Pictures,
+    missing: _Missing,
+    listener: Listener,
 ) -> tuple[MetricAbout, dict[str, dict[Item, float]]]:
-    """The scores of a metric, as far as they are known."""
-    info, version = metric.info, metric.version(scores)
+    """The scores of a metric, as far as they are known; a report alone takes those of another version of its package, too."""
+    info, version = metric.info, metric.version(scores, installed=request.stage != "report")
+    if version != metric.version(scores):
+        listener(Warned(f"the scores of {metric.name} are those of '{version}', which is not what is installed"))
     values: dict[str, dict[Item, float]] = {name: {} for name in found}
     for name, pictures in found.items():
         for item, one in pictures.items():

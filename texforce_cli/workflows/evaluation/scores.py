@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +25,13 @@ from texforce_cli.rewards.isolation import WorkerSettings
 from texforce_cli.rewards.registry import Registry, RewardInfo
 from texforce_cli.rewards.terms import RewardSet, TermSpec, find
 from texforce_cli.workflows.evaluation.pictures import Found, Item
+from texforce_cli.workflows.evaluation.summary import remembered
 from texforce_cli.workflows.evaluation.votes import VOTES
 
 _DIVERSITY_VERSION = "1"
 _TAKEN = (DIVERSITY, VOTES)
+
+_WITHOUT_METADATA = re.compile(r" \{[0-9a-f]{16}\}$")
 
 Key = tuple[str, str, str, str]
 """Hash of the pixels, prompt, metric, version."""
@@ -45,19 +49,25 @@ class Metric:
         """The reward's name."""
         return self.spec.name
 
-    def version(self, scores: ScoreFile) -> str:
+    def version(self, scores: ScoreFile, *, installed: bool = True) -> str:
         """What its values depend on: the version of its package, its options, and the contents of files that these name.
 
-        Where these files are gone, it is the version that was scored with last.
+        Where these files are gone, it is the version that was scored with last; so it is where nothing was scored with the
+        package that is `installed`, and that is not asked for.
         """
         # a comma within a value is doubled: `a=1,b=2` is not two options
         options = ",".join(f"{key}={value.replace(',', ',,')}" for key, value in sorted(self.spec.options.items()))
-        plain = f"{self.info.origin} {self.info.version}" + (f" {options}" if options else "")
+        options = f" {options}" if options else ""
         contents = [contents_hash(value) for _, value in sorted(self.spec.options.items())]
-        if any(contents):
-            return f"{plain} [{_hash(contents)}]"
-        known = [version for version in scores.versions(self.name) if version.startswith(f"{plain} [")]
-        return known[-1] if known else plain
+        files = f" [{_hash(contents)}]" if any(contents) else ""
+        known = [_WITHOUT_METADATA.sub("", version) for version in scores.versions(self.name)]
+        exact = f"{self.info.origin} {self.info.version}{options}{files}"
+        if exact in known:
+            return exact
+        package = re.escape(self.info.version) if installed else r"\S*"
+        like = rf"{re.escape(self.info.origin)} {package}{re.escape(options)}"
+        like += re.escape(files) or r"( \[[0-9a-f]{16}\])?"
+        return next((version for version in reversed(known) if re.fullmatch(like, version)), exact)
 
 
 def _hash(value: Iterable[Any]) -> str:
@@ -140,8 +150,8 @@ class ScoreFile:
             raise write_error(self.path, error) from error
 
 
-def metrics_of(specs: Sequence[TermSpec], registry: Registry) -> list[Metric]:
-    """The metrics that were asked for.
+def metrics_of(specs: Sequence[TermSpec], registry: Registry, folder: Path | None = None) -> list[Metric]:
+    """The metrics that were asked for; one that is not installed is what the summary in `folder` says of it.
 
     Raises:
         UsageError: an unknown name, one that a plugin cannot have here, or a weight.
@@ -151,7 +161,24 @@ def metrics_of(specs: Sequence[TermSpec], registry: Registry) -> list[Metric]:
             raise UsageError(f"no metric can be called '{spec.name}': eval has that itself", "leave it out")
         if spec.weight != 1:
             raise UsageError(f"the metric '{spec}' has a weight", f"metrics are not added up: --metric {spec.name}")
-    return [Metric(spec, find(spec, registry)) for spec in specs]
+    return [Metric(spec, _info(spec, registry, folder)) for spec in specs]
+
+
+def _info(spec: TermSpec, registry: Registry, folder: Path | None) -> RewardInfo:
+    try:
+        return find(spec, registry)
+    except UsageError:
+        if folder is None or (known := remembered(folder, spec.name)) is None:
+            raise
+        return RewardInfo(
+            spec.name,
+            factory="",
+            origin=known.version.partition(" ")[0],
+            version="",
+            summary=known.summary,
+            higher_is_better=known.higher_is_better,
+            unit=known.unit,
+        )
 
 
 def check_metrics(metrics: Sequence[Metric], registry: Registry, scores: ScoreFile, *, make: bool) -> None:
@@ -164,6 +191,8 @@ def check_metrics(metrics: Sequence[Metric], registry: Registry, scores: ScoreFi
     import torch
 
     for metric in (one for one in metrics if one.version(scores) not in scores.versions(one.name)):
+        if not metric.info.factory:  # not installed, and nothing is scored
+            continue
         if make:
             RewardSet([metric.spec], registry).close()
             release(torch.device("cuda" if torch.cuda.is_available() else "cpu"))

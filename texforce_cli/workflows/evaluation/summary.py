@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from texforce_cli.core.comparison import ByPrompt, Comparison, compare, holm, interval, unit_means, win_matrix
-from texforce_cli.files import csv_cell, finite, write_json, write_text
+from texforce_cli.files import csv_cell, finite, read_json, write_json, write_text
 from texforce_cli.report.page import Row
 from texforce_cli.workflows.evaluation.pictures import Item
 
@@ -110,6 +110,18 @@ def write_summary(summary: Summary, folder: Path) -> None:
     marks = {about["name"]: set(about["in_sample"]) for about in summary.about.get("variants", ())}
     rows = [[*asdict(row).values(), int(row.metric in marks.get(row.variant, ()))] for row in summary.rows]
     _write_table(folder / "summary.csv", [*Row.__dataclass_fields__, "in_sample"], rows)
+
+
+def remembered(folder: Path, metric: str) -> MetricAbout | None:
+    """What the summary in a folder says of a metric; None where it says nothing that can be used."""
+    try:
+        found = [MetricAbout(**about) for about in read_json(folder / "summary.json")["metrics"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    kinds = [str, str, bool, str, str, bool]
+    return next(
+        (about for about in found if about.name == metric and list(map(type, vars(about).values())) == kinds), None
+    )
 
 
 def write_scores(
