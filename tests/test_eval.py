@@ -36,7 +36,7 @@ from texforce_cli.files import held, user_folder
 from texforce_cli.judging.votes import Vote
 from texforce_cli.lora.spec import parse_lora
 from texforce_cli.lora.write import lora_bytes
-from texforce_cli.prompts import Prompt
+from texforce_cli.prompts import Prompt, load_prompts
 from texforce_cli.prompts.fetched import FETCHED
 from texforce_cli.report.page import Row, pictures_hash
 from texforce_cli.report.pictures import read_picture, save_png
@@ -1606,6 +1606,14 @@ def test_the_words_of_a_set_are_those_of_the_loras_base_whatever_this_machine_wo
 
     assert first("base=auto") == first("base=sd15") == "A green colored rabbit"
     assert first("base=auto", "gone=auto+none.safetensors", f"tex=auto+{lora}") == first("base=tiny")
+
+
+def test_the_words_of_a_set_are_those_of_the_pictures_where_nothing_is_drawn() -> None:
+    drawn = ["--variant", "base=tiny", "--prompts", "color", "--seeds", "0", "--steps", "1", "--guidance", "1"]
+    assert run(["eval", *drawn, "--images-only", "--out", "a"]) == 0
+    assert compared(*BRIGHT, images=("a",), prompts="color", seeds="0") == 0
+    words = load_prompts("color", "tiny", to_train=False)
+    assert row(summary(), "a", "brightness")["prompts"] == len({p.text for p in (*words.seen, *words.unseen)})
 
 
 def test_votes_on_the_same_pictures_are_averaged_before_they_are_counted() -> None:

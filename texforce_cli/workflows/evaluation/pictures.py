@@ -148,6 +148,16 @@ def foreign_pictures(variant: Variant, items: Sequence[Item]) -> dict[Item, Path
     return found
 
 
+def prompts_told(variant: Variant) -> list[str]:
+    """The prompt of each picture of a folder that somebody else drew.
+
+    Raises:
+        UsageError: its index cannot be read.
+    """
+    assert variant.images is not None
+    return [prompt.strip() for _, prompt, _ in _told(user_path(variant.images))]
+
+
 def _told(folder: Path) -> Iterator[tuple[Path, str, int]]:
     for name in _INDEXES:
         if (folder / name).is_file():

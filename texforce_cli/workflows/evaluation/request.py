@@ -14,6 +14,7 @@ from texforce_cli.files import read_json, write_json
 from texforce_cli.presets import Family
 from texforce_cli.prompts import PromptSet, load_prompts
 from texforce_cli.workflows.drawing import DrawingOptions, source_for
+from texforce_cli.workflows.evaluation.pictures import prompts_told
 from texforce_cli.workflows.evaluation.variants import (
     Variant,
     parse_images,
@@ -164,7 +165,7 @@ def rewards_trained_on(request: EvalRequest) -> dict[str, list[str]]:
 
 
 def prompts_of(request: EvalRequest) -> PromptSet:
-    """The prompts; where the embedded model draws, its own words stand for the sets.
+    """The prompts; where the embedded model draws, or drew what the folders hold, its own words stand for the sets.
 
     Raises:
         UsageError: there are none, or they cannot be read.
@@ -172,8 +173,20 @@ def prompts_of(request: EvalRequest) -> PromptSet:
     if not request.prompts:
         raise UsageError("there are no prompts", "give --prompts SET or FILE")
     models = {v.model for v in request.variants if not v.images}
+    if not models:
+        return _prompts_shown(request)
     tiny = "tiny" in models or ("auto" in models and _chosen_family(request) == "tiny")
     return load_prompts(request.prompts, "tiny" if tiny else "sd", to_train=False)
+
+
+def _prompts_shown(request: EvalRequest) -> PromptSet:
+    """The set in those of its words that more of the pictures in the folders have."""
+    sets = [load_prompts(request.prompts, family, to_train=False) for family in ("sd", "tiny")]
+    texts = [{prompt.text for prompt in (*one.seen, *one.unseen)} for one in sets]
+    if texts[0] == texts[1]:
+        return sets[0]
+    told = [prompt for variant in request.variants for prompt in prompts_told(variant)]
+    return max(zip(sets, texts), key=lambda words: sum(prompt in words[1] for prompt in told))[0]
 
 
 def _chosen_family(request: EvalRequest) -> Family:
