@@ -1241,6 +1241,31 @@ def test_votes_about_pictures_that_changed_are_left_out_with_a_word(capsys: Any)
     assert "there is no file 'none.json'" in capsys.readouterr().err
 
 
+def test_votes_outlive_what_is_added_and_go_with_their_pictures(capsys: Any) -> None:
+    levels = {(text, seed): 10 * seed for text in "xy" for seed in range(4)}
+    elsewhere("a", levels)
+    elsewhere("b", {cell: level + 100 for cell, level in levels.items()})
+    elsewhere("c", {cell: level + 200 for cell, level in levels.items()})
+    written("x\ny\n")
+    sha = {path.as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in Path().glob("?/*.png")}
+    cast = [
+        {"prompt": Item(text, 0).prompt_id, "seed": 0, "left": "a", "right": "b", "winner": "right"}
+        | {"pictures": [sha[f"{name}/{text}-0.png"] for name in "ab"]}
+        for text in "xy"
+    ]
+    Path("votes.json").write_text(json.dumps({"texforce_votes": 1, "data": "of another page", "votes": cast}))
+    assert compared(*BRIGHT, "--votes", "votes.json") == 0
+    assert compared(*BRIGHT, "--votes", "votes.json", images=("a", "b", "c"), seeds="0:4") == 0
+    assert "votes" not in capsys.readouterr().err
+    assert row(summary(), "b", "votes")["prompts"] == 2
+    elsewhere("b", {("y", 0): 7})
+    assert run(["eval", "--out", "out"]) == 0
+    assert "1 of 2 votes in 'votes.json' are about other pictures; they are left out" in capsys.readouterr().err
+    assert row(summary(), "b", "votes")["prompts"] == 1
+    Path("votes.json").write_text("{}")
+    assert compared(*BRIGHT, "--votes", "votes.json", "--dry-run") == 2
+
+
 @pytest.mark.parametrize(
     ("index", "sentence"),
     [

@@ -159,7 +159,7 @@ def test_a_seed_that_is_no_number_of_javascript_comes_back_in_a_vote_as_it_was(t
     votes = [{"prompt": "p000", "seed": seed, "left": "a", "right": "b", "winner": "tie"} for seed in data["seeds"]]
     file = tmp_path / "votes.json"
     file.write_text(json.dumps({"texforce_votes": 1, "data": data["hash"], "votes": votes}))
-    assert [vote.seed for vote in read_votes(file, pictures_hash(page))] == seeds
+    assert [vote.seed for vote in read_votes(file).about({}, pictures_hash(page))] == seeds
 
 
 def test_equal_pictures_of_two_variants_are_one_file(tmp_path: Path) -> None:
@@ -835,7 +835,9 @@ def test_blind_votes_are_kept_undone_and_downloaded(
     assert [vote["winner"] for vote in votes["votes"]] == ["left", "right", "tie"]
     data = Parsed(path).data
     for vote, sources in zip(votes["votes"], shown):
-        assert set(vote) == {"prompt", "seed", "left", "right", "winner"} and vote["left"] != vote["right"]
+        assert set(vote) == {"prompt", "seed", "left", "right", "winner", "pictures"} and vote["left"] != vote["right"]
+        drawn = [page.pictures[vote[side], vote["prompt"], vote["seed"]].sha256 for side in ("left", "right")]
+        assert vote["pictures"] == drawn
         for side, source in zip(("left", "right"), sources):
             place = [v.name for v in page.variants].index(vote[side]) * len(page.prompts)
             place = (place + [p.id for p in page.prompts].index(vote["prompt"])) * 2 + list(page.seeds).index(
@@ -844,6 +846,26 @@ def test_blind_votes_are_kept_undone_and_downloaded(
             assert source.endswith(data["media"][data["pictures"][place]][0])
     browser.run("window.confirm = () => true; document.querySelectorAll('#blind .bar button')[3].click()")
     assert browser.texts("#blind .count")[0] == total
+
+
+@in_browser
+def test_votes_go_on_where_seeds_are_added_and_end_where_their_pictures_change(
+    browser: Browser, tmp_path: Path
+) -> None:
+    page = small_page(tmp_path)
+    key, one = next(iter(page.pictures.items()))
+    other = {key: dataclasses.replace(one, sha256="0" * 64)}
+    fewer = dataclasses.replace(page, seeds=page.seeds[:1], pictures={**page.pictures, **other})
+    browser.open(write_page(fewer, tmp_path / "fewer"))
+    browser.section("blind")
+    while not browser.texts("#blind .count")[0].endswith("All done, thank you."):
+        ready(browser)
+        browser.run("document.querySelector('#blind .choices button').click()")
+    cast = len(browser.run("return JSON.parse(localStorage.getItem(Object.keys(localStorage)[0])).votes"))
+    browser.open(write_page(page, tmp_path / "out"), fresh=False)
+    browser.section("blind")
+    ready(browser)
+    assert browser.texts("#blind .count")[0].startswith(f"{cast - len(page.variants) + 1} of ")
 
 
 @in_browser

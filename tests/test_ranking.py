@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
+import hashlib
 import importlib.metadata
 import itertools
 import json
@@ -292,6 +293,11 @@ def test_votes_of_people_are_a_judge(pictures: list[str]) -> None:
     assert found["missing_by_variant"] == {} and found["results"]["preference"]["placebo"]["ties"] == 1
     Path("votes.json").write_text(json.dumps({**document, "data": "0" * 64}))
     assert run(command) == 2
+    sha = [hashlib.sha256(Path(name, "0.png").read_bytes()).hexdigest() for name in ("dark", "bright")]
+    named = {**vote, "prompt": hashlib.sha256(b"a cat number 0").hexdigest()[:10], "pictures": sha}
+    Path("votes.json").write_text(json.dumps({**document, "data": "0" * 64, "votes": [vote, named]}))
+    assert run(command) == 3
+    assert ranking(judge="votes")["results"]["preference"]["wins"]["dark"]["bright"] == 1
 
 
 PAIRS = list(itertools.combinations(VARIANTS, 2))

@@ -118,9 +118,14 @@ class VotesJudge:
         self._points: dict[tuple[str, str, str], list[float]] = {}
 
     def prepare(self, cases: Sequence[Case], data: str) -> None:
-        """Read the votes; they must be about these pictures."""
+        """Read the votes that are about these pictures."""
         drawn = {(case.prompt_id, case.seed): case for case in cases}
-        for vote in read_votes(self._file, data):
+        pictures = {(v, c.prompt_id, c.seed): sha256 for c in cases for v, (_, sha256) in c.pictures.items()}
+        cast = read_votes(self._file)
+        about = cast.about(pictures, data)
+        if cast.votes and not about:
+            raise UsageError(f"the votes in '{self._file}' are about other pictures", "vote again, or give --seeds")
+        for vote in about:
             case = drawn.get((vote.prompt_id, vote.seed))
             if case and {vote.left, vote.right} <= set(case.pictures):
                 left, right = case.pictures[vote.left][1], case.pictures[vote.right][1]

@@ -163,9 +163,9 @@ def write_page(
 
 
 def pictures_hash(page: Page) -> str:
-    """What votes belong to: SHA-256 over variants, prompts, seeds and pictures.
+    """What rankings, and votes that name no pictures, belong to: SHA-256 over variants, prompts, seeds and pictures.
 
-    Neither scores nor the order of anything are in it: votes stay valid when a metric is added.
+    Neither scores nor the order of anything are in it: they stay valid when a metric is added.
     """
     votable = {
         "variants": sorted(variant.name for variant in page.variants),
@@ -396,6 +396,7 @@ def _data(page: Page, media: Mapping[str, _Media], decimals: Mapping[str, int]) 
         ],
         "seeds": [seed if seed < _JS_INTEGERS else str(seed) for seed in page.seeds],
         "media": [[m.large, m.thumbnail, m.width, m.height] for m in media.values()],
+        "sha256": list(media),
         "pictures": [index[picture.sha256] if picture else -1 for picture in found],
         "scores": [[_rounded(picture.scores.get(name)) if picture else None for picture in found] for name in metrics],
         "rows": [

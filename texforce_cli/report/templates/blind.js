@@ -1,6 +1,7 @@
 // A person votes: two variants of the same prompt and seed, in random order and without names.
 
-const STORE = `texforce-votes:${data.hash}`;
+const STORES = "texforce-votes:";
+const STORE = STORES + data.hash;
 const ballot = { votes: [], salt: 0, pair: "", kept: true, current: null, ready: false };
 
 /** Numbers in [0, 1) that depend on `seed` alone (mulberry32). */
@@ -50,13 +51,23 @@ function makeDeck(salt) {
 function readVotes() {
   ballot.votes = [];
   try {
-    const kept = JSON.parse(localStorage.getItem(STORE) || "{}");
-    ballot.salt = Number.isInteger(kept.salt) ? kept.salt : 0;
-    ballot.votes = Array.isArray(kept.votes) ? kept.votes.filter(keyOf) : [];
+    const kept = readStore(STORE);
+    ballot.salt = Number.isInteger(kept?.salt) ? kept.salt : 0;
+    ballot.votes = kept ? votesOf(kept).map((vote) => ({ ...vote, pictures: shownTo(vote) })) : earlierVotes();
   } catch {
     ballot.kept = false;
   }
   ballot.salt ||= 1 + Math.floor(Math.random() * (2 ** 31 - 1));
+}
+
+const readStore = (name) => JSON.parse(localStorage.getItem(name) || "null");
+const votesOf = (kept) => (Array.isArray(kept?.votes) ? kept.votes.filter(keyOf) : []);
+
+/** What was voted on pages of which some pictures are here too: a seed or a variant that is added costs no vote. */
+function earlierVotes() {
+  const stores = Object.keys(localStorage).filter((name) => name.startsWith(STORES));
+  const votes = stores.flatMap((name) => votesOf(readStore(name))).filter((vote) => vote.pictures);
+  return [...new Map(votes.map((vote) => [keyOf(vote), vote])).values()];
 }
 
 function keepVotes() {
@@ -70,12 +81,17 @@ function keepVotes() {
 const promptNumbers = new Map(prompts.map((prompt, index) => [prompt.id, index]));
 const variantNumbers = new Map(variants.map((variant, index) => [variant.name, index]));
 
-/** Which question a vote answers; "" where it answers none of this page. */
+/** The SHA-256 of the two pictures of a vote, as they are on this page. */
+const shownTo = (vote) =>
+  [vote.left, vote.right].map((name) => picture(variantNumbers.get(name), promptNumbers.get(vote.prompt), seeds.indexOf(vote.seed))?.sha256);
+
+/** Which question a vote answers; "" where it answers none of this page, or one about other pictures. */
 function keyOf(vote) {
   const prompt = promptNumbers.get(vote?.prompt);
   const seed = seeds.indexOf(vote?.seed);
   const sides = [variantNumbers.get(vote?.left), variantNumbers.get(vote?.right)].sort((a, b) => a - b);
   const known = prompt !== undefined && seed >= 0 && sides.every((side) => side !== undefined) && sides[0] !== sides[1];
+  if (known && vote.pictures && String(vote.pictures) !== String(shownTo(vote))) return "";
   return known && ["left", "right", "tie"].includes(vote.winner) ? `${prompt} ${seed} ${sides.join(" ")}` : "";
 }
 
@@ -204,6 +220,7 @@ function castVote(parts, winner) {
     left: variants[question.left].name,
     right: variants[question.right].name,
     winner,
+    pictures: [question.left, question.right].map((side) => picture(side, question.prompt, question.seed).sha256),
   });
   keepVotes();
   nextQuestion(parts);

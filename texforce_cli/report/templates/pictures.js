@@ -6,7 +6,7 @@ function picture(variant, prompt, seed) {
   if (index < 0) return null;
   const [large, thumbnail, width, height] = media[index];
   const url = (name) => (name.startsWith("data:") ? name : `media/${name}`);
-  return { index, large: url(large), small: url(thumbnail || large), width, height };
+  return { index, large: url(large), small: url(thumbnail || large), width, height, sha256: data.sha256[index] };
 }
 
 /** An <img>; few pixels are enlarged one by one, and `alt` says what the caller may say. */

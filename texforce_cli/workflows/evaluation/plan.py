@@ -13,6 +13,7 @@ from texforce_cli.workflows.drawing import denoising_for, source_for
 from texforce_cli.workflows.evaluation.request import EvalRequest, prompts_of, recalled
 from texforce_cli.workflows.evaluation.scores import metrics_of
 from texforce_cli.workflows.evaluation.variants import check_variants, placed
+from texforce_cli.workflows.evaluation.votes import check_votes
 from texforce_cli.workflows.loras import training_of, weights_of
 
 
@@ -25,6 +26,7 @@ def plan_eval(request: EvalRequest) -> dict[str, Any]:
     """
     request = recalled(request)
     baseline = check_variants(request.variants, request.baseline)
+    check_votes(request)
     resolve_device(request.device)
     metrics = metrics_of(parse_terms(request.metrics, request.metric_options), load_registry())
     for metric in metrics:

@@ -43,8 +43,8 @@ from texforce_cli.workflows.evaluation.summary import (
     write_scores,
     write_summary,
 )
-from texforce_cli.workflows.evaluation.variants import check_variants, placed
-from texforce_cli.workflows.evaluation.votes import count_votes
+from texforce_cli.workflows.evaluation.variants import check_variants
+from texforce_cli.workflows.evaluation.votes import check_votes, count_votes
 from texforce_cli.workflows.events import Listener, Note, Progressed, Warned, silent
 from texforce_cli.workflows.stopping import StopRequest
 
@@ -80,8 +80,7 @@ def evaluate(request: EvalRequest, listener: Listener = silent, *, beforehand: D
         Interrupted: asked to stop; what was finished is kept.
     """
     request = recalled(request)
-    if "votes" in request.given:
-        _check_votes(request.votes)
+    check_votes(request)
     baseline = check_variants(request.variants, request.baseline)
     registry = load_registry()
     prompts = prompts_of(request)
@@ -122,7 +121,7 @@ def evaluate(request: EvalRequest, listener: Listener = silent, *, beforehand: D
         about = _about(request, prompts, in_sample)
         summary = summarise(baseline, items, unseen, values, missing.entries, about)
         page = _page(request, summary, prompts, items, found, values, in_sample)
-        if votes := _votes(request, pictures_hash(page), listener):
+        if votes := _votes(request, page, listener):
             summary = _with_votes(summary, tuple(found), votes, items)
             page = _page(request, summary, prompts, items, found, values, in_sample)
         page = replace(page, extra_tabs=ranking_tabs(request.out, pictures_hash(page)))
@@ -254,23 +253,26 @@ def _about(request: EvalRequest, prompts: PromptSet, in_sample: Mapping[str, Seq
     }
 
 
-def _check_votes(paths: Sequence[str]) -> None:
-    for path in paths:
-        if not ((file := placed(path)) and file.is_file()):
-            raise UsageError(f"there is no file '{path}'", "check --votes")
-
-
-def _votes(request: EvalRequest, data: str, listener: Listener) -> list[Vote]:
-    """The votes about the pictures of hash `data`. Those of an earlier run that are about others are left out with a word:
-    the pictures were meant to change."""
+def _votes(request: EvalRequest, page: Page, listener: Listener) -> list[Vote]:
+    """The votes about the pictures of the page. Those about others are left out with a word: pictures are meant to change."""
+    pictures, data = {key: picture.sha256 for key, picture in page.pictures.items()}, pictures_hash(page)
     votes: list[Vote] = []
     for path in request.votes:
         try:
-            votes += read_votes(user_path(path), data)
+            cast = read_votes(user_path(path))
+            about = cast.about(pictures, data)
+            if cast.votes and not about:
+                raise UsageError(f"the votes in '{path}' are about other pictures", "vote again on the present page")
         except UsageError as error:
             if "votes" in request.given:
                 raise
             listener(Warned(f"{error.message}; they are left out"))
+            continue
+        if lost := len(cast.votes) - len(about):
+            listener(
+                Warned(f"{lost} of {len(cast.votes)} votes in '{path}' are about other pictures; they are left out")
+            )
+        votes += about
     return votes
 
 

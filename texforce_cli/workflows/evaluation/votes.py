@@ -6,12 +6,27 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from texforce_cli.core.comparison import compare, interval, unit_means
-from texforce_cli.judging.votes import Vote
+from texforce_cli.errors import UsageError
+from texforce_cli.judging.votes import Vote, read_votes
 from texforce_cli.report.page import Row
 from texforce_cli.workflows.evaluation.pictures import Item
+from texforce_cli.workflows.evaluation.request import EvalRequest
 from texforce_cli.workflows.evaluation.summary import ONE_PROMPT, MetricAbout
+from texforce_cli.workflows.evaluation.variants import placed
 
 VOTES = "votes"
+
+
+def check_votes(request: EvalRequest) -> None:
+    """Whether each file of votes that was given can be read.
+
+    Raises:
+        UsageError: as `read_votes`.
+    """
+    for path in request.votes if "votes" in request.given else ():
+        if not ((file := placed(path)) and file.is_file()):
+            raise UsageError(f"there is no file '{path}'", "check --votes")
+        read_votes(file)
 
 
 def count_votes(
