@@ -918,6 +918,56 @@ def test_a_lora_that_was_changed_makes_its_pictures_others_and_one_that_is_gone_
     assert {(e["variant"], e["what"]) for e in summary()["missing"]} == {("tex", "drawn with other settings")}
 
 
+def test_a_variant_that_comes_later_is_drawn_in_the_batches_of_those_that_are_there(prompts: str) -> None:
+    one, two = ["--variant", "one=tiny", "--images-only"], ["--variant", "two=tiny"]
+    assert evaluate(prompts, *one, "--seeds", "0:2") == 0
+    assert evaluate(prompts, *two, *one, "--seeds", "0:4") == 0
+    first, second = (read_layout(Path("out"), name) for name in ("one", "two"))
+    assert first and second and len(first.batches) == 2 and first.batches == second.batches
+
+
+def test_what_a_file_is_called_makes_no_other_pictures(prompts: str, lora: str) -> None:
+    shutil.copy(lora, "l.safetensors")
+    assert evaluate(prompts, "--variant", "tex=tiny+l.safetensors") == 0
+    before = {path: path.stat().st_mtime_ns for path in Path("out/pictures").rglob("*.png")}
+    Path("l.safetensors").rename("renamed.safetensors")
+    for stage in ([], ["--report-only"]):
+        assert evaluate(prompts, "--variant", "tex=tiny+renamed.safetensors", *stage) == 0
+    assert {path: path.stat().st_mtime_ns for path in Path("out/pictures").rglob("*.png")} == before
+
+
+def test_pictures_of_weights_or_a_model_that_was_changed_in_its_place_are_not_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    written("x\n")
+    pipeline = load_pipeline(resolve_model("tiny"), device=torch.device("cpu"), precision="fp32")
+    pipeline.save_pretrained("model")
+    pipeline.text_encoder.save_pretrained("words")
+    variants = ["--variant", "a=model", "--variant", "b=tiny+text-encoder=words"]
+    assert evaluate("p.txt", *variants) == 0
+    monkeypatch.setattr(models, "load_pipeline", lambda *given, **named: pytest.fail("a model was loaded"))
+
+    def others() -> set[str]:
+        code = run(["eval", "--out", "out", "--report-only"])
+        missing = {(entry["variant"], entry["what"]) for entry in summary()["missing"]}
+        assert code == (3 if missing else 0) and {what for _, what in missing} <= {"drawn with other settings"}
+        return {name for name, _ in missing}
+
+    assert others() == set()
+    scheduler = Path("model/scheduler/scheduler_config.json")
+    scheduler.write_text(json.dumps({**json.loads(scheduler.read_text()), "prediction_type": "sample"}))
+    pipeline.text_encoder.get_input_embeddings().weight.data += 1
+    pipeline.text_encoder.save_pretrained("words")
+    assert others() == {"a", "b"}
+    shutil.rmtree("words")
+    assert others() == {"a"}  # what is gone hinders no report
+    for name in "ab":
+        Path(f"out/pictures/{name}/drawing.json").write_text("{}")
+    assert others() == {"a", "b"}
+    old = Layout("asked", {"loras": [], "model": {"unet": "1"}}, 8)
+    assert old.makes({**old.settings, "configs": "2"}) and not old.makes({"loras": [], "model": {"unet": "2"}})
+
+
 def test_the_version_of_a_metric_has_the_contents_of_its_files(capsys: Any) -> None:
     elsewhere("a", GREYS)
     grey = {level: picture_hash(Image.new("RGB", (32, 32), (level, level, level))) for level in GREYS.values()}
@@ -1032,8 +1082,8 @@ def test_processes_that_begin_at_different_times_share_out_the_same_batches(tmp_
     path = tmp_path / "pictures/v/drawing.json"
     path.write_text(path.read_text().replace('"batch": 4', '"batch": 1e400'))
     assert read_layout(tmp_path, "v") is None
-    other = Layout("asked", {"steps": 2}, 4).covering(items, first)
-    assert (len(other.batches), other.batches[0]) == (4, tuple(item.name for item in items[:4]))
+    other = Layout("asked", {"steps": 1}, 5).covering(items, first)
+    assert (len(other.batches), other.batches[0]) == (3, tuple(item.name for item in items[:5]))
 
 
 def test_constant_scores_and_a_constant_difference_are_numbers_or_null(capsys: Any) -> None:

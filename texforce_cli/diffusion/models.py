@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import hashlib
 import json
 import os
 import re
@@ -295,6 +296,15 @@ def _hashes(location: str) -> tuple[tuple[str, str], ...]:
         return ((path.name, sha256(path)),)
     files = [file for part in ("unet", "text_encoder", "vae") for file in sorted(path.glob(f"{part}/*.safetensors"))]
     return tuple((file.relative_to(path).as_posix(), sha256(file)) for file in files)
+
+
+def configurations(source: ModelSource) -> str:
+    """A SHA-256 of what lies in a model's folder beside the weights and decides what it draws: configurations, tokenizer."""
+    path = Path(source.location)
+    found = (file for part in (*_PARTS, "scheduler", "tokenizer") for file in path.glob(f"{part}/*"))
+    files = [path / "model_index.json", *sorted(file for file in found if file.suffix in (".json", ".txt"))]
+    listed = [[file.relative_to(path).as_posix(), sha256(file)] for file in files]
+    return hashlib.sha256(json.dumps(listed).encode("utf-8")).hexdigest()
 
 
 def _hub_index(source: ModelSource) -> Path:

@@ -9,17 +9,17 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from texforce_cli.diffusion.sampler import too_full
 from texforce_cli.errors import Interrupted, TexforceError, UsageError
 from texforce_cli.team import launched
 from texforce_cli.workflows.drawing import DrawingOptions
-from texforce_cli.workflows.evaluation.layout import Layout, read_layout, write_layout
+from texforce_cli.workflows.evaluation.layout import Layout, read_layout, read_layouts, write_layout
 from texforce_cli.workflows.evaluation.pictures import Item, items_of, save_pictures
 from texforce_cli.workflows.evaluation.request import EvalRequest, prompts_of
-from texforce_cli.workflows.evaluation.variants import Variant
+from texforce_cli.workflows.evaluation.variants import Variant, placed
 from texforce_cli.workflows.events import Listener, Progressed, Warned
 from texforce_cli.workflows.loras import LoadedLora
 from texforce_cli.workflows.stopping import StopRequest
@@ -59,7 +59,6 @@ def recipes(request: EvalRequest, *, to_draw: bool = False) -> list[Recipe]:
     Raises:
         UsageError, TexforceError: a model or LoRA that is not there or cannot be read.
     """
-    from texforce_cli.diffusion.models import fingerprint
     from texforce_cli.workflows.drawing import denoising_for, source_for
     from texforce_cli.workflows.loras import load_lora, weights_of
 
@@ -75,7 +74,7 @@ def recipes(request: EvalRequest, *, to_draw: bool = False) -> list[Recipe]:
             _fetch_index(source)
         denoising = denoising_for(request, first, source.family)
         settings = {
-            "model": fingerprint(source),
+            **_of_model(source),
             "weights": {
                 name: weights_of(name, path, allow_pickle=pickle).sha256() for name, path in variant.replaced.items()
             },
@@ -97,26 +96,24 @@ def _fetch_index(source: ModelSource) -> None:
         hf_hub_download(source.location, "model_index.json", revision=source.revision)
 
 
-def settings_of(request: EvalRequest) -> dict[str, Mapping[str, Any] | None]:
-    """Variant -> the settings that its pictures must have been drawn with; None where nothing tells. No model is needed.
+def settings_of(request: EvalRequest) -> dict[str, Mapping[str, Any]]:
+    """Variant -> the settings that its pictures must have been drawn with. No model is needed.
 
-    They are as kept beside the pictures, while the same is asked for and each LoRA that is still there is the same. Else they
-    are found anew; where that fails, no picture can be of these settings.
+    They are as kept beside the pictures, while the same is asked for and each LoRA, model and whole weights that are still there
+    are the same. Else they are found anew; where that fails, no picture can be of these settings.
     """
-    found: dict[str, Mapping[str, Any] | None] = {}
-    changed = []
-    for variant in (v for v in request.variants if not v.images):
-        kept = read_layout(request.out, variant.name)
-        if kept is None or (kept.asked == _asked(request, variant) and _same_loras(request, variant, kept.settings)):
-            found[variant.name] = kept.settings if kept else None
-        else:
-            changed.append(variant.name)
+    drawn = [v for v in request.variants if not v.images]
+    kept = {v.name: read_layout(request.out, v.name) for v in drawn}
+    found = {v.name: one.settings for v in drawn if (one := kept[v.name]) and _still(request, v, one)}
+    changed = [v.name for v in drawn if v.name not in found]
     if changed:
         try:
             anew = {recipe.variant.name: recipe.settings for recipe in recipes(request)}
         except TexforceError:
             anew = {}
-        found |= {name: anew.get(name, {}) for name in changed}
+        for name in changed:
+            one, now = kept[name], anew.get(name, {})
+            found[name] = one.settings if one and one.makes(now) else now
     return found
 
 
@@ -129,23 +126,56 @@ def _asked(request: EvalRequest, variant: Variant) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _same_loras(request: EvalRequest, variant: Variant, settings: Mapping[str, Any]) -> bool:
-    """Whether the LoRAs that are still there are those of the settings."""
+def _still(request: EvalRequest, variant: Variant, kept: Layout) -> bool:
+    """Whether the same is asked for as when the pictures were drawn, of files that are the same, as far as they are there."""
+    from texforce_cli.workflows.loras import weights_of
+
+    loras, weights = kept.settings.get("loras"), kept.settings.get("weights")
+    if kept.asked != _asked(request, variant) or not isinstance(loras, list) or len(loras) != len(variant.loras):
+        return False
+    pickle = request.allow_pickle
+
+    def hashed(component: str, path: str) -> list[str]:
+        return weights_of(component, path, allow_pickle=pickle).sha256()
+
+    known = weights if isinstance(weights, dict) else {}
+    now = {
+        **kept.settings,
+        **_if_there({}, _local_model, variant.model),
+        "weights": {name: _if_there(known.get(name), hashed, name, path) for name, path in variant.replaced.items()},
+        "loras": [_if_there(about, _lora_now, text, pickle) for text, about in zip(variant.loras, loras)],
+    }
+    return kept.makes(json.loads(json.dumps(now)))
+
+
+def _if_there(otherwise: Any, find: Callable[..., Any], *what: Any) -> Any:
+    try:
+        return find(*what)
+    except TexforceError:
+        return otherwise
+
+
+def _lora_now(text: str, pickle: bool) -> dict[str, Any]:
     from texforce_cli.lora.read import read_lora
     from texforce_cli.lora.spec import parse_lora
 
-    kept = settings.get("loras")
-    if not isinstance(kept, list) or len(kept) != len(variant.loras):
-        return False
-    for text, about in zip(variant.loras, kept):
-        spec = parse_lora(text)
-        try:
-            now = LoadedLora(spec, read_lora(spec.source, allow_pickle=request.allow_pickle), {}).about
-        except TexforceError:
-            continue
-        if json.loads(json.dumps(now)) != about:
-            return False
-    return True
+    spec = parse_lora(text)
+    return LoadedLora(spec, read_lora(spec.source, allow_pickle=pickle), {}).about
+
+
+def _local_model(name: str) -> dict[str, Any]:
+    """What the settings say of a model that is a folder or file; nothing of others, which this machine may not have."""
+    from texforce_cli.diffusion.models import resolve_model
+
+    source = resolve_model(name) if placed(name) else None
+    return _of_model(source) if source and source.kind in ("folder", "file") else {}
+
+
+def _of_model(source: ModelSource) -> dict[str, Any]:
+    """What the settings say of a model."""
+    from texforce_cli.diffusion.models import configurations, fingerprint
+
+    return {"model": fingerprint(source), **({"configs": configurations(source)} if source.kind == "folder" else {})}
 
 
 def draw(
@@ -165,21 +195,29 @@ def draw(
         UsageError, TexforceError: a model that cannot be loaded, a folder that cannot be written.
         Interrupted: asked to stop.
     """
-    laid_out = []
-    for recipe in made:
-        name = recipe.variant.name
-        wished = Layout(_asked(request, recipe.variant), recipe.settings, request.batch)
-        earlier = read_layout(request.out, name)
-        layout = wished.covering(items, earlier)
-        if layout != earlier:
-            write_layout(request.out, name, layout)
-        laid_out.append((recipe, layout))
-    for recipe, layout in laid_out:
+    for recipe, layout in _laid_out(request, made, items):
         todo = layout.wanting(request.out, recipe.variant.name, items, shard)
         listener(Progressed(f"drawing {recipe.variant.name}", len(items) - sum(map(len, todo)), len(items)))
         if todo:
             _draw_variant(request, recipe, items, todo, listener, stop, shard, failed)
             gc.collect()  # the next model is loaded when this one's memory is free
+
+
+def _laid_out(request: EvalRequest, made: Sequence[Recipe], items: Sequence[Item]) -> list[tuple[Recipe, Layout]]:
+    """Each with its layout, all of which are on the disk. A variant that is new, or changed, takes the batches of one that is
+    there."""
+    kept = [read_layout(request.out, recipe.variant.name) for recipe in made]
+    own = [one if one and one.makes(recipe.settings) else None for recipe, one in zip(made, kept)]
+    others = read_layouts(request.out)
+    laid_out = []
+    for recipe, earlier, mine in zip(made, kept, own):
+        settings = mine.settings if mine else recipe.settings
+        wished = Layout(_asked(request, recipe.variant), settings, request.batch)
+        layout = wished.covering(items, mine, *own, *others)
+        if layout != earlier:
+            write_layout(request.out, recipe.variant.name, layout)
+        laid_out.append((replace(recipe, settings=settings), layout))
+    return laid_out
 
 
 def draw_share(request: EvalRequest, shard: tuple[int, int], listener: Listener) -> None:

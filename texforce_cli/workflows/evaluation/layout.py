@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
@@ -19,7 +20,8 @@ class Layout:
     """`asked` stands for the words that were asked with, `settings` for what they came to; `batches` hold names of items.
 
     The last bits of a picture depend on its neighbours. An evaluation that was stopped, shared among processes or given more
-    seeds shall be the same as one that was not: so a batch once laid out stays, and new items make batches of their own.
+    seeds shall be the same as one that was not, and a model drawn twice be equal to itself: so a batch once laid out stays, also
+    for the variants that come later, and new items make batches of their own.
     """
 
     asked: str
@@ -27,10 +29,20 @@ class Layout:
     batch: int
     batches: tuple[tuple[str, ...], ...] = ()
 
-    def covering(self, items: Sequence[Item], earlier: Layout | None) -> Layout:
-        """With batches for all items: those of `earlier`, where it was of the same settings, and new ones."""
-        same = earlier is not None and (earlier.settings, earlier.batch) == (self.settings, self.batch)
-        kept = earlier.batches if earlier is not None and same else ()
+    def makes(self, settings: Mapping[str, Any]) -> bool:
+        """Whether pictures of these settings are the same as of one's own. What a LoRA's file is called makes no picture; and
+        earlier versions of texforce did not tell the configurations of a model."""
+        with contextlib.suppress(TypeError, AttributeError):  # what is kept may be anything
+            return self._deciding(self.settings) == self._deciding(settings)
+        return False
+
+    def _deciding(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        told = {name: value for name, value in settings.items() if name in self.settings or name != "configs"}
+        return {**told, "loras": [{**about, "file": ""} for about in settings.get("loras", ())]}
+
+    def covering(self, items: Sequence[Item], *earlier: Layout | None) -> Layout:
+        """With batches for all items: those of the first of `earlier` that are as large, and new ones."""
+        kept = next((one.batches for one in earlier if one is not None and one.batch == self.batch), ())
         placed = set(chain.from_iterable(kept))
         new = [item.name for item in items if item.name not in placed]
         cut = (tuple(new[start : start + self.batch]) for start in range(0, len(new), self.batch))
@@ -56,6 +68,12 @@ def read_layout(folder: Path, variant: str) -> Layout | None:
         return Layout(str(stored["asked"]), dict(stored["settings"]), int(stored["batch"]), batches)
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def read_layouts(folder: Path) -> list[Layout]:
+    """What is kept of all variants that were ever drawn in a folder, by their names."""
+    names = sorted(path.parent.name for path in (folder / "pictures").glob(f"*/{_FILE}"))
+    return [layout for name in names if (layout := read_layout(folder, name))]
 
 
 def write_layout(folder: Path, variant: str, layout: Layout) -> None:

@@ -205,12 +205,12 @@ def collect(
     folder: Path,
     variants: Sequence[Variant],
     items: Sequence[Item],
-    settings: Mapping[str, Mapping[str, Any] | None],
+    settings: Mapping[str, Mapping[str, Any]],
     missing: Callable[[str, Item, str], None],
 ) -> dict[str, dict[Item, Found]]:
     """Variant -> item -> the picture, of those that are there and can be read; the others are told to `missing`.
 
-    `settings` by variant are those that its pictures must have been drawn with; None where that is not known.
+    `settings` by variant are those that its pictures must have been drawn with; folders of somebody else have none.
     """
     found: dict[str, dict[Item, Found]] = {}
     for variant in variants:
