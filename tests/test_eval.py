@@ -926,6 +926,25 @@ def test_a_variant_that_comes_later_is_drawn_in_the_batches_of_those_that_are_th
     assert first and second and len(first.batches) == 2 and first.batches == second.batches
 
 
+def test_pictures_of_other_versions_devices_or_noise_are_told(
+    prompts: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    assert evaluate(prompts, "--variant", "one=tiny") == 0
+    assert run(["sample", "a cat", "--model", "tiny", "--seeds", "0", "--steps", "2", "--out", "other"]) == 0
+    assert evaluate(prompts, "--variant", "two=tiny", out="out") == 0
+    assert evaluate(prompts, "--variant", "one=tiny", "--images", "copy=out/pictures/one", out="out") == 0
+    said = (
+        "not all pictures were drawn by the same",
+        "nothing tells that the pictures of 'other' were drawn with the noise",
+    )
+    assert not any(sentence in capsys.readouterr().err for sentence in said)
+    monkeypatch.setattr("texforce_cli.workflows.run_folder.versions", lambda: {"torch": "9"})
+    arguments = ["--variant", "one=tiny", "--variant", "later=tiny", "--images", "other=other"]
+    assert evaluate(prompts, *arguments) == 3
+    told = " ".join(capsys.readouterr().err.split())
+    assert all(sentence in told for sentence in said) and "'later' by torch 9 on cpu" in told
+
+
 def test_what_a_file_is_called_makes_no_other_pictures(prompts: str, lora: str) -> None:
     shutil.copy(lora, "l.safetensors")
     assert evaluate(prompts, "--variant", "tex=tiny+l.safetensors") == 0

@@ -255,6 +255,7 @@ def _draw_variant(
     for component, path in variant.replaced.items():
         put_weights(pipeline, component, path, allow_pickle=request.allow_pickle)
     policy = policy_for(pipeline, recipe.denoising, recipe.trained)
+    drawn_by = made_with(policy.device)
     stack(pipeline, [(lora.lora.source, lora.arrays) for lora in recipe.loras])
     _warn_of_long_prompts(policy, items, listener)
     done = len(items) - sum(map(len, todo))
@@ -263,9 +264,20 @@ def _draw_variant(
             for item in part:
                 failed(variant.name, item, f"it could not be drawn ({drawn.why})")
         else:
-            save_pictures(request.out, variant.name, part, drawn, recipe.settings)
+            save_pictures(request.out, variant.name, part, drawn, recipe.settings, drawn_by)
         done += len(part)
         listener(Progressed(f"drawing {variant.name}", done, len(items)))
+
+
+def made_with(device: torch.device) -> str:
+    """The versions and the kind of device that what is drawn depends on, in its last bits and beyond."""
+    import torch
+
+    from texforce_cli.workflows.run_folder import versions
+
+    found = versions()
+    packages = ", ".join(f"{n} {found[n]}" for n in ("texforce", "torch", "diffusers", "transformers") if n in found)
+    return f"{packages} on {torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type}"
 
 
 @dataclass(frozen=True)

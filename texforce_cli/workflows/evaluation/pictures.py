@@ -56,7 +56,8 @@ class Item:
 
 @dataclass(frozen=True)
 class Found:
-    """A picture that can be read: its file, the SHA-256 of the file's bytes and the hash of its pixels.
+    """A picture that can be read: its file, the SHA-256 of the file's bytes and the hash of its pixels; and what the file says
+    of the versions and the device that drew it, and of its noise, "" where it says nothing.
 
     Votes and rankings are about files. Scores are of pixels: what else a file says changes no score.
     """
@@ -64,6 +65,8 @@ class Found:
     path: Path
     sha256: str
     pixels: str
+    drawn_by: str = ""
+    noise: str = ""
 
 
 def items_of(prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Item]:
@@ -102,9 +105,14 @@ def is_drawn(path: Path, key: str) -> bool:
 
 
 def save_pictures(
-    folder: Path, variant: str, items: Sequence[Item], pictures: Sequence[Image.Image], settings: Mapping[str, Any]
+    folder: Path,
+    variant: str,
+    items: Sequence[Item],
+    pictures: Sequence[Image.Image],
+    settings: Mapping[str, Any],
+    drawn_by: str,
 ) -> None:
-    """Write a batch, each file as one atomic step, with what it is in its text chunks."""
+    """Write a batch, each file as one atomic step, with what it is in its text chunks; `drawn_by` decides nothing."""
     for item, picture in zip(items, pictures):
         texts = {
             "prompt": item.text,
@@ -113,6 +121,7 @@ def save_pictures(
             "variant": variant,
             "settings": json.dumps(settings, sort_keys=True),
             "key": picture_key(settings, item),
+            "drawn_by": drawn_by,
         }
         save_png(picture_path(folder, variant, item), picture, texts)
 
@@ -242,10 +251,32 @@ def _look(path: Path | None, key: str | None) -> Found | str:
             return "no picture"
         pixels = picture_hash(read_picture(path))
         with Image.open(path) as picture:
-            written = picture.info.get("key")
+            written, drawn_by, noise = (str(picture.info.get(name, "")) for name in ("key", "drawn_by", "noise"))
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     except TexforceError as error:
         return error.message
     except _BROKEN as error:
         return f"'{path.name[:80]}' cannot be read ({type(error).__name__})"
-    return Found(path, sha256, pixels) if key in (None, written) else "drawn with other settings"
+    if key not in (None, written):
+        return "drawn with other settings"
+    return Found(path, sha256, pixels, drawn_by or ("an earlier version of texforce" if written else ""), noise)
+
+
+def comparability(found: Mapping[str, Mapping[Item, Found]]) -> list[str]:
+    """What may make the pictures of a comparison differ besides their variants, in sentences."""
+    said = []
+    by = {name: sorted({one.drawn_by for one in pictures.values() if one.drawn_by}) for name, pictures in found.items()}
+    if len(set().union(*by.values())) > 1:
+        told = "; ".join(f"'{name}' by {' and by '.join(kinds)}" for name, kinds in by.items() if kinds)
+        said.append(
+            f"not all pictures were drawn by the same versions on the same kind of device ({told[:600]}), which may change "
+            "them; to rule that out draw all of them into a new folder"
+        )
+    ours = {n: [one.noise == str(item.noise) for item, one in pictures.items()] for n, pictures in found.items()}
+    others = [name for name, same in ours.items() if not all(same)]
+    if others and any(same and all(same) for same in ours.values()):
+        said.append(
+            f"nothing tells that the pictures of '{others[0]}' were drawn with the noise of the others, which `texforce sample` "
+            "does not use: they are paired by prompt and seed all the same"
+        )
+    return said

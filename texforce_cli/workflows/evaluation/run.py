@@ -19,7 +19,7 @@ from texforce_cli.rewards.isolation import WorkerSettings
 from texforce_cli.rewards.registry import Registry, load_registry
 from texforce_cli.rewards.terms import parse_terms
 from texforce_cli.workflows.evaluation.draw import draw, recipes, settings_of
-from texforce_cli.workflows.evaluation.pictures import Found, Item, collect, items_of
+from texforce_cli.workflows.evaluation.pictures import Found, Item, collect, comparability, items_of
 from texforce_cli.workflows.evaluation.request import EvalRequest as EvalRequest
 from texforce_cli.workflows.evaluation.request import gather_variants as gather_variants
 from texforce_cli.workflows.evaluation.request import prompts_of, record, rewards_trained_on
@@ -111,6 +111,8 @@ def evaluate(request: EvalRequest, listener: Listener = silent, *, beforehand: D
                 missing.tell(name, item, why)
             return EvalResult(request.out, None, None, tuple(missing.entries))
         found = collect(request.out, request.variants, items, settings_of(request), missing.tell_picture)
+        for sentence in comparability(found):
+            listener(Warned(sentence))
         if request.stage != "report":
             for metric in metrics:
                 _score(request, metric, registry, scores, found, missing, listener, stop)
