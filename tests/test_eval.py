@@ -945,6 +945,23 @@ def test_pictures_of_other_versions_devices_or_noise_are_told(
     assert all(sentence in told for sentence in said) and "'later' by torch 9 on cpu" in told
 
 
+def test_what_pictures_are_drawn_without_is_told(lora: str, capsys: Any) -> None:
+    pipeline = load_pipeline(resolve_model("tiny"), device=torch.device("cpu"), precision="fp32")
+    about = {"base": "tiny", "base_kind": "tiny", "uncond_embedding": "base"}
+    exported = Adapter.insert(pipeline, "text-encoder", rank=1, alpha=1, seed=0).export()
+    Path("kept.safetensors").write_bytes(lora_bytes(exported, {"texforce": json.dumps(about)}))
+    written("x\n")
+    drawn = ["--variant", "base=tiny", "--variant", f"both=tiny+kept.safetensors+{lora}", "--images-only"]
+    assert evaluate("p.txt", *drawn) == 0
+    assert "the first one decides" in capsys.readouterr().err
+    assert evaluate("p.txt", *drawn, "--scheduler", "euler", "--eta", "0.5") == 0
+    error = capsys.readouterr().err
+    assert "--eta 0.5 is for --scheduler ddim; euler does not look at it" in error
+    assert "--scheduler euler does not keep the base's embedding of the negative prompt" in error
+    assert run(["sample", "x", "--model", "tiny", "--steps", "1", "--scheduler", "euler", "--eta", "0.5"]) == 0
+    assert "--eta 0.5 is for" in capsys.readouterr().err
+
+
 def test_what_a_file_is_called_makes_no_other_pictures(prompts: str, lora: str) -> None:
     shutil.copy(lora, "l.safetensors")
     assert evaluate(prompts, "--variant", "tex=tiny+l.safetensors") == 0

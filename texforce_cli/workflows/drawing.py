@@ -75,6 +75,23 @@ def denoising_for(options: DrawingOptions, trained: Mapping[str, Any], family: F
     return Denoising(int(values["steps"]), values["guidance"], values["eta"], options.size, values["negative_prompt"])
 
 
+def not_obeyed(options: DrawingOptions, trained: Sequence[Mapping[str, Any]]) -> list[str]:
+    """In sentences, what was asked for, or what LoRAs were `trained` with, that their pictures are drawn without."""
+    said, kept = [], {about.get("uncond_embedding") == "base" for about in trained if about}
+    if options.scheduler != "ddim" and options.eta is not None:
+        said.append(f"--eta {options.eta:g} is for --scheduler ddim; {options.scheduler} does not look at it")
+    if options.scheduler != "ddim" and True in kept:
+        said.append(
+            f"--scheduler {options.scheduler} does not keep the base's embedding of the negative prompt, as the LoRA was trained; "
+            "ddim does"
+        )
+    if len(kept) > 1:
+        said.append(
+            "of LoRAs that are drawn together some were trained with --uncond-embedding base: the first one decides"
+        )
+    return said
+
+
 def _is_like(value: Any, example: Any) -> bool:
     if isinstance(example, str):
         return isinstance(value, str)

@@ -27,7 +27,14 @@ from texforce_cli.errors import TexforceError, UsageError
 from texforce_cli.prompts import load_prompts
 from texforce_cli.report.pictures import picture_grid, save_png
 from texforce_cli.workflows.drawing import SCHEDULERS as SCHEDULERS
-from texforce_cli.workflows.drawing import DrawingOptions, denoising_for, draw_pictures, policy_for, source_for
+from texforce_cli.workflows.drawing import (
+    DrawingOptions,
+    denoising_for,
+    draw_pictures,
+    not_obeyed,
+    policy_for,
+    source_for,
+)
 from texforce_cli.workflows.events import Listener, Note, Progressed, Warned, silent
 from texforce_cli.workflows.loras import LoadedLora, load_lora, put_weights
 from texforce_cli.workflows.run_folder import versions
@@ -106,6 +113,8 @@ def sample(request: SampleRequest, listener: Listener = silent) -> SampleResult:
     _refuse_to_overwrite(request, [*chain.from_iterable(paths.values()), *([grid_path] if grid_path else [])])
 
     listener(Note(f"model: {source.name} ({source.reason})"))
+    for sentence in not_obeyed(request, [lora.trained for lora in loras]):
+        listener(Warned(sentence))
     device = resolve_device(request.device)
     pipeline = load_pipeline(source, device=device, precision=request.precision, safety_checker=request.safety_checker)
     if not request.safety_checker and source.family == "sd":

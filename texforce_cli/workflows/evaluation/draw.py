@@ -51,6 +51,11 @@ class Recipe:
     denoising: Denoising
     settings: Mapping[str, Any]
 
+    @property
+    def trainings(self) -> list[Mapping[str, Any]]:
+        """What each of its LoRAs says of its training."""
+        return [lora.trained for lora in self.loras]
+
 
 def recipes(request: EvalRequest, *, to_draw: bool = False) -> list[Recipe]:
     """Of every variant that is drawn; LoRAs are read and weights hashed, no model is loaded. `to_draw`: a branch of the Hub is
