@@ -55,6 +55,7 @@ from texforce_cli.tensorfile import TensorFile
 from texforce_cli.tiny import WEIGHTS
 from texforce_cli.workflows import fuse as fusing
 from texforce_cli.workflows.fuse import FuseRequest, fuse, plan_fuse
+from texforce_cli.workflows.loras import trained_on
 
 LAYER = f"unet.{UNET}.to_v"
 
@@ -742,14 +743,17 @@ def test_an_encoder_that_could_be_of_two_bases_gets_the_name_that_is_looked_up_i
 
 def test_a_long_lineage_keeps_names_hashes_and_weights(tmp_path: Path) -> None:
     training = json.dumps({"base": "tiny", "base_kind": "tiny", "words": "x" * 15_000})
+    rewarded = json.dumps({"rewards": ["brightness:2"], "words": "x" * 15_000})
     one = simple(tmp_path / "a.safetensors", texforce=training)
-    two = simple(tmp_path / "b.safetensors", seed=1, texforce=training)
+    two = simple(tmp_path / "b.safetensors", seed=1, texforce=rewarded)
     fused(tmp_path / "c.safetensors", f"{one}:{1 / 3!r}", two)
     fused(tmp_path / "d.safetensors", tmp_path / "c.safetensors")
     about = json.loads(read_lora(str(tmp_path / "d.safetensors")).metadata["texforce.fuse"])["sources"][0]
     sources = about["fused from"]["sources"]
     assert [(source["name"], float(source["weight"])) for source in sources] == [("a", 1 / 3), ("b", 1.0)]
-    assert all(len(source["sha256"][0]) == 64 and "trained" not in source for source in sources)
+    assert all(len(source["sha256"][0]) == 64 for source in sources)
+    assert [source.get("trained") for source in sources] == [None, {"rewards": ["brightness"]}]
+    assert trained_on(str(tmp_path / "d.safetensors")) == {"brightness"}
 
 
 def test_half_a_surrogate_in_a_header_is_no_traceback(tmp_path: Path) -> None:

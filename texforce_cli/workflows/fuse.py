@@ -43,6 +43,7 @@ from texforce_cli.lora.spec import LoraSpec, parse_lora
 from texforce_cli.lora.write import STORAGE_ERROR, Format, Layout, Precision, Slot, new_lora, size_of, write_lora
 from texforce_cli.threads import ahead, beside
 from texforce_cli.workflows.events import Listener, Progressed, Warned, silent
+from texforce_cli.workflows.loras import rewards_in
 from texforce_cli.workflows.stopping import StopRequest
 
 Method = Literal["cat", "svd"]
@@ -426,9 +427,11 @@ def _provenance(spec: LoraSpec, lora: Lora) -> dict[str, Any]:
 
 
 def _short_lineage(about: Any, depth: int = 0) -> Any:
-    """A lineage that has grown long, without what its sources say of their training: names, hashes and weights stay."""
+    """A lineage that has grown long, of what its sources say of their training only the rewards: names, hashes and weights stay."""
     if isinstance(about, dict) and depth < 50:
-        return {key: _short_lineage(value, depth + 1) for key, value in about.items() if key != "trained"}
+        short = {key: _short_lineage(value, depth + 1) for key, value in about.items() if key != "trained"}
+        rewards = sorted(rewards_in(about.get("trained")))
+        return {**short, "trained": {"rewards": rewards}} if rewards else short
     if isinstance(about, list) and depth < 50:
         return [_short_lineage(value, depth + 1) for value in about]
     return about if isinstance(about, str | int | float | bool | None) else None

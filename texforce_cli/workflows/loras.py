@@ -76,7 +76,13 @@ def trained_on(text: str) -> set[str]:
         headers = [json.loads(metadata.get(key, "{}")) for key in ("texforce", "texforce.fuse")]
     except (TexforceError, ValueError, RecursionError):
         return set()
+    return rewards_in(headers)
+
+
+def rewards_in(about: Any) -> set[str]:
+    """The rewards that headers, or what stands anywhere within one, name."""
     found: set[str] = set()
+    headers = [about]
     while headers:
         about = headers.pop()
         if isinstance(about, list):
