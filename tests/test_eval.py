@@ -1295,6 +1295,8 @@ def test_of_a_launchers_processes_the_first_scores_reports_and_speaks(
         assert Path("out/eval.json").exists() == Path("out/summary.json").exists() == bool(documents)
         assert run(["eval", "--out", "out", "--report-only", "--json"]) == 0
         assert capsys.readouterr().out.count("texforce_eval") == documents
+        assert compared(*BRIGHT, "--dry-run", "--json", images=("a",)) == 0
+        assert capsys.readouterr().out.count("plan") == documents
     assert shares == [(1, 2), (0, 2)]
 
     def failing(*given: Any) -> None:
@@ -1489,6 +1491,28 @@ def test_a_text_of_two_categories_counts_in_both() -> None:
     assert counted == {"all": 2, "one": 2, "two": 1}
     assert 'a,x,0,seen,"one, two",brightness' in Path("out/scores.csv").read_text()
     assert '"categories":["one","two"]' in Path("out/report/index.html").read_text().replace(" ", "")
+
+
+def test_a_category_that_is_not_every_prompt_has_rows_and_diversity_counts_its_pictures() -> None:
+    elsewhere("a", {**GREYS, ("x", 2): 50})
+    elsewhere("b", {**GREYS, ("x", 2): 50})
+    written('{"prompt": "x", "category": "hard"}\n{"prompt": "y"}\n', "p.jsonl")
+    assert compared(*BRIGHT, prompts="p.jsonl", seeds="0:3") == 3
+    counted = {(r["group"], r["metric"]): (r["prompts"], r["pictures"]) for r in summary()["rows"]}
+    assert counted == {(g, m): n for g, n in (("all", (2, 5)), ("hard", (1, 3))) for m in ("brightness", "diversity")}
+    written('{"prompt": "x", "category": "hard"}\n', "p.jsonl")
+    assert compared(*BRIGHT, prompts="p.jsonl", seeds="0,0") == 0
+    assert {(r["group"], r["metric"]) for r in summary()["rows"]} == {("all", "brightness")}
+    assert summary()["unpaired"] == {"brightness": 0}
+
+
+def test_the_negation_of_what_a_lora_was_trained_on_is_in_sample(prompts: str) -> None:
+    pipeline = load_pipeline(resolve_model("tiny"), device=torch.device("cpu"), precision="fp32")
+    exported = Adapter.insert(pipeline, "text-encoder", rank=1, alpha=1, seed=0).export()
+    about = {"rewards": ["jpeg-compressibility"]}
+    Path("l.safetensors").write_bytes(lora_bytes(exported, {"texforce": json.dumps(about)}))
+    assert evaluate(prompts, "--variant", "tex=tiny+l.safetensors", "--report-only") == 3
+    assert summary()["variants"][0]["in_sample"] == ["jpeg-compressibility", "jpeg-incompressibility"]
 
 
 def test_every_score_is_in_a_table(prompts: str) -> None:

@@ -99,7 +99,12 @@ def evaluate(
     allow_pickle: AllowPickle = False,
     num_processes: Annotated[
         int,
-        typer.Option(help="Draw in several processes; the result is the same.", min=1, max=64, rich_help_panel=_HOW),
+        typer.Option(
+            help="Draw in several processes, which share the CPU's threads: with as many each, the result is the same.",
+            min=1,
+            max=64,
+            rich_help_panel=_HOW,
+        ),
     ] = 1,
     images_only: Annotated[
         bool, typer.Option("--images-only", help="Draw, score nothing.", rich_help_panel=_STAGES)
@@ -174,10 +179,12 @@ def evaluate(
         stage=stage,
         given=tuple(_FIELDS.get(name, name) for name in _RECALLED if _is_given(context, name)),
     )
-    if dry_run:
-        _show_plan(plan_eval(request), json)
-        return
     follower = launched()[0] > 0  # of a launcher's processes the first one speaks
+    if dry_run:
+        plan = plan_eval(request)
+        if not follower:
+            _show_plan(plan, json)
+        return
     with nullcontext(silent) if follower else TrainView() as view:
         result = evaluate_in(num_processes, request, view)
     if follower:

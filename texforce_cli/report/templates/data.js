@@ -77,7 +77,7 @@ const metricName = (metric) => [named(metrics[metric].label), metrics[metric].un
 const plainMetric = (metric) => metrics[metric].label + (metrics[metric].unit ? ` (${metrics[metric].unit})` : "");
 
 function badge() {
-  const tip = "In-sample: this variant was trained on this metric, so that a gain here says little about the pictures.";
+  const tip = "In-sample: this variant was trained on what this metric measures, so that a gain here says little about the pictures.";
   return el("button", { type: "button", class: "badge", "data-tip": tip }, "in-sample");
 }
 

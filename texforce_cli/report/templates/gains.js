@@ -45,7 +45,7 @@ function halves({ variant, metric, split }) {
   return el(
     "div",
     {},
-    inSample ? el("p", {}, badge(), el("small", {}, " This variant was trained on this metric.")) : null,
+    inSample ? el("p", {}, badge(), el("small", {}, " This variant was trained on what this metric measures.")) : null,
     el("div", { class: "halves" }, half("Gains", gains), half("Losses", losses)),
   );
 }

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from texforce_cli.rewards.hookspecs import hookimpl
 
 _HERE = "texforce_cli.rewards.builtin"
 _PICTURES = f"{_HERE}.pictures"
+_NEGATED = (("jpeg-incompressibility", "jpeg-compressibility"),)
+
+
+def with_negations(names: Iterable[str]) -> set[str]:
+    """Rewards, and those that are the same with the sign turned: who was trained on one was trained on the other."""
+    names = set(names)
+    return names.union(*(pair for pair in _NEGATED if names & set(pair)))
 
 
 @hookimpl

@@ -15,6 +15,7 @@ from texforce_cli.judging.votes import Vote, read_votes
 from texforce_cli.prompts import PromptSet
 from texforce_cli.report.page import Page, PageMetric, PagePrompt, PageVariant, Picture, pictures_hash, write_page
 from texforce_cli.report.verdicts import ranking_tabs
+from texforce_cli.rewards.builtin import with_negations
 from texforce_cli.rewards.isolation import WorkerSettings
 from texforce_cli.rewards.registry import Registry, load_registry
 from texforce_cli.rewards.terms import parse_terms
@@ -120,11 +121,14 @@ def evaluate(request: EvalRequest, listener: Listener = silent, *, beforehand: D
             for metric in metrics:
                 _score(request, metric, registry, scores, found, missing, listener, stop)
         values = [_values(request, metric, scores, found, missing, listener) for metric in metrics]
-        values += _diversity(request, scores, found, items, stop)
+        shared = [item for item in items if all(item in pictures for pictures in found.values())]
+        values += _diversity(request, scores, found, shared, stop)
         unseen = frozenset(prompt.text for prompt in prompts.unseen)
-        in_sample = {v.name: sorted({name for text in v.loras for name in trained[text]}) for v in request.variants}
+        in_sample = {
+            v.name: sorted(with_negations(n for text in v.loras for n in trained[text])) for v in request.variants
+        }
         about = _about(request, prompts, in_sample)
-        summary = summarise(baseline, items, unseen, values, missing.entries, about)
+        summary = summarise(baseline, items, shared, unseen, values, missing.entries, about)
         page = _page(request, summary, prompts, items, found, values, in_sample)
         if votes := _votes(request, page, listener):
             summary = _with_votes(summary, tuple(found), votes, items)
@@ -229,12 +233,11 @@ def _values(
 
 
 def _diversity(
-    request: EvalRequest, scores: ScoreFile, found: Pictures, items: Sequence[Item], stop: StopRequest
+    request: EvalRequest, scores: ScoreFile, found: Pictures, shared: Sequence[Item], stop: StopRequest
 ) -> list[tuple[MetricAbout, dict[str, dict[Item, float]]]]:
-    """Diversity as a metric with one value a prompt, over the seeds that every variant has."""
-    if len(request.seeds) < 2:
+    """Diversity as a metric with one value a prompt, over the pictures that every variant has."""
+    if len(set(request.seeds)) < 2:
         return []
-    shared = [item for item in items if all(item in pictures for pictures in found.values())]
     first = {item.text: item for item in reversed(shared)}
     by_variant = {}
     for name, pictures in found.items():

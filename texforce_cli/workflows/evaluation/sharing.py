@@ -31,7 +31,7 @@ from texforce_cli.workflows.stopping import StopRequest
 def evaluate_in(processes: int, request: EvalRequest, listener: Listener = silent) -> EvalResult:
     """`evaluate`, the drawing shared among processes: those of `accelerate launch`, else `processes` of our own.
 
-    The result is the same whatever their number. Under a launcher the first process scores and reports; the others end when
+    The result is the same whatever their number, to the last bits where each has as many threads of the CPU. Under a launcher the first process scores and reports; the others end when
     they have drawn their part.
 
     Raises:
@@ -52,7 +52,7 @@ def evaluate_in(processes: int, request: EvalRequest, listener: Listener = silen
 
 
 def _share(processes: int, listener: Listener, request: EvalRequest, items: Sequence[Item], stop: StopRequest) -> None:
-    """Draw in processes of our own; each draws every n-th batch."""
+    """Draw in processes of our own, which share out the threads of this one; each draws every n-th batch."""
     threads = max(1, torch.get_num_threads() // processes)
     context = multiprocessing.get_context("spawn")
     drawn = [v.name for v in request.variants if not v.images]

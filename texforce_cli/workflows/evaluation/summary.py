@@ -75,12 +75,14 @@ Values = Mapping[str, Mapping[Item, float]]
 def summarise(
     baseline: str,
     items: Sequence[Item],
+    drawn: Sequence[Item],
     unseen: frozenset[str],
     values: Sequence[tuple[MetricAbout, Values]],
     missing: Sequence[Mapping[str, Any]],
     about: Mapping[str, Any],
 ) -> Summary:
-    """Compare every variant with the baseline by every metric, over all prompts and over each group of them."""
+    """Compare every variant with the baseline by every metric, over all prompts and over each group of them. Of `items` every
+    variant has those that are `drawn`."""
     rows: list[Row] = []
     wins: dict[str, dict[str, dict[str, float]]] = {}
     unpaired: dict[str, int] = {}
@@ -98,7 +100,9 @@ def summarise(
         for group, members in groups.items():
             cells = [item for item in shared if item.text in members]
             if cells:
-                rows += _rows(group, metric, by_variant, baseline, cells)
+                texts = {item.text for item in cells}
+                pictures = cells if metric.by_picture else [item for item in drawn if item.text in texts]
+                rows += _rows(group, metric, by_variant, baseline, cells, len(pictures))
     return Summary(
         baseline, variants, tuple(m for m, _ in values), tuple(adjusted(rows)), wins, unpaired, tuple(missing), about
     )
@@ -154,7 +158,7 @@ def _write_table(path: Path, names: Sequence[str], rows: Sequence[Sequence[Any]]
 
 
 def _groups(items: Sequence[Item], unseen: frozenset[str]) -> dict[str, set[str]]:
-    """Group -> texts: all; seen and unseen where there are both; categories where there are several."""
+    """Group -> texts: all; seen and unseen where there are both; categories but one that is all there is."""
     texts = {item.text for item in items}
     groups = {"all": texts}
     if texts & unseen and texts - unseen:
@@ -163,7 +167,7 @@ def _groups(items: Sequence[Item], unseen: frozenset[str]) -> dict[str, set[str]
     for item in items:
         for category in item.categories:
             categories.setdefault(category, set()).add(item.text)
-    if len(categories) > 1:
+    if len(categories) > 1 or texts not in categories.values():
         taken = ("all", "seen", "unseen")
         groups |= {f"category {n}" if n in taken else n: members for n, members in sorted(categories.items())}
     return groups
@@ -176,7 +180,9 @@ def _by_prompt(found: Mapping[Item, float], cells: Sequence[Item]) -> dict[str, 
     return result
 
 
-def _rows(group: str, metric: MetricAbout, values: Values, baseline: str, cells: Sequence[Item]) -> list[Row]:
+def _rows(
+    group: str, metric: MetricAbout, values: Values, baseline: str, cells: Sequence[Item], pictures: int
+) -> list[Row]:
     prompts = {item.text for item in cells}
     label = ONE_PROMPT if len(prompts) == 1 else ""
     base: ByPrompt = _by_prompt(values[baseline], cells)
@@ -188,7 +194,7 @@ def _rows(group: str, metric: MetricAbout, values: Values, baseline: str, cells:
         if variant != baseline:
             against = compare(own, base, higher_is_better=metric.higher_is_better)
         rows.append(
-            _row(group, variant, metric.name, mean.mean, mean.low, mean.high, against, label, len(prompts), len(cells))
+            _row(group, variant, metric.name, mean.mean, mean.low, mean.high, against, label, len(prompts), pictures)
         )
     return rows
 
