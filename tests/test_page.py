@@ -573,7 +573,7 @@ def test_the_table_is_filtered(browser: Browser, example: tuple[Page, Path]) -> 
 def test_in_sample_is_explained_on_focus_and_escape_sends_it_away(browser: Browser, example: tuple[Page, Path]) -> None:
     browser.open(example[1])
     browser.run("document.querySelector('tr:not([hidden]) .badge').focus()")
-    assert "trained on this metric" in browser.one("#tip").text
+    assert "trained on what this metric measures" in browser.one("#tip").text
     assert browser.run("return document.activeElement.getAttribute('aria-describedby')") == "tip"
     browser.press("\ue00c")  # Escape
     assert not browser.one("#tip").is_displayed()
