@@ -487,6 +487,21 @@ def test_a_command_that_fails_draws_nothing_and_leaves_the_folder_as_it_was(
         assert run(["eval", "--out", "out", *wrong]) == 2
         assert sentence in capsys.readouterr().err
         assert {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()} == before
+    assert evaluate("p.txt", "--variant", "base=tiny+none.safetensors", out="fresh") == 2
+    assert not Path("fresh").exists()
+
+
+def test_a_metric_that_has_scored_here_is_not_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere("a", GREYS)
+    written('{"prompt": "x", "metadata": {"n": 1}}\n{"prompt": "y", "metadata": {"n": 2}}\n', "p.jsonl")
+    assert compared(*BRIGHT, images=("a",), prompts="p.jsonl") == 0
+    before = summary()
+    made = json.loads(Path("out/eval.json").read_text())
+    made["request"]["metrics"] = ["brightness:2"]  # as earlier versions took it
+    Path("out/eval.json").write_text(json.dumps(made))
+    monkeypatch.setattr(RewardInfo, "create", lambda *given: pytest.fail("it was made"))
+    assert run(["eval", "--out", "out"]) == 0
+    assert summary() == before
 
 
 @pytest.mark.parametrize("name", ["diversity", "votes"])

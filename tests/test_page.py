@@ -862,10 +862,20 @@ def test_votes_go_on_where_seeds_are_added_and_end_where_their_pictures_change(
         ready(browser)
         browser.run("document.querySelector('#blind .choices button').click()")
     cast = len(browser.run("return JSON.parse(localStorage.getItem(Object.keys(localStorage)[0])).votes"))
+    browser.run("localStorage.setItem('texforce-votes:torn', '{')")
     browser.open(write_page(page, tmp_path / "out"), fresh=False)
     browser.section("blind")
     ready(browser)
     assert browser.texts("#blind .count")[0].startswith(f"{cast - len(page.variants) + 1} of ")
+    browser.run("window.confirm = () => true; localStorage.removeItem('texforce-votes:torn')")
+    browser.run(
+        "[...document.querySelectorAll('#blind button')].find((b) => b.textContent === 'Delete all votes').click()"
+    )
+    again = dataclasses.replace(page, pictures={**page.pictures, key: dataclasses.replace(one, sha256="1" * 64)})
+    browser.open(write_page(again, tmp_path / "again"), fresh=False)
+    browser.section("blind")
+    ready(browser)
+    assert browser.texts("#blind .count")[0].startswith("0 of ")
 
 
 @in_browser

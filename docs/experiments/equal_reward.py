@@ -15,6 +15,7 @@ independent); those of a mean over runs are the same, of each prompt's change av
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -173,13 +174,13 @@ def figure(runs: Mapping[str, Evaluation], path: Path) -> None:
                 cell.set_ylabel(f"{prompt}\nseed {seed}", fontsize=8)
     axes = below.subplots()
     for variant, (title, colour) in VARIANTS.items():
-        for (seed, run), marker in zip(runs.items(), "os^"):
+        for (seed, run), marker in zip(runs.items(), itertools.cycle("os^Dv*")):
             x, y = (_mean(run, metric, variant) for metric in ("jpeg-incompressibility", "tiny-judge"))
             label = title.replace("\n", " ") if seed == next(iter(runs)) else None
             axes.plot(x, y, marker, color=colour, markersize=6, alpha=0.85, label=label)
     axes.set_xlabel("kB of the JPEG file, all prompts")
     axes.set_ylabel("tiny-judge, not trained on")
-    axes.set_title(f"seed {', '.join(f'{s} {m}' for s, m in zip(runs, '○□△'))}", fontsize=9)
+    axes.set_title(f"seed {', '.join(f'{s} {m}' for s, m in zip(runs, itertools.cycle('○□△◇▽☆')))}", fontsize=9)
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))

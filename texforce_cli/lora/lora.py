@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -148,10 +149,17 @@ def hashes(files: Iterable[Path]) -> list[str]:
     found = []
     for file in files:
         try:
-            found.append(sha256(file))
+            now = file.stat()
+            found.append(_sha256(file.absolute(), (now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns)))
         except OSError as error:
             raise TexforceError(f"'{file}' could not be read ({error.strerror or error})", "check the file") from error
     return found
+
+
+@functools.lru_cache(maxsize=256)
+def _sha256(file: Path, state: tuple[int, ...]) -> str:
+    """A file may have gigabytes, and is asked for again for every variant that it is in."""
+    return sha256(file)
 
 
 class Sized(Protocol):

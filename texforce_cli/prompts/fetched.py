@@ -235,8 +235,9 @@ def _from_git(name: str, source: _Source, file: _File, cached: Path) -> bytes:
             git("remote", "add", "origin", url)
             git("fetch", "--quiet", "--depth=1", "--filter=blob:none", "origin", source.commit)
             return git("cat-file", "blob", f"{source.commit}:{file.path}")  # fetches this one
-        except FileNotFoundError as error:
-            raise NotFetched(f"the prompts '{name}' are fetched by git, which is not installed", remedy) from error
+        except OSError as error:
+            why = "is not installed" if isinstance(error, FileNotFoundError) else f"cannot be run ({error.strerror})"
+            raise NotFetched(f"the prompts '{name}' are fetched by git, which {why}", remedy) from error
         except subprocess.CalledProcessError as error:
             said = error.stderr.decode("utf-8", "replace").strip().splitlines() or [
                 f"git: exit code {error.returncode}"

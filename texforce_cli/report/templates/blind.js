@@ -58,16 +58,26 @@ function readVotes() {
     ballot.kept = false;
   }
   ballot.salt ||= 1 + Math.floor(Math.random() * (2 ** 31 - 1));
+  if (ballot.votes.length) keepVotes();
 }
 
 const readStore = (name) => JSON.parse(localStorage.getItem(name) || "null");
 const votesOf = (kept) => (Array.isArray(kept?.votes) ? kept.votes.filter(keyOf) : []);
 
-/** What was voted on pages of which some pictures are here too: a seed or a variant that is added costs no vote. */
+/** What was voted on pages of which some pictures are here too, taken from there: a seed or a variant that is added costs no vote. */
 function earlierVotes() {
-  const stores = Object.keys(localStorage).filter((name) => name.startsWith(STORES));
-  const votes = stores.flatMap((name) => votesOf(readStore(name))).filter((vote) => vote.pictures);
-  return [...new Map(votes.map((vote) => [keyOf(vote), vote])).values()];
+  const found = new Map();
+  for (const name of Object.keys(localStorage).filter((key) => key.startsWith(STORES))) {
+    try {
+      const kept = readStore(name);
+      const own = votesOf(kept).filter((vote) => vote.pictures);
+      own.forEach((vote) => found.set(keyOf(vote), vote));
+      if (own.length) localStorage.setItem(name, JSON.stringify({ ...kept, votes: kept.votes.filter((vote) => !own.includes(vote)) }));
+    } catch {
+      continue; // not written by such a page
+    }
+  }
+  return [...found.values()];
 }
 
 function keepVotes() {

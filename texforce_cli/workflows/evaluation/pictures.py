@@ -275,8 +275,9 @@ def comparability(found: Mapping[str, Mapping[Item, Found]]) -> list[str]:
     ours = {n: [one.noise == str(item.noise) for item, one in pictures.items()] for n, pictures in found.items()}
     others = [name for name, same in ours.items() if not all(same)]
     if others and any(same and all(same) for same in ours.values()):
+        names = "', '".join(others)[:200]
         said.append(
-            f"nothing tells that the pictures of '{others[0]}' were drawn with the noise of the others, which `texforce sample` "
-            "does not use: they are paired by prompt and seed all the same"
+            f"nothing tells that the pictures of '{names}' were drawn with the noise of the others: they are "
+            "paired by prompt and seed all the same"
         )
     return said

@@ -13,6 +13,7 @@ from texforce_cli.errors import TexforceError, UsageError
 from texforce_cli.files import read_json, write_json
 from texforce_cli.presets import Family
 from texforce_cli.prompts import PromptSet, load_prompts
+from texforce_cli.rewards.terms import parse_terms
 from texforce_cli.workflows.drawing import DrawingOptions, source_for
 from texforce_cli.workflows.evaluation.pictures import prompts_told
 from texforce_cli.workflows.evaluation.variants import (
@@ -100,6 +101,8 @@ def recalled(request: EvalRequest) -> EvalRequest:
     given = {*request.given, *(name for name in ("votes", "metrics") if getattr(request, name))}
     if "metrics" in given:
         given.add("metric_options")
+    else:  # earlier versions of texforce took a weight, which did nothing
+        values["metrics"] = tuple(term.name for term in parse_terms(values.get("metrics", ())))
     asked = {name: getattr(request, name) for name in (*_TRANSIENT, *given)}
     return replace(EvalRequest(request.out), **{**values, **asked, "variants": variants})
 

@@ -94,10 +94,10 @@ def evaluate(request: EvalRequest, listener: Listener = silent, *, beforehand: D
     draws = request.stage in ("all", "images")
     missing = _Missing()
     stop = StopRequest()
+    # all that can be wrong with the request is told before the folder remembers it, and before hours of drawing
+    trained = rewards_trained_on(request)
+    to_draw = recipes(request, to_draw=True) if draws else []
     with stop.listening(), held(request.out):
-        # all that can be wrong with the request is told before the folder remembers it, and before hours of drawing
-        trained = rewards_trained_on(request)
-        to_draw = recipes(request, to_draw=True) if draws else []
         if request.stage != "report" and request.device != "auto":
             claim(str(resolve_device(request.device)))  # nothing else has, where all pictures are there
         scores = ScoreFile(request.out / "scores.jsonl")

@@ -60,7 +60,7 @@ class Metric:
         options = f" {options}" if options else ""
         contents = [contents_hash(value) for _, value in sorted(self.spec.options.items())]
         files = f" [{_hash(contents)}]" if any(contents) else ""
-        known = [_WITHOUT_METADATA.sub("", version) for version in scores.versions(self.name)]
+        known = scores.versions(self.name)
         exact = f"{self.info.origin} {self.info.version}{options}{files}"
         if exact in known:
             return exact
@@ -112,8 +112,9 @@ class ScoreFile:
         for key, value in scores:
             self._values[key] = value
             of_metric = self._versions.setdefault(key[2], {})
-            of_metric.pop(key[3], None)
-            of_metric[key[3]] = None
+            version = _WITHOUT_METADATA.sub("", key[3])
+            of_metric.pop(version, None)
+            of_metric[version] = None
 
     def get(self, picture: str, prompt: str, metric: str, version: str) -> float | None:
         """A score that is known."""

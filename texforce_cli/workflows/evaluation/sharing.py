@@ -88,13 +88,15 @@ def _end_with_parent() -> None:
 
 @contextlib.contextmanager
 def _among_others() -> Iterator[Processes]:
-    """This process's place among those of a launcher, who are told where it fails.
+    """This process's place among those of a launcher, who are told where it fails. Once all are there they wait for each other as
+    long as it takes, while rewards are fetched, say; whoever ends or shows no life is named.
 
     Raises:
         TexforceError: they did not find each other; one of the others failed, ended or hangs.
     """
     with contextlib.closing(joined()) as place:
         try:
+            place.be_patient(math.inf)
             yield place
         except Lost as error:
             raise TexforceError(
@@ -120,9 +122,8 @@ def _lead(place: Processes, listener: Listener, request: EvalRequest, items: Seq
 
 
 def _take_part(place: Processes, request: EvalRequest, listener: Listener) -> None:
-    """Draw this process's part, then wait for the others' parts, which lie in the same folder. A share takes as long as it takes;
-    whoever ends or shows no life is named, after a batch."""
-    place.be_patient(math.inf)
+    """Draw this process's part, looking for the others after each batch, then wait for their parts, which lie in the same
+    folder."""
 
     def attentive(event: Event) -> None:
         place.look()
