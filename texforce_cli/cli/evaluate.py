@@ -146,9 +146,8 @@ def evaluate(
     ):  # before torch is loaded, which writes a line for each quarter of a second that it waits for others
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
-    from texforce_cli.workflows.evaluation import run
     from texforce_cli.workflows.evaluation.plan import plan_eval
-    from texforce_cli.workflows.evaluation.request import Stage
+    from texforce_cli.workflows.evaluation.request import EvalRequest, Stage, gather_variants
     from texforce_cli.workflows.evaluation.sharing import evaluate_in
     from texforce_cli.workflows.events import silent
     from texforce_cli.workflows.sample import parse_seeds
@@ -156,9 +155,9 @@ def evaluate(
     if images_only + score_only + report_only > 1:
         raise UsageError("--images-only, --score-only and --report-only exclude each other", "give one of them")
     stage: Stage = "images" if images_only else "scores" if score_only else "report" if report_only else "all"
-    request = run.EvalRequest(
+    request = EvalRequest(
         out=out,
-        variants=run.gather_variants(variant or [], variants, images or [], unet=unet, text_encoder=text_encoder),
+        variants=gather_variants(variant or [], variants, images or [], unet=unet, text_encoder=text_encoder),
         baseline=baseline,
         prompts=prompts,
         seeds=tuple(parse_seeds(seeds)),

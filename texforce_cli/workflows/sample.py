@@ -26,7 +26,6 @@ from texforce_cli.diffusion.sampler import too_full
 from texforce_cli.errors import TexforceError, UsageError
 from texforce_cli.prompts import load_prompts
 from texforce_cli.report.pictures import picture_grid, save_png
-from texforce_cli.workflows.drawing import SCHEDULERS as SCHEDULERS
 from texforce_cli.workflows.drawing import (
     DrawingOptions,
     denoising_for,

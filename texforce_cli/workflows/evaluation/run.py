@@ -22,10 +22,7 @@ from texforce_cli.rewards.terms import parse_terms
 from texforce_cli.workflows.drawing import not_obeyed
 from texforce_cli.workflows.evaluation.draw import draw, recipes, settings_of
 from texforce_cli.workflows.evaluation.pictures import Found, Item, collect, comparability, items_of
-from texforce_cli.workflows.evaluation.request import EvalRequest as EvalRequest
-from texforce_cli.workflows.evaluation.request import gather_variants as gather_variants
-from texforce_cli.workflows.evaluation.request import prompts_of, record, rewards_trained_on
-from texforce_cli.workflows.evaluation.request import recalled as recalled
+from texforce_cli.workflows.evaluation.request import EvalRequest, prompts_of, recalled, record, rewards_trained_on
 from texforce_cli.workflows.evaluation.scores import (
     Metric,
     ScoreFile,

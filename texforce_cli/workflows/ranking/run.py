@@ -30,7 +30,7 @@ from texforce_cli.workflows.ranking.summary import adjust, rank, warnings
 from texforce_cli.workflows.stopping import StopRequest
 
 if TYPE_CHECKING:
-    from texforce_cli.workflows.evaluation.run import EvalRequest
+    from texforce_cli.workflows.evaluation.request import EvalRequest
 
 _ROUNDS: dict[Mode, int] = {"pairwise": 1, "listwise": 3, "pointwise": 3}
 _REPAIRS = 2
@@ -277,7 +277,7 @@ def _are_words(value: Any) -> TypeGuard[Sequence[str]]:
 
 def _evaluation(request: RankRequest) -> EvalRequest:
     """The evaluation that the pictures belong to: one that is there, or one of folders of pictures."""
-    from texforce_cli.workflows.evaluation.run import EvalRequest, gather_variants, recalled
+    from texforce_cli.workflows.evaluation.request import EvalRequest, gather_variants, recalled
 
     if not request.images:
         return recalled(EvalRequest(request.evaluation))
