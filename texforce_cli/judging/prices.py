@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import operator
+from dataclasses import astuple, dataclass
 from fractions import Fraction
 from typing import TypeGuard
 
@@ -42,22 +43,14 @@ class Usage:
     output_tokens: int = 0
 
     def __add__(self, other: Usage) -> Usage:
-        return Usage(
-            self.requests + other.requests,
-            self.input_tokens + other.input_tokens,
-            self.output_tokens + other.output_tokens,
-        )
+        return Usage(*map(operator.add, astuple(self), astuple(other)))
 
     def __sub__(self, other: Usage) -> Usage:
-        return self + Usage(-other.requests, -other.input_tokens, -other.output_tokens)
+        return Usage(*map(operator.sub, astuple(self), astuple(other)))
 
     def at_least(self, other: Usage) -> Usage:
         """The larger of each number."""
-        return Usage(
-            max(self.requests, other.requests),
-            max(self.input_tokens, other.input_tokens),
-            max(self.output_tokens, other.output_tokens),
-        )
+        return Usage(*map(max, astuple(self), astuple(other)))
 
 
 @dataclass(frozen=True)
