@@ -7,7 +7,7 @@ import json
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
 from texforce_cli.errors import TexforceError
 from texforce_cli.judging.judge import Reply
@@ -37,13 +37,18 @@ class Entry:
     raw: str = ""
 
 
+_TYPES: dict[str, type] = {
+    name: kind for name, kind in get_type_hints(Entry).items() if name not in ("mode", "variants")
+}
+
+
 def check_reply(reply: Reply) -> None:
     """See that a reply can be kept and read again.
 
     Raises:
         TexforceError: the judge filled in something of another type.
     """
-    for name in (field.name for field in dataclasses.fields(Reply)):
+    for name in Reply.__dataclass_fields__:
         value, kind = getattr(reply, name, None), _TYPES[name]
         if type(value) is not kind or (kind is int and not is_count(value)):
             must = "a count of tokens" if kind is int else kind.__name__
@@ -70,13 +75,7 @@ def entry_of(key: str, attempt: int, question: Question, reply: Reply) -> Entry:
         question.round,
         question.variants,
         question.placebo,
-        reply.text,
-        reply.model,
-        reply.input_tokens,
-        reply.output_tokens,
-        reply.refused,
-        reply.cut,
-        reply.raw,
+        **{name: getattr(reply, name) for name in Reply.__dataclass_fields__},
     )
 
 
@@ -122,23 +121,6 @@ class Journal:
         with self._lock:
             self._lines.append(line)
             self._entries.setdefault(entry.key, []).append(entry)
-
-
-_TYPES: dict[str, type] = {
-    "key": str,
-    "attempt": int,
-    "prompt_id": str,
-    "seed": int,
-    "round": int,
-    "placebo": bool,
-    "text": str,
-    "model": str,
-    "input_tokens": int,
-    "output_tokens": int,
-    "refused": bool,
-    "cut": bool,
-    "raw": str,
-}
 
 
 def _read(line: bytes) -> Entry | None:
