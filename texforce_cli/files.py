@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import errno
+import io
 import json
 import math
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -235,8 +237,15 @@ def finite(value: Any) -> Any:
     return value
 
 
-def csv_cell(value: Any) -> Any:
-    """What a CSV file gets for a value. A text that a spreadsheet would take for a formula is quoted; what is not finite is left empty."""
+def write_csv(path: Path, rows: Iterable[Iterable[Any]]) -> None:
+    """Write `rows` to `path` as CSV, as one atomic step. A text that a spreadsheet would take for a formula is quoted; what is
+    not finite is left empty."""
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows(map(_csv_cell, row) for row in rows)
+    write_text(path, text.getvalue())
+
+
+def _csv_cell(value: Any) -> Any:
     if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")):
         return f"'{value}"
     if value is None or (isinstance(value, float) and not math.isfinite(value)):

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from texforce_cli.core.comparison import ByPrompt, Comparison, compare, holm, interval, unit_means, win_matrix
-from texforce_cli.files import csv_cell, finite, read_json, write_json, write_text
+from texforce_cli.files import finite, read_json, write_csv, write_json
 from texforce_cli.report.page import Row
 from texforce_cli.workflows.evaluation.pictures import Item
 
@@ -113,7 +111,7 @@ def write_summary(summary: Summary, folder: Path) -> None:
     write_json(folder / "summary.json", summary.plain())
     marks = {about["name"]: set(about["in_sample"]) for about in summary.about.get("variants", ())}
     rows = [[*asdict(row).values(), int(row.metric in marks.get(row.variant, ()))] for row in summary.rows]
-    _write_table(folder / "summary.csv", [*Row.__dataclass_fields__, "in_sample"], rows)
+    write_csv(folder / "summary.csv", [[*Row.__dataclass_fields__, "in_sample"], *rows])
 
 
 def remembered(folder: Path, metric: str) -> MetricAbout | None:
@@ -147,14 +145,7 @@ def write_scores(
         for item in items
         if item in found
     ]
-    _write_table(folder / "scores.csv", ["variant", "prompt", "seed", "split", "category", "metric", "value"], rows)
-
-
-def _write_table(path: Path, names: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerows([names, *([csv_cell(value) for value in row] for row in rows)])
-    write_text(path, text.getvalue())
+    write_csv(folder / "scores.csv", [["variant", "prompt", "seed", "split", "category", "metric", "value"], *rows])
 
 
 def _groups(items: Sequence[Item], unseen: frozenset[str]) -> dict[str, set[str]]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import hashlib
-import io
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -14,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard, cast
 
 from texforce_cli.errors import Interrupted, TexforceError, UsageError
-from texforce_cli.files import csv_cell, finite, held, read_json, write_json, write_text
+from texforce_cli.files import finite, held, read_json, write_csv, write_json, write_text
 from texforce_cli.judging.answers import Verdict
 from texforce_cli.judging.asking import Missing, Outcome, ask_all, verdicts
 from texforce_cli.judging.budget import Budget, Metered
@@ -455,17 +453,15 @@ def _verdict_rows(questions: _Found) -> list[dict[str, Any]]:
 def _write(folder: Path, summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
     write_json(folder / "summary.json", dict(summary))
     write_text(folder / "verdicts.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
     rounds = [f"mean_rank_round_{number + 1}" for number in range(summary["rounds"])]
     ends = ["mean_rank", "low", "high", "strength", "strength_low", "strength_high"]
     beats = [f"wins_against_{name}" for name in summary["variants"]]
-    writer.writerow(map(csv_cell, ["criterion", "variant", *ends, *rounds, *beats]))
+    table = [["criterion", "variant", *ends, *rounds, *beats]]
     for criterion, result in summary["results"].items():
         for name in summary["variants"]:
             mean, strength = result["mean_rank"][name]["all"] or {}, result["bradley_terry"][name]
             cells = [*(mean.get(key) for key in ("mean", "low", "high")), *strength.values()]
             cells += [(one or {}).get("mean") for one in result["mean_rank"][name]["rounds"]]
             cells += [result["wins"].get(name, {}).get(other) for other in summary["variants"]]
-            writer.writerow([csv_cell(cell) for cell in (criterion, name, *cells)])
-    write_text(folder / "summary.csv", text.getvalue())
+            table.append([criterion, name, *cells])
+    write_csv(folder / "summary.csv", table)
