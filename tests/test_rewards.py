@@ -26,6 +26,7 @@ from texforce_cli.rewards.places import Place
 from texforce_cli.rewards.registry import Registry, RewardInfo, load_registry
 from texforce_cli.rewards.terms import RewardSet, TermSpec, parse_hosts, parse_terms
 from texforce_cli.workflows import assembly
+from texforce_cli.workflows.check_reward import check_reward
 from texforce_cli.workflows.plan import plan
 
 
@@ -72,6 +73,13 @@ def test_the_built_in_rewards_by_hand() -> None:
     Image.fromarray(red[0]).save(buffer, "JPEG", quality=95)
     assert found["jpeg-incompressibility"][2] == len(buffer.getvalue()) / 1000
     assert found["jpeg-compressibility"] == pytest.approx(-found["jpeg-incompressibility"])
+
+
+def test_a_picture_to_check_is_read_as_eval_reads_it(tmp_path: Path) -> None:
+    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert check_reward("brightness", [], tmp_path / "clear.png", "", 60).score == 1.0
+    with pytest.raises(UsageError, match="is missing; check --image"):
+        check_reward("brightness", [], tmp_path / "none.png", "", 60)
 
 
 def test_every_built_in_reward_says_its_licence_and_what_it_is() -> None:

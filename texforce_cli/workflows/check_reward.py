@@ -8,15 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
-from texforce_cli.errors import UsageError
+from texforce_cli.errors import TexforceError, UsageError
+from texforce_cli.report.pictures import read_picture
 from texforce_cli.rewards import worker
 from texforce_cli.rewards.isolation import WorkerSettings
 from texforce_cli.rewards.registry import load_registry
 from texforce_cli.rewards.terms import RewardSet, find, parse_terms
-
-LARGEST_SIDE = 4096
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,10 @@ def check_reward(name: str, options: Sequence[str], image: Path | None, prompt: 
     terms = parse_terms([name], options)
     registry = load_registry()
     info = find(terms[0], registry)
-    pixels = _read(image) if image else _drawn()
+    try:
+        pixels = read_picture(image) if image else _drawn()
+    except TexforceError as error:
+        raise UsageError(error.message, "check --image") from error
     begun = time.perf_counter()
     rewards = RewardSet(terms, registry, workers=WorkerSettings(timeout))
     loaded = time.perf_counter()
@@ -62,20 +63,6 @@ def check_reward(name: str, options: Sequence[str], image: Path | None, prompt: 
         )
     finally:
         rewards.close()
-
-
-def _read(path: Path) -> np.ndarray:
-    try:
-        with Image.open(path) as picture:
-            if max(picture.size) > LARGEST_SIDE:
-                raise UsageError(
-                    f"'{path}' has {picture.width}x{picture.height} pixels", f"give at most {LARGEST_SIDE} a side"
-                )
-            return np.asarray(picture.convert("RGB"))
-    except FileNotFoundError:
-        raise UsageError(f"there is no file '{path}'", "check --image") from None
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError) as error:
-        raise UsageError(f"'{path}' cannot be read as a picture", "give a PNG or JPEG file") from error
 
 
 def _drawn() -> np.ndarray:
