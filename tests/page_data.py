@@ -236,9 +236,8 @@ def _row(
     gains = [means[variant, p, metric.name] - means[baseline, p, metric.name] for p in both]
     mean, low, high = _interval(own)
     row = Row(
-        group=group, variant=variant, metric=metric.name, mean=mean, low=low, high=high, difference=None,
-        difference_low=None, difference_high=None, label="for this prompt only" if len(members) == 1 else "",
-        win_rate=None, p=None, p_holm=None, effect=None, detectable=None, prompts=len(own), pictures=seeds * len(own),
+        group=group, variant=variant, metric=metric.name, mean=mean, low=low, high=high,
+        label="for this prompt only" if len(members) == 1 else "", prompts=len(own), pictures=seeds * len(own),
     )  # fmt: skip
     if variant == baseline or not gains:
         return row

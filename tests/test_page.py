@@ -281,8 +281,10 @@ def test_the_hash_of_votes_is_about_pictures_alone(tmp_path: Path) -> None:
 
 def row(**changes: Any) -> Row:
     full = Row(
-        "all", "texforce", "tiny-clip", 0.25, 0.22, 0.28, 0.031, 0.012, 0.05, "", 0.625, 0.0004, 0.02, 0.5, 0.04, 20, 40
-    )
+        group="all", variant="texforce", metric="tiny-clip", mean=0.25, low=0.22, high=0.28, difference=0.031,
+        difference_low=0.012, difference_high=0.05, label="", win_rate=0.625, p=0.0004, p_holm=0.02, effect=0.5,
+        detectable=0.04, prompts=20, pictures=40,
+    )  # fmt: skip
     return dataclasses.replace(full, **changes)
 
 

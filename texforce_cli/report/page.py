@@ -80,7 +80,7 @@ class PageMetric:
     summary: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """One variant by one metric on one group of prompts ("all", "seen", "unseen" or a category).
 
@@ -94,15 +94,15 @@ class Row:
     mean: float | None
     low: float | None
     high: float | None
-    difference: float | None
-    difference_low: float | None
-    difference_high: float | None
+    difference: float | None = None
+    difference_low: float | None = None
+    difference_high: float | None = None
     label: str
-    win_rate: float | None
-    p: float | None
-    p_holm: float | None
-    effect: float | None
-    detectable: float | None
+    win_rate: float | None = None
+    p: float | None = None
+    p_holm: float | None = None
+    effect: float | None = None
+    detectable: float | None = None
     prompts: int
     pictures: int
 

@@ -7,12 +7,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from texforce_cli.core.comparison import ByPrompt, Comparison, compare, holm, interval, unit_means, win_matrix
+from texforce_cli.core.comparison import ByPrompt, compare, holm, interval, unit_means, win_matrix
 from texforce_cli.files import finite, read_json, write_csv, write_json
 from texforce_cli.report.page import Row
 from texforce_cli.workflows.evaluation.pictures import Item
-
-ONE_PROMPT = "for this prompt only"
 
 
 @dataclass(frozen=True)
@@ -174,52 +172,41 @@ def _by_prompt(found: Mapping[Item, float], cells: Sequence[Item]) -> dict[str, 
 def _rows(
     group: str, metric: MetricAbout, values: Values, baseline: str, cells: Sequence[Item], pictures: int
 ) -> list[Row]:
-    prompts = {item.text for item in cells}
-    label = ONE_PROMPT if len(prompts) == 1 else ""
-    base: ByPrompt = _by_prompt(values[baseline], cells)
-    rows = []
-    for variant, found in values.items():
-        own = _by_prompt(found, cells)
-        mean = interval(unit_means(own).tolist())
-        against = None
-        if variant != baseline:
-            against = compare(own, base, higher_is_better=metric.higher_is_better)
-        rows.append(
-            _row(group, variant, metric.name, mean.mean, mean.low, mean.high, against, label, len(prompts), pictures)
-        )
-    return rows
+    own = {variant: _by_prompt(found, cells) for variant, found in values.items()}
+    return [
+        row_of(group, variant, metric, found, None if variant == baseline else own[baseline], pictures)
+        for variant, found in own.items()
+    ]
 
 
-def _row(
-    group: str,
-    variant: str,
-    metric: str,
-    mean: float,
-    low: float,
-    high: float,
-    against: Comparison | None,
-    label: str,
-    prompts: int,
-    pictures: int,
+def row_of(
+    group: str, variant: str, metric: MetricAbout, values: ByPrompt, baseline: ByPrompt | None, pictures: int
 ) -> Row:
-    return Row(
+    """The mean of a variant's values, and how it compares to the baseline's; None: it is the baseline."""
+    mean = interval(unit_means(values).tolist())
+    row = Row(
         group=group,
         variant=variant,
-        metric=metric,
-        mean=mean,
-        low=low,
-        high=high,
-        difference=against.difference.mean if against else None,
-        difference_low=against.difference.low if against else None,
-        difference_high=against.difference.high if against else None,
-        label=label,
-        win_rate=against.win_rate if against else None,
-        p=against.p if against else None,
-        p_holm=None,
-        effect=against.effect if against else None,
-        detectable=against.detectable if against else None,
-        prompts=prompts,
+        metric=metric.name,
+        mean=mean.mean,
+        low=mean.low,
+        high=mean.high,
+        label="for this prompt only" if len(values) == 1 else "",
+        prompts=len(values),
         pictures=pictures,
+    )
+    if baseline is None:
+        return row
+    against = compare(values, baseline, higher_is_better=metric.higher_is_better)
+    return replace(
+        row,
+        difference=against.difference.mean,
+        difference_low=against.difference.low,
+        difference_high=against.difference.high,
+        win_rate=against.win_rate,
+        p=against.p,
+        effect=against.effect,
+        detectable=against.detectable,
     )
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from statistics import fmean
 
-from texforce_cli.core.comparison import compare, interval, unit_means
+from texforce_cli.core.comparison import unit_means
 from texforce_cli.errors import UsageError
 from texforce_cli.judging.votes import Vote, read_votes
 from texforce_cli.report.page import Row
 from texforce_cli.workflows.evaluation.pictures import Item
 from texforce_cli.workflows.evaluation.request import EvalRequest
-from texforce_cli.workflows.evaluation.summary import ONE_PROMPT, MetricAbout
+from texforce_cli.workflows.evaluation.summary import MetricAbout, row_of
 from texforce_cli.workflows.evaluation.variants import placed
 
 VOTES = "votes"
@@ -48,37 +49,19 @@ def count_votes(
         pair: {prompt: [fmean(points) for points in by_seed.values()] for prompt, by_seed in by_prompt.items()}
         for pair, by_prompt in cast.items()
     }
+    about = MetricAbout(VOTES, "", True, "the share of blind votes that it won", f"{len(usable)} votes")
     rows = [
-        _row(variant, duels[variant, baseline])
+        _row(about, variant, duels[variant, baseline])
         for variant in variants
         if variant != baseline and (variant, baseline) in duels
     ]
     wins: dict[str, dict[str, float]] = {}
     for (one, other), won in duels.items():
         wins.setdefault(one, {})[other] = float(unit_means(won).mean())
-    about = MetricAbout(VOTES, "", True, "the share of blind votes that it won", f"{len(usable)} votes")
     return about, rows, wins
 
 
-def _row(variant: str, won: Mapping[str, Sequence[float]]) -> Row:
+def _row(about: MetricAbout, variant: str, won: Mapping[str, Sequence[float]]) -> Row:
     lost = {prompt: [1 - points for points in values] for prompt, values in won.items()}
-    against, mean = compare(won, lost), interval(unit_means(won).tolist())
-    return Row(
-        group="all",
-        variant=variant,
-        metric=VOTES,
-        mean=mean.mean,
-        low=mean.low,
-        high=mean.high,
-        difference=against.difference.mean,
-        difference_low=against.difference.low,
-        difference_high=against.difference.high,
-        label=ONE_PROMPT if len(won) == 1 else "",
-        win_rate=mean.mean,
-        p=against.p,
-        p_holm=None,
-        effect=against.effect,
-        detectable=against.detectable,
-        prompts=len(won),
-        pictures=sum(map(len, won.values())),
-    )
+    row = row_of("all", variant, about, won, lost, sum(map(len, won.values())))
+    return replace(row, win_rate=row.mean)
