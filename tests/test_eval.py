@@ -777,7 +777,9 @@ def test_scores_survive_a_torn_line_and_nonsense(tmp_path: Path) -> None:
                 b'{"picture": "x", "prompt": "y", "metric": "m", "version": "1", "value": %s}\n' % value.encode()
             )
         handle.write(b'[1]\n{"torn')
+    torn = (tmp_path / "s.jsonl").read_bytes()
     again = ScoreFile(tmp_path / "s.jsonl")
+    assert (tmp_path / "s.jsonl").read_bytes() == torn  # reading changes nothing
     assert again.get("p", "a cat", "m", "1") == 0.5
     assert again.get("p", "line\u2028end", "m", "1") == 1 / 3
     assert again.get("x", "y", "m", "1") is None
@@ -1633,7 +1635,7 @@ def test_another_version_or_option_of_a_reward_is_scored_anew(monkeypatch: pytes
 
     def version_of(package: str, **options: str) -> str:
         return Metric(TermSpec("m", options=options), RewardInfo("m", "m:R", *package.split())).version(
-            ScoreFile(Path())
+            ScoreFile(Path("none"))
         )
 
     versions = [

@@ -139,6 +139,14 @@ def test_a_folder_is_held_by_one_process_alone(tmp_path: Path) -> None:
         pass
 
 
+def test_a_file_of_lines_that_was_removed_meanwhile_begins_anew(tmp_path: Path) -> None:
+    lines, _ = files.Lines.opened(tmp_path / "a.jsonl")
+    lines.append(b"1", b"2")
+    (tmp_path / "a.jsonl").unlink()
+    lines.append(b"3")
+    assert (tmp_path / "a.jsonl").read_bytes() == b"3\n"
+
+
 def test_what_a_spreadsheet_gets(tmp_path: Path) -> None:
     files.write_csv(tmp_path / "a.csv", [["", "a cat", "=1+1", "-x"], [None, float("nan"), 0.1, 3]])
     assert (tmp_path / "a.csv").read_bytes() == b",a cat,'=1+1,'-x\n,,0.1,3\n"

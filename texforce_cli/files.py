@@ -1,4 +1,5 @@
-"""Files that are either whole or absent: every write goes to a temporary neighbour and is renamed into place."""
+"""Files that are either whole or absent, or grow by whole lines: every other write goes to a temporary neighbour and is renamed
+into place."""
 
 from __future__ import annotations
 
@@ -186,6 +187,56 @@ def write_json(path: Path, value: Any) -> None:
     ):  # of a file name that is no UTF-8, which is to be read again
         text = json.dumps(value, indent=2)
     write_text(path, text + "\n")
+
+
+class Lines:
+    """A file that grows by whole lines, each on the disk before the next step. One thread at a time.
+
+    Opened by `opened`, which changes nothing on disk: a torn last line is cut off by the first `append`.
+    """
+
+    def __init__(self, path: Path, size: int) -> None:
+        self.path = path
+        self._size = size
+        """Bytes of whole lines; what stands behind them is torn."""
+
+    @classmethod
+    def opened(cls, path: Path) -> tuple[Lines, list[bytes]]:
+        """The file, and the whole lines that are in it.
+
+        Raises:
+            TexforceError: it cannot be read.
+        """
+        try:
+            data = path.read_bytes() if path.exists() else b""
+        except OSError as error:
+            raise TexforceError(
+                f"'{path}' cannot be read ({error.strerror or error})", "make it readable, or move it away"
+            ) from error
+        size = data.rfind(b"\n") + 1
+        return cls(path, size), data[:size].split(b"\n")[:-1]
+
+    def append(self, *lines: bytes) -> None:
+        """Add lines: they are on the disk when this returns.
+
+        Raises:
+            TexforceError: the disk is full or read-only.
+        """
+        try:
+            self._write(b"".join(line + b"\n" for line in lines))
+        except OSError as error:
+            raise write_error(self.path, error) from error
+
+    def _write(self, data: bytes) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab", buffering=0) as handle:
+            # half a line, of a run that was killed or of a disk that was full, must not run into this one
+            handle.truncate(min(self._size, handle.tell()))
+            written = 0
+            while written < len(data):
+                written += handle.write(data[written:])
+            os.fsync(handle.fileno())
+            self._size = handle.seek(0, os.SEEK_END)
 
 
 def from_json(text: str) -> Any:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from texforce_cli.errors import TexforceError
+from texforce_cli.files import Lines
 from texforce_cli.judging.judge import Reply
-from texforce_cli.judging.lines import Lines
 from texforce_cli.judging.prices import Usage, is_count
 from texforce_cli.judging.questions import Mode, Question
 

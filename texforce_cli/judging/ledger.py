@@ -7,7 +7,7 @@ import json
 import threading
 from pathlib import Path
 
-from texforce_cli.judging.lines import Lines
+from texforce_cli.files import Lines
 from texforce_cli.judging.prices import Usage
 
 _LARGEST = 10**12

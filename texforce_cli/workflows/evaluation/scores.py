@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from texforce_cli.config import DIVERSITY
 from texforce_cli.core.comparison import diversity
 from texforce_cli.devices import release
 from texforce_cli.errors import TexforceError, UsageError
-from texforce_cli.files import contents_hash, from_json, write_error
+from texforce_cli.files import Lines, contents_hash, from_json
 from texforce_cli.report.pictures import read_picture
 from texforce_cli.rewards.isolation import WorkerSettings
 from texforce_cli.rewards.registry import Registry, RewardInfo
@@ -79,23 +78,19 @@ class ScoreFile:
 
     `batch` says which of how many a score is of those that were made together. Where a kill or a full disk cut these off, none
     of them counts: with other neighbours the rest would differ in its last bits.
+
+    Raises:
+        TexforceError: the file cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
         self._values: dict[Key, float] = {}
         self._versions: dict[str, dict[str, None]] = {}
-        if not path.is_file():
-            return
-        data = path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) < len(data):
-            with path.open("r+b") as handle:
-                handle.truncate(len(whole))
+        self._lines, lines = Lines.opened(path)
         together: list[tuple[Key, float]] = []
-        for line in whole.decode("utf-8", "replace").split("\n"):
+        for line in lines:
             try:
-                row = from_json(line)
+                row = from_json(line.decode("utf-8", "replace"))
                 key = (row["picture"], row["prompt"], row["metric"], row["version"])
                 value = float(row["value"])
                 number, count = row.get("batch", (1, 1))  # earlier versions of texforce wrote none
@@ -140,15 +135,9 @@ class ScoreFile:
         for number, (picture, prompt, metric, version, value) in enumerate(together, 1):
             self._values[picture, prompt, metric, version] = value
             row = {"picture": picture, "prompt": prompt, "metric": metric, "version": version, "value": value}
-            lines.append(json.dumps({**row, "batch": [number, len(together)]}, ensure_ascii=False) + "\n")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("ab") as handle:
-                handle.write("".join(lines).encode("utf-8", "surrogatepass"))
-                handle.flush()
-                os.fsync(handle.fileno())
-        except OSError as error:
-            raise write_error(self.path, error) from error
+            line = json.dumps({**row, "batch": [number, len(together)]}, ensure_ascii=False)
+            lines.append(line.encode("utf-8", "surrogatepass"))
+        self._lines.append(*lines)
 
 
 def metrics_of(specs: Sequence[TermSpec], registry: Registry, folder: Path | None = None) -> list[Metric]:
