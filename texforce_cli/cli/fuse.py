@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
@@ -151,7 +152,7 @@ def fuse(
     with _view() as view:
         result = run(plan, view)
     if json:
-        write_json({"plan": plan.about(), "result": _result(result), "warnings": plan.warnings})
+        write_json({"plan": plan.about(), "result": asdict(result), "warnings": plan.warnings})
     else:
         _show_result(plan, result)
 
@@ -244,8 +245,6 @@ def _show_result(plan: FusePlan, result: FuseResult) -> None:
 
 
 def _show_extracted(result: ExtractResult, json: bool) -> None:
-    from dataclasses import asdict
-
     from texforce_cli.cli.console import data, note, write_json
 
     if json:
@@ -260,15 +259,3 @@ def _show_extracted(result: ExtractResult, json: bool) -> None:
         more = f" and {len(result.left_out) - 5} more" if len(result.left_out) > 5 else ""
         note(f"{result.rest:.2%} of the squared change is in what a LoRA cannot hold: {shown}{more}")
     data(str(result.out))
-
-
-def _result(result: FuseResult) -> dict[str, Any]:
-    return {
-        "out": str(result.out),
-        "modules": result.modules,
-        "ranks": list(result.ranks),
-        "truncation_error": result.truncation_error,
-        "measured_error": result.measured_error,
-        "worst": {"module": result.worst[0], "error": result.worst[1]},
-        "bytes": result.bytes,
-    }
