@@ -891,6 +891,7 @@ def test_a_long_list_of_sources_gets_a_short_name(tmp_path: Path) -> None:
         (["run/adapter", "run/checkpoints/../adapter:0.5"], "run-1+run-0.5"),
         (["run/checkpoints/epoch_0010"], "run-epoch_0010-1"),
         (["run/checkpoints/epoch_0010/pytorch_lora_weights.safetensors:2"], "run-epoch_0010-2"),
+        (["peft/unet"], "peft-1"),
     ],
 )
 def test_the_name_of_what_is_made_comes_from_the_sources(
@@ -899,7 +900,7 @@ def test_the_name_of_what_is_made_comes_from_the_sources(
     monkeypatch.chdir(tmp_path)
     for file in ("a", "b", "x/a", "y/a", "a (1) #é:?"):
         simple(Path(f"{file}.safetensors"))
-    for folder in ("run/adapter", "run/checkpoints/epoch_0010"):
+    for folder in ("run/adapter", "run/checkpoints/epoch_0010", "peft/unet"):
         simple(Path(folder, "pytorch_lora_weights.safetensors"))
     Path("linked.safetensors").symlink_to("a.safetensors")
     plan = plan_fuse(FuseRequest(sources))

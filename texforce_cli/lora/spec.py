@@ -6,12 +6,18 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from texforce_cli.errors import UsageError
 
 _NUMERIC = re.compile(r"[-+]?[\d.,]+(e[-+]?\d+)?|[-+]?(nan|inf|infinity)", re.IGNORECASE)
 _PARTS = re.compile(r"(te|te2|unet)=[^=,]*(,(te|te2|unet)=[^=,]*)*")
 _LARGEST = 1e6
+_UNTELLING = re.compile(
+    r"(model|(diffusion_)?pytorch_model|pytorch_lora_weights|adapter_model)\.\w+|adapter|checkpoints|unet|text_encoder"
+)
+"""Names that are the same in every run or model."""
+_CHECKPOINT = re.compile(r"(epoch_|checkpoint-)\d+")
 _NAMES = {"te": ("text_encoder", "text_encoder_2"), "te2": ("text_encoder_2",), "unet": ("unet",)}
 
 
@@ -64,6 +70,15 @@ def parse_lora(text: str) -> LoraSpec:
     if not source or not all(abs(value) <= _LARGEST for value in (weight, *parts.values())):
         raise UsageError(f"'{text}' is no LoRA with a weight", "write PATH, PATH:0.7 or PATH:te=0.7,unet=0.3")
     return LoraSpec(source, weight, parts)
+
+
+def telling(path: Path) -> tuple[str, ...]:
+    """The last name of a path that tells it from others; a checkpoint's with that of its run before it."""
+    while _UNTELLING.fullmatch(path.name) and path.parent.name not in ("", ".."):
+        path = path.parent
+    if _CHECKPOINT.fullmatch(path.name) and path.parent.name not in ("", ".."):
+        return *telling(path.parent), path.name
+    return (path.name,)
 
 
 def _short(value: float) -> str:

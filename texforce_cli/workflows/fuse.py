@@ -38,8 +38,8 @@ from texforce_cli.files import flush, user_path
 from texforce_cli.lora.header import model_keys, shared_training
 from texforce_cli.lora.lora import Lora, LoraModule, common_bases
 from texforce_cli.lora.names import COMPONENTS, is_convolution
-from texforce_cli.lora.read import FILE_NAME, PEFT_CONFIG, PEFT_NAME, read_lora
-from texforce_cli.lora.spec import LoraSpec, parse_lora
+from texforce_cli.lora.read import PEFT_CONFIG, PEFT_NAME, PICKLES, read_lora
+from texforce_cli.lora.spec import LoraSpec, parse_lora, telling
 from texforce_cli.lora.write import STORAGE_ERROR, Format, Layout, Precision, Slot, new_lora, size_of, write_lora
 from texforce_cli.threads import ahead, beside
 from texforce_cli.workflows.events import Listener, Progressed, Warned, silent
@@ -57,8 +57,6 @@ _CANCELS = {"fp32": 8.0, "fp16": 2.0, "bf16": 1.5}
 """How many times larger than their sum terms may be for their own factors to hold it to STORAGE_ERROR."""
 _SURE = 0.1
 """An estimate below this share of what storing may bring is not looked into."""
-_UNTELLING = {FILE_NAME, PEFT_NAME, "pytorch_lora_weights.bin", "adapter_model.bin", "adapter", "checkpoints"}
-_CHECKPOINT = re.compile(r"(epoch_|checkpoint-)\d+")
 
 
 @dataclass(frozen=True)
@@ -343,12 +341,8 @@ def _stem(source: str) -> str:
     """What a source is called: its file's name, or its folder's where that says nothing, a checkpoint's behind its run's."""
     path = user_path(source).absolute()
     path = path.resolve() if ".." in path.parts else path  # a link keeps the name that it was asked for by
-    while path.name in _UNTELLING and path.parent != path:
-        path = path.parent
-    if _CHECKPOINT.fullmatch(path.name):
-        return f"{_stem(str(path.parent))}-{path.name}"
-    name = path.stem if path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".ckpt") else path.name
-    return re.sub(r"[^\w.,+-]", "_", name) or "lora"
+    name = Path("-".join(telling(path)))
+    return re.sub(r"[^\w.,+-]", "_", name.stem if name.suffix in (ENDING, *PICKLES) else name.name) or "lora"
 
 
 def refuse_output(out: Path, inputs: Iterable[Path], *, folder: bool, force: bool) -> None:

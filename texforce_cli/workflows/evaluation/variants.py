@@ -11,16 +11,11 @@ from typing import Any
 
 from texforce_cli.errors import UsageError
 from texforce_cli.files import user_path
-from texforce_cli.lora.spec import parse_lora
+from texforce_cli.lora.spec import parse_lora, telling
 
 _NAME = re.compile(r"(?!(?i:con|prn|aux|nul|com\d|lpt\d)(\.|$))[A-Za-z0-9]([\w.-]{0,58}[\w-])?")
 """A name that can be a folder's, on Windows too."""
 _COMPONENTS = {"unet": "unet", "text-encoder": "text_encoder"}
-_UNTELLING = re.compile(
-    r"(model|(diffusion_)?pytorch_model|pytorch_lora_weights|adapter_model)\.\w+|adapter|checkpoints|unet|text_encoder"
-)
-"""Names that are the same in every run or model."""
-_CHECKPOINT = re.compile(r"(epoch_|checkpoint-)\d+")
 _FIELDS = {"name": str, "model": str, "unet": str, "text_encoder": str, "loras": list, "images": str}
 
 
@@ -46,8 +41,8 @@ class Variant:
         if self.images:
             return f"pictures of {Path(self.images).name}"
         parts = [Path(self.model).name or self.model]
-        parts += [f"{name} {_telling(path)}" for name, path in self.replaced.items()]
-        parts += [f"{_telling(spec.source)}:{spec.weights}" for spec in map(parse_lora, self.loras)]
+        parts += [f"{name} {_called(path)}" for name, path in self.replaced.items()]
+        parts += [f"{_called(spec.source)}:{spec.weights}" for spec in map(parse_lora, self.loras)]
         return " + ".join(parts)
 
 
@@ -197,11 +192,6 @@ def _component(piece: str) -> tuple[str, str]:
     return _COMPONENTS[name], path
 
 
-def _telling(text: str) -> str:
-    """The last name of a path that tells it from others; a checkpoint's with that of its run before it."""
-    path = Path(text)
-    while _UNTELLING.fullmatch(path.name) and path.parent.name not in ("", ".."):
-        path = path.parent
-    if _CHECKPOINT.fullmatch(path.name) and path.parent.name not in ("", ".."):
-        return f"{_telling(str(path.parent))}/{path.name}"
-    return path.name or text
+def _called(text: str) -> str:
+    """What a path is called, without the folders that it lies in."""
+    return "/".join(telling(Path(text))) or text
