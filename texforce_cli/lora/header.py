@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from itertools import accumulate
+from typing import Any
 
 from texforce_cli.lora.lora import told_base
 
@@ -22,8 +23,7 @@ _NEW = re.compile(
     r"modelspec\.(sai_model_spec|implementation|title|description|date|hash_sha256|thumbnail|merged_from)|ss_(v2|network_\w+|output_name)"
 )
 """What sources say of themselves that is not so of what they are fused into."""
-_OURS = ("texforce", "texforce.fuse", "texforce.extract")
-_DEEPEST = 300  # what is nested more deeply cannot always be written again; a lineage is cut long before
+_DEEPEST = 300  # as no command of ours writes it, and cannot always be written again; a lineage is cut long before
 _JSON_TEXT = re.compile(r'"(?:[^"\\]|\\.)*"?')  # an end that is missing is not looked for from every quote again
 
 
@@ -60,20 +60,19 @@ def model_keys(
 
 def shared_training(sources: Sequence[Mapping[str, str]]) -> dict[str, str]:
     """The `texforce` key of a fused file: what the runs behind all of its sources have in common, such as the base."""
-    runs = []
-    for source in sources:
-        try:
-            run = json.loads(source.get("texforce", "{}"))
-        except (ValueError, RecursionError):
-            run = {}
-        runs.append(run if isinstance(run, dict) else {})
+    runs = [told(source, "texforce") for source in sources]
     common = {key: value for key, value in runs[0].items() if all(run.get(key) == value for run in runs[1:])}
     return {"texforce": json.dumps(common, sort_keys=True)} if common.get("base") else {}
 
 
-def without_abysses(metadata: Mapping[str, str]) -> dict[str, str]:
-    """A header without those of our keys whose JSON is nested as deeply as no command of ours writes it."""
-    return {key: text for key, text in metadata.items() if key not in _OURS or _depth(text) <= _DEEPEST}
+def told(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
+    """What a header says by a key whose text is a JSON object; {} where it says nothing, nonsense, or what is nested too deeply."""
+    text = metadata.get(key, "")
+    try:
+        about = json.loads(text) if _depth(text) <= _DEEPEST else {}
+    except ValueError:
+        return {}
+    return about if isinstance(about, dict) else {}
 
 
 def _depth(text: str) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 from texforce_cli.errors import TexforceError, UsageError
 from texforce_cli.files import user_path
-from texforce_cli.lora.header import without_abysses
+from texforce_cli.lora.header import told
 from texforce_cli.lora.lora import Lora, LoraModule, Tensors, bases_of, of_second_encoder
 from texforce_cli.lora.names import COMPONENTS, REFUSED, Place, is_convolution, parse_key
 from texforce_cli.lora.pickles import read_pickle
@@ -110,7 +110,7 @@ def read_lora(source: str, *, allow_pickle: bool = False) -> Lora:
             formats[format] += 1
         if not scales.configs and any(format == "PEFT" for _, format in own):
             warnings.append(f"'{file}' has no {PEFT_CONFIG} beside it: its alpha is not known and taken to be its rank")
-        metadata.update(without_abysses(about))
+        metadata.update(about)
         if isinstance(config.get("base_model_name_or_path"), str):
             metadata["base_model_name_or_path"] = config["base_model_name_or_path"]
     ordered = {name: modules[name] for name in sorted(modules)}
@@ -131,11 +131,7 @@ class _Scales:
         """The config beside a file, or in the header that diffusers writes (`lora_adapter_metadata`): of a pipeline with the
         component before each name (`unet.lora_alpha`), of one model without."""
         configs = {"": config} if config else {}
-        try:
-            header = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-        except (ValueError, RecursionError):
-            header = {}
-        for key, value in header.items() if isinstance(header, dict) else ():
+        for key, value in told(metadata, "lora_adapter_metadata").items():
             component, _, name = key.rpartition(".")
             configs[component] = {**configs.get(component, {}), name: value}
         for found in configs.values():

@@ -34,8 +34,8 @@ from texforce_cli.core.lora_algebra import (
     truncate,
 )
 from texforce_cli.errors import TexforceError, UsageError
-from texforce_cli.files import flush, user_path
-from texforce_cli.lora.header import model_keys, shared_training
+from texforce_cli.files import finite, flush, user_path
+from texforce_cli.lora.header import model_keys, shared_training, told
 from texforce_cli.lora.lora import Lora, LoraModule, common_bases
 from texforce_cli.lora.names import COMPONENTS, is_convolution
 from texforce_cli.lora.read import PEFT_CONFIG, PEFT_NAME, PICKLES, read_lora
@@ -409,14 +409,10 @@ def _provenance(spec: LoraSpec, lora: Lora) -> dict[str, Any]:
     for name, key in (("author", "modelspec.author"), ("licence", "modelspec.license")):
         if value := lora.metadata.get(key):
             about[name] = value[:500]
-    told = {"texforce.fuse": "fused from", "texforce": "trained", "texforce.extract": "extracted from"}
-    for key, name in told.items():
-        try:
-            value = json.loads(lora.metadata.get(key, "null"), parse_constant=lambda constant: None)
-        except (ValueError, RecursionError):
-            continue
-        if value is not None:
-            about[name] = value if len(lora.metadata[key]) < _LONGEST_LINEAGE else _short_lineage(value)
+    origins = {"texforce.fuse": "fused from", "texforce": "trained", "texforce.extract": "extracted from"}
+    for key, name in origins.items():
+        if history := told(lora.metadata, key):
+            about[name] = history if len(lora.metadata[key]) < _LONGEST_LINEAGE else _short_lineage(history)
     return about
 
 
@@ -453,4 +449,4 @@ def _header(plan: FusePlan, sources: Sequence[Mapping[str, Any]], done: Mapping[
         alpha=alpha,
     )
     training = shared_training([lora.metadata for _, lora in plan.loras])
-    return {"texforce.fuse": json.dumps(about, sort_keys=True), **keys, **training}
+    return {"texforce.fuse": json.dumps(finite(about), sort_keys=True), **keys, **training}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from texforce_cli.core.lora_algebra import squared_norm
+from texforce_cli.files import finite
+from texforce_cli.lora.header import told
 from texforce_cli.lora.lora import Lora, LoraModule
 from texforce_cli.lora.read import read_lora
 
@@ -61,10 +62,6 @@ def _counted(values: Any) -> dict[str, int]:
 def _made_by(lora: Lora) -> dict[str, Any]:
     about: dict[str, Any] = {name: lora.metadata[key][:500] for name, key in _TOLD.items() if lora.metadata.get(key)}
     for key in ("texforce", "texforce.fuse", "texforce.extract"):
-        try:
-            told = json.loads(lora.metadata.get(key, "null"), parse_constant=lambda constant: None)
-        except (ValueError, RecursionError):
-            told = None
-        if isinstance(told, Mapping):
-            about[key] = dict(told)
+        if value := told(lora.metadata, key):
+            about[key] = finite(value)
     return about

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from texforce_cli.diffusion.models import replace_weights
 from texforce_cli.errors import TexforceError
 from texforce_cli.lora.full import FullWeights, open_full
+from texforce_cli.lora.header import told
 from texforce_cli.lora.lora import Lora
 from texforce_cli.lora.read import read_lora
 from texforce_cli.lora.spec import LoraSpec, parse_lora
@@ -27,7 +27,7 @@ class LoadedLora:
     @property
     def trained(self) -> dict[str, Any]:
         """What texforce wrote into it about its training; {} for other LoRAs and for nonsense."""
-        return _training(self.lora)
+        return told(self.lora.metadata, "texforce")
 
     @property
     def about(self) -> dict[str, Any]:
@@ -58,25 +58,21 @@ def training_of(text: str, *, allow_pickle: bool = False) -> dict[str, Any]:
     Raises:
         UsageError, TexforceError: as `read_lora`.
     """
-    return _training(read_lora(parse_lora(text).source, allow_pickle=allow_pickle))
+    return told(_metadata(text, allow_pickle), "texforce")
 
 
-def _training(lora: Lora) -> dict[str, Any]:
-    try:
-        about = json.loads(lora.metadata.get("texforce", "{}"))
-    except (ValueError, RecursionError):
-        return {}
-    return about if isinstance(about, dict) else {}
+def trained_on(text: str, *, allow_pickle: bool = False) -> set[str]:
+    """The rewards that a LoRA, or what it was fused from, was trained on, by its header; empty where nothing tells.
+
+    Raises:
+        UsageError, TexforceError: as `read_lora`.
+    """
+    metadata = _metadata(text, allow_pickle)
+    return rewards_in([told(metadata, "texforce"), told(metadata, "texforce.fuse")])
 
 
-def trained_on(text: str) -> set[str]:
-    """The rewards that a LoRA, or what it was fused from, was trained on, by its header; empty where nothing tells."""
-    try:
-        metadata = read_lora(parse_lora(text).source).metadata
-        headers = [json.loads(metadata.get(key, "{}")) for key in ("texforce", "texforce.fuse")]
-    except (TexforceError, ValueError, RecursionError):
-        return set()
-    return rewards_in(headers)
+def _metadata(text: str, allow_pickle: bool) -> Mapping[str, str]:
+    return read_lora(parse_lora(text).source, allow_pickle=allow_pickle).metadata
 
 
 def rewards_in(about: Any) -> set[str]:

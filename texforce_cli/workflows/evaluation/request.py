@@ -157,8 +157,7 @@ def rewards_trained_on(request: EvalRequest) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for text in (text for variant in request.variants for text in variant.loras):
         try:
-            training_of(text, allow_pickle=request.allow_pickle)
-            found[text] = sorted(trained_on(text))
+            found[text] = sorted(trained_on(text, allow_pickle=request.allow_pickle))
         except TexforceError:
             known = kept.get(text) if isinstance(kept, dict) else None
             if not isinstance(known, list):
