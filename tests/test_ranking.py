@@ -362,6 +362,12 @@ def test_a_judge_of_a_plugin_is_asked_and_a_broken_plugin_is_named(
     assert run(["gpt4v-rank", "out", *pictures, "--judge", "fairr"]) == 2
     said = " ".join(capsys.readouterr().err.split())
     assert "did you mean 'fair'" in said and "half installed" in said
+    monkeypatch.setattr("fair.Fair.__init__", lambda self, winner: sys.exit(0))
+    assert run([*command, "winner=B"]) == 1
+    assert "judge 'fair' could not start: SystemExit: 0" in " ".join(capsys.readouterr().err.split())
+    monkeypatch.setenv("TEXFORCE_STRICT_PLUGINS", "1")
+    assert run([*command, "winner=B"]) == 1
+    assert "plugin 'broken' is broken" in " ".join(capsys.readouterr().err.split())
 
 
 PLUGIN = """

@@ -4,28 +4,22 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from texforce_cli import __version__
-from texforce_cli.errors import TexforceError, UsageError
+from texforce_cli.errors import UsageError
 from texforce_cli.judging.judge import Judge
-from texforce_cli.rewards import worker
 from texforce_cli.rewards.hookspecs import hookimpl
-from texforce_cli.rewards.registry import JUDGES, plugin_calls, plugin_manager, plugins, registered, to_stderr
+from texforce_cli.rewards.registry import JUDGES, Registered, gather, registered
 
 _HERE = "texforce_cli.judging"
 
 
-@dataclass(frozen=True)
-class JudgeInfo:
+class JudgeInfo(Registered):
     """A registered judge that has not been imported yet."""
 
-    name: str
-    factory: str
-    origin: str
-    version: str
-    summary: str = ""
+    kind = "judge"
+    remedy = "correct --judge-option"
 
     def create(self, options: Mapping[str, str]) -> Judge:
         """Make it with `options`, each converted to the type of its annotation.
@@ -34,19 +28,7 @@ class JudgeInfo:
             UsageError: an option that it does not have, or a value of the wrong type.
             TexforceError: it cannot be imported or refuses to be made.
         """
-        try:
-            with to_stderr():
-                factory = worker.load(self.factory)
-                arguments = worker.typed_options(factory, options)
-                judge: Judge = factory(**arguments)
-        except TexforceError:
-            raise
-        except ValueError as error:
-            raise UsageError(f"judge '{self.name}': {error}", "correct --judge-option") from error
-        except Exception as error:  # the plugin boundary
-            raise TexforceError(
-                f"judge '{self.name}' ({self.origin}) could not start: {worker.describe(error)}", "check its options"
-            ) from error
+        judge: Judge = self._made(options)
         return judge
 
 
@@ -61,15 +43,8 @@ class _BuiltIn:
 
 def load_judges() -> tuple[dict[str, JudgeInfo], dict[str, str]]:
     """Name -> judge; and the plugins that failed, with the reason."""
-    manager, judges, broken = plugin_manager(), dict[str, JudgeInfo](), dict[str, str]()
-    _add(judges, plugin_calls(manager, _BuiltIn(), "texforce", JUDGES), "texforce", __version__)
-    for plugin in plugins():
-        try:
-            with to_stderr():
-                calls = plugin_calls(manager, plugin.load(), plugin.origin, JUDGES)
-            _add(judges, calls, plugin.origin, plugin.version)
-        except (Exception, SystemExit) as error:  # one broken plugin must not take the others with it
-            broken[plugin.origin] = worker.describe(error)
+    judges, broken = dict[str, JudgeInfo](), dict[str, str]()
+    gather(JUDGES, _BuiltIn(), partial(_add, judges), broken)
     return judges, broken
 
 

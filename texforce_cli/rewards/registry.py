@@ -12,9 +12,9 @@ import os
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
 import pluggy
 
@@ -37,14 +37,67 @@ class Reward(Protocol):
 
 
 @dataclass(frozen=True)
-class RewardInfo:
-    """A registered reward that has not been imported yet. `backend` tells several ways to compute it apart."""
+class Registered:
+    """What is registered and has not been imported yet; `kind` is what messages call it, `remedy` what they say of wrong options."""
 
+    kind: ClassVar[str]
+    remedy: ClassVar[str]
     name: str
     factory: str
     origin: str
     version: str
     summary: str = ""
+
+    def load(self) -> Any:
+        """The class, imported into this process.
+
+        Raises:
+            TexforceError: it cannot be.
+        """
+        try:
+            with to_stderr():
+                return worker.load(self.factory)
+        # the plugin boundary: whatever a third party raises is named, not thrown at the user
+        except (Exception, SystemExit) as error:
+            raise TexforceError(
+                f"{self.kind} '{self.name}' ({self.origin}) could not be imported: {worker.describe(error)}",
+                f"repair or reinstall {self.origin}",
+            ) from error
+
+    def _made(self, options: Mapping[str, str]) -> Any:
+        factory = self.load()
+        arguments = self._typed(factory, options)
+        try:
+            with to_stderr():
+                return factory(**arguments)
+        except TexforceError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise TexforceError(
+                f"{self.kind} '{self.name}' could not start: {worker.describe(error)}", "check its options"
+            ) from error
+
+    def _typed(self, factory: Any, options: Mapping[str, str]) -> dict[str, Any]:
+        try:
+            with to_stderr():
+                return worker.typed_options(factory, options)
+        except ValueError as error:
+            raise UsageError(f"{self.kind} '{self.name}': {error}", self.remedy.format(self.name)) from error
+        except Exception as error:  # annotations are the plugin's code
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: Exception) -> TexforceError:
+        return TexforceError(
+            f"the options of {self.kind} '{self.name}' cannot be read: {worker.describe(error)}", "leave them out"
+        )
+
+
+@dataclass(frozen=True)
+class RewardInfo(Registered):
+    """A reward. `backend` tells several ways to compute it apart."""
+
+    kind = "reward"
+    remedy = "see texforce rewards info {}"
     higher_is_better: bool = True
     unit: str = ""
     range: tuple[float, float] | None = None
@@ -72,17 +125,7 @@ class RewardInfo:
         """
         if self.environment or places:
             return self._isolated(options, workers, places)
-        factory = self.load()
-        arguments = self._typed(factory, options)
-        try:
-            with to_stderr():
-                reward: Reward = factory(**arguments)
-        except TexforceError:
-            raise
-        except (Exception, SystemExit) as error:
-            raise TexforceError(
-                f"reward '{self.name}' could not start: {worker.describe(error)}", "check its options"
-            ) from error
+        reward: Reward = self._made(options)
         return reward
 
     def check(self, options: Mapping[str, str]) -> None:
@@ -94,33 +137,7 @@ class RewardInfo:
         if options and self.environment is None:
             self._typed(self.load(), options)
         elif unknown := sorted(options.keys() - {option["name"] for option in self.options()} if options else ()):
-            raise UsageError(
-                f"reward '{self.name}': it has no option '{unknown[0]}'", f"see texforce rewards info {self.name}"
-            )
-
-    def _typed(self, factory: Any, options: Mapping[str, str]) -> dict[str, Any]:
-        try:
-            return worker.typed_options(factory, options)
-        except ValueError as error:
-            raise UsageError(f"reward '{self.name}': {error}", f"see texforce rewards info {self.name}") from error
-        except Exception as error:  # annotations are the plugin's code
-            raise self._unreadable(error) from error
-
-    def load(self) -> Any:
-        """The class, imported into this process.
-
-        Raises:
-            TexforceError: it cannot be.
-        """
-        try:
-            with to_stderr():
-                return worker.load(self.factory)
-        # the plugin boundary: whatever a third party raises is named, not thrown at the user
-        except (Exception, SystemExit) as error:
-            raise TexforceError(
-                f"reward '{self.name}' ({self.origin}) could not be imported: {worker.describe(error)}",
-                f"repair or reinstall {self.origin}",
-            ) from error
+            raise UsageError(f"reward '{self.name}': it has no option '{unknown[0]}'", self.remedy.format(self.name))
 
     def options(self) -> list[dict[str, str]]:
         """Name, type and default of each option; an isolated reward is asked in its own environment.
@@ -144,11 +161,6 @@ class RewardInfo:
                 f"reward '{self.name}' could not be asked for its options: {error}", f"reinstall {self.origin}"
             ) from error
         return list(answer["options"])
-
-    def _unreadable(self, error: Exception) -> TexforceError:
-        return TexforceError(
-            f"the options of reward '{self.name}' cannot be read: {worker.describe(error)}", "leave them out"
-        )
 
     def _isolated(self, options: Mapping[str, str], workers: WorkerSettings | None, places: Sequence[Place]) -> Reward:
         from texforce_cli.rewards.isolation import IsolatedReward, WorkerSettings
@@ -175,7 +187,7 @@ def to_stderr() -> contextlib.AbstractContextManager[Any]:
     return contextlib.redirect_stdout(sys.stderr)
 
 
-_ABOUT = frozenset(RewardInfo.__dataclass_fields__) - {"name", "factory", "origin", "version", "environment"}
+_ABOUT = {field.name for field in fields(RewardInfo)} - {"name", "factory", "origin", "version", "environment"}
 
 
 @dataclass
@@ -278,43 +290,52 @@ SLOW_SECONDS = 0.5
 
 
 def load_registry() -> Registry:
-    """Collect the built-ins, then every plugin of the entry-point group `texforce`, then the environments.
-
-    TEXFORCE_BLOCK_PLUGINS=name,... leaves plugins out; TEXFORCE_STRICT_PLUGINS=1 makes a broken one fatal.
-    """
+    """The built-ins, then every plugin, then the environments."""
     from texforce_cli.rewards.environments import installed
 
     registry = Registry()
-    manager = plugin_manager()
-    registry.add(plugin_calls(manager, builtin, "texforce", REWARDS), "texforce", __version__)
-    for plugin in plugins():
-        begun = time.perf_counter()
-        try:
-            with to_stderr():
-                calls = plugin_calls(manager, plugin.load(), plugin.origin, REWARDS)
-            registry.add(calls, plugin.origin, plugin.version)
-        except (Exception, SystemExit) as error:  # one broken plugin must not take the others with it
-            _broken(registry, plugin.origin, error)
-        if (seconds := time.perf_counter() - begun) > SLOW_SECONDS:
-            registry.slow[plugin.origin] = seconds
+    registry.slow = gather(REWARDS, builtin, registry.add, registry.broken)
     environments, damaged = installed()
     for package, reason in damaged.items():
         if package not in _blocked():
-            _broken(registry, package, ValueError(reason))
+            _note_broken(registry.broken, package, ValueError(reason))
     for environment in environments:
         if environment.package in _blocked():
             continue
         try:
             registry.add(environment.rewards, environment.package, environment.version, environment)
         except Exception as error:
-            _broken(registry, environment.package, error)
+            _note_broken(registry.broken, environment.package, error)
     return registry
 
 
-def _broken(registry: Registry, origin: str, error: BaseException) -> None:
+def gather(
+    hook: str, built_in: Any, add: Callable[[list[dict[str, Any]], str, str], None], broken: dict[str, str]
+) -> dict[str, float]:
+    """Give `add` what the built-ins, then every plugin of the entry-point group `texforce` register in `hook`, with its origin and
+    version; those that fail are `broken`, with the reason. The seconds of those that are slow.
+
+    TEXFORCE_BLOCK_PLUGINS=name,... leaves plugins out; TEXFORCE_STRICT_PLUGINS=1 makes a broken one fatal.
+    """
+    manager, slow = plugin_manager(), dict[str, float]()
+    add(plugin_calls(manager, built_in, "texforce", hook), "texforce", __version__)
+    for plugin in plugins():
+        begun = time.perf_counter()
+        try:
+            with to_stderr():
+                calls = plugin_calls(manager, plugin.load(), plugin.origin, hook)
+            add(calls, plugin.origin, plugin.version)
+        except (Exception, SystemExit) as error:  # one broken plugin must not take the others with it
+            _note_broken(broken, plugin.origin, error)
+        if (seconds := time.perf_counter() - begun) > SLOW_SECONDS:
+            slow[plugin.origin] = seconds
+    return slow
+
+
+def _note_broken(broken: dict[str, str], origin: str, error: BaseException) -> None:
     if os.environ.get("TEXFORCE_STRICT_PLUGINS") == "1":
         raise TexforceError(f"plugin '{origin}' is broken: {worker.describe(error)}", "repair or remove it") from error
-    registry.broken[origin] = worker.describe(error)
+    broken[origin] = worker.describe(error)
 
 
 REWARDS, JUDGES = "texforce_register_rewards", "texforce_register_judges"
