@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderTiny
+from huggingface_hub import constants
 from PIL import Image, PngImagePlugin
 
 from texforce_cli import __version__
@@ -662,7 +663,7 @@ def test_a_recipe_says_which_prompts_are_still_to_be_fetched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.setenv("TEXFORCE_HOME", str(tmp_path))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     command = [
         "eval",
         "--variants",

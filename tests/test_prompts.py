@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -183,7 +184,7 @@ def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             files = {file.path: FILES[Path(file.path).name] for file in (*source.seen, *source.unseen)}
             monkeypatch.setitem(fetched.FETCHED, name, commit(tmp_path / "remote", name, files))
     monkeypatch.setenv("TEXFORCE_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(fetched, "_GITHUB", (tmp_path / "remote").as_uri())
     return tmp_path / "remote"
 
@@ -216,8 +217,6 @@ def test_fetched_prompts_are_cached_and_come_from_a_pinned_commit(
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The cache that huggingface_hub keeps, empty."""
-    from huggingface_hub import constants
-
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     return tmp_path / "hub"
@@ -266,7 +265,7 @@ def test_hpsv2_is_four_styles_each_of_a_known_hash(hub: Path, monkeypatch: pytes
 def test_without_the_hub_the_sentence_says_what_to_run(
     hub: Path, monkeypatch: pytest.MonkeyPatch, offline: bool, why: str
 ) -> None:
-    from huggingface_hub import constants, errors
+    from huggingface_hub import errors
 
     def unreachable(*_: Any, **__: Any) -> None:
         raise errors.LocalEntryNotFoundError("no network")
@@ -309,10 +308,11 @@ def test_what_is_not_of_the_commit_is_not_kept(remote: Path, tmp_path: Path) -> 
 
 def test_without_a_network_the_sentence_says_what_to_fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TEXFORCE_HOME", str(tmp_path))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "ON")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # as huggingface_hub has read it
     with pytest.raises(TexforceError, match=r"not on this machine.*refl_data.json"):
         load_prompts("imagereward-train", "sd")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(fetched, "_GITHUB", "https://someone:password@127.0.0.1:9")
     with pytest.raises(TexforceError, match="could not be fetched") as caught:
         load_prompts("imagereward-train", "sd")
@@ -326,7 +326,7 @@ def test_without_a_network_the_sentence_says_what_to_fetch(tmp_path: Path, monke
 def test_the_file_that_the_sentence_asks_for_is_found_where_it_says(
     remote: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(TexforceError, match="HF_HUB_OFFLINE") as caught:
         load_prompts("hpsv2-test-50", "sd")
     said = re.search(r"fetch (\S+) where there is a network and save it as '(.+)'", str(caught.value))

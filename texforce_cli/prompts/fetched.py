@@ -219,9 +219,11 @@ def _from_git(name: str, source: _Source, file: _File, cached: Path) -> bytes:
 
     Source: https://git-scm.com/docs/partial-clone
     """
+    from huggingface_hub import constants
+
     url = f"{_GITHUB}/{source.repository}"
     remedy = f"fetch {url}/raw/{source.commit}/{file.path} where there is a network and save it as '{cached}'"
-    if os.environ.get("HF_HUB_OFFLINE") == "1":
+    if constants.is_offline_mode():
         raise NotFetched(f"the prompts '{name}' are not on this machine and HF_HUB_OFFLINE is set", remedy)
     environment = {**os.environ, "GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"}
     with tempfile.TemporaryDirectory() as folder:
