@@ -43,19 +43,25 @@ def test_one_prompt_counts_its_seeds() -> None:
     assert (lonely.difference.low, lonely.difference.high) == (-math.inf, math.inf)
 
 
-def test_a_constant_difference_has_no_spread() -> None:
+def test_a_difference_that_is_always_the_same_does_not_tell_how_it_varies() -> None:
     found = compare({p: [x + 1 for x in v] for p, v in BASE.items()}, BASE)
-    assert found.effect == math.inf
-    assert found.difference.half_width == 0
+    assert (found.difference.low, found.difference.mean, found.difference.high) == (-math.inf, 1, math.inf)
+    assert (found.effect, found.p) == (math.inf, 0.25)
+    assert math.isnan(found.detectable)
+    undecided = compare(
+        {"a": [1.0, 0.0], "b": [0.0, 1.0]}, {"a": [0.0, 1.0], "b": [1.0, 0.0]}
+    )  # each prompt: a win, a loss
+    assert (undecided.difference.mean, undecided.difference.half_width) == (0, math.inf)
+    assert interval([1.0] * 30).half_width == interval([0.0, 0.0]).half_width == math.inf  # all won, none won
 
 
 def test_what_rounding_leaves_is_nothing() -> None:
     """Two greys, 77 and 102, of 30 prompts and three seeds."""
     dark, light = ({str(i): [level / 255] * 3 for i in range(30)} for level in (77, 102))
     found = compare(light, dark)
-    assert (found.effect, found.detectable, found.difference.half_width) == (math.inf, 0, 0)
+    assert (found.effect, found.difference.half_width) == (math.inf, math.inf)
     assert found.difference.mean == pytest.approx(25 / 255)
-    assert interval(unit_means(dark).tolist()).half_width == 0
+    assert interval(unit_means(dark).tolist()).half_width == math.inf
     stray = {p: [x + 5e-17 * (int(p) % 3) for x in row] for p, row in dark.items()}
     same = compare(stray, dark)
     assert (same.difference.mean, same.difference.half_width, same.p, same.win_rate, same.effect) == (0, 0, 1, 0.5, 0)

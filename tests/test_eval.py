@@ -1147,10 +1147,15 @@ def test_constant_scores_and_a_constant_difference_are_numbers_or_null(capsys: A
     assert compared(*BRIGHT, images=("a", "b", "c")) == 0
     found = json.loads(Path("out/summary.json").read_text(), parse_constant=pytest.fail)
     better, same = row(found, "b", "brightness"), row(found, "c", "brightness")
-    assert (better["effect"], better["detectable"], better["win_rate"]) == (None, 0, 1)
-    assert better["difference_low"] == better["difference"] == better["difference_high"] == pytest.approx(0.2)
-    assert (same["difference"], same["effect"], same["p"]) == (0, 0, 1)
-    capsys.readouterr()
+    assert (better["effect"], better["detectable"], better["win_rate"]) == (None, None, 1)
+    assert better["difference"] == pytest.approx(0.2)
+    assert [better[end] for end in ("low", "high", "difference_low", "difference_high")] == [None] * 4
+    assert (same["difference"], same["difference_low"], same["effect"], same["p"]) == (0, 0, 0, 1)
+    shown = capsys.readouterr().out
+    assert re.search(r"brightness +b +0\.4 +\+0\.2 +none +100%", shown) and "inf" not in shown
+    page = Path("out/report/index.html").read_text()
+    assert page.count('class="verdict same"') == 3 and 'class="verdict better"' not in page
+    assert "inf" not in Path("out/summary.csv").read_text()
     assert compared(*BRIGHT, prompts=written("x\n"), seeds="0") == 0
     shown = capsys.readouterr().out
     assert "none" in shown and "inf" not in shown

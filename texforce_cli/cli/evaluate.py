@@ -269,7 +269,7 @@ def _against(row: Any) -> tuple[str, str, str, str]:
         return "", "", "", ""
     if isfinite(row.difference_low) and isfinite(row.difference_high):
         between = f"{row.difference_low:+.4g} to {row.difference_high:+.4g}"
-    else:  # of a single prompt or seed
+    else:  # of a single prompt or seed, or of some that all say the same
         between = "none"
     wins = "" if row.win_rate is None else f"{row.win_rate:.0%}"
     p = "" if row.p_holm is None else "<0.001" if row.p_holm < 0.001 else f"{row.p_holm:.3f}"

@@ -71,15 +71,13 @@ def interval(values: Sequence[float], seed: int = 0) -> Interval:
     """Mean and 95 % interval of independent values: Student's t below 20, the expanded percentile bootstrap above.
 
     Expanded (Hesterberg 2015): percentiles beyond 2.5 and 97.5, by as much as makes up for what the plain bootstrap is too
-    narrow. A single value has the interval from minus to plus infinity.
+    narrow. Values that are all the same, as a single one is, do not tell how they vary: from minus to plus infinity.
     """
     array = np.asarray(values, dtype=np.float64)
     array = _without_dust(array, float(np.abs(array).max()))
     n, mean = len(array), float(array.mean())
-    if n == 1:
-        return Interval(mean, -math.inf, math.inf, 1)
     if np.ptp(array) == 0:
-        return Interval(float(array[0]), float(array[0]), float(array[0]), n)
+        return Interval(float(array[0]), -math.inf, math.inf, n)
     if n < FEWEST:
         return mean_interval(array.tolist())
     tail = expanded_tail(n)
@@ -99,7 +97,8 @@ def expanded_tail(n: int) -> float:
 
 
 def compare(values: ByPrompt, baseline: ByPrompt, *, higher_is_better: bool = True) -> Comparison:
-    """A variant against the baseline; both have the same prompts, and of each the same seeds in the same order.
+    """A variant against the baseline; both have the same prompts, and of each the same seeds in the same order. Where not a
+    picture differs, as of the same model twice, the difference is 0, from 0 to 0.
 
     Raises:
         ValueError: they do not belong together.
@@ -110,16 +109,17 @@ def compare(values: ByPrompt, baseline: ByPrompt, *, higher_is_better: bool = Tr
     units = _without_dust(unit_means({p: row.tolist() for p, row in pairs.items()}), scale)
     sign = 1.0 if higher_is_better else -1.0
     won = unit_means({p: ((np.sign(sign * row) + 1) / 2).tolist() for p, row in pairs.items()})
-    n, difference = len(units), interval(units.tolist())
+    n, same = len(units), not any(row.any() for row in pairs.values())
+    difference = Interval(0.0, 0.0, 0.0, n) if same and n > 1 else interval(units.tolist())
     spread = 0.0 if np.ptp(units) == 0 else float(units.std(ddof=1))
     mean = difference.mean
-    reach = float(stats.t.ppf(0.975, n - 1) + stats.t.ppf(0.8, n - 1)) if n > 1 else math.nan
+    reach = float(stats.t.ppf(0.975, n - 1) + stats.t.ppf(0.8, n - 1))
     return Comparison(
         difference=difference,
         win_rate=float(won.mean()),
         p=signed_rank(units),
         effect=mean / spread if spread > 0 else (0.0 if mean == 0 else math.copysign(math.inf, mean)),
-        detectable=reach * spread / math.sqrt(n) if n > 1 else math.nan,
+        detectable=reach * spread / math.sqrt(n) if math.isfinite(difference.low) else math.nan,
         units="prompts" if len(pairs) > 1 else "seeds",
     )
 
