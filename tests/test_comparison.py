@@ -107,6 +107,20 @@ def test_signed_rank_against_a_table() -> None:
     assert signed_rank(np.zeros(9)) == 1.0
 
 
+@pytest.mark.parametrize("zeros", [0, 9, 10, 100])
+def test_signed_rank_is_exact_however_many_prompts_do_not_differ(zeros: int) -> None:
+    """Of the 16 signs of four differences, by hand: 2 reach the sum of one sign alone, 4 that with the smallest against it, and of four
+    that share their rank 10 reach three against one."""
+
+    def p(*values: float) -> float:
+        return signed_rank(np.array([*values, *np.zeros(zeros)]))
+
+    assert (p(1, 2, 3, 4), p(1, 1, 1, 1), p(-1, 2, 3, 4)) == (0.125, 0.125, 0.25)
+    assert p(1, 1, 1, -1) == 0.625
+    assert p(*range(1, 14)) == 2 / 2**13
+    assert p(*range(1, 15)) < 1e-3  # SciPy's own
+
+
 @pytest.mark.parametrize("n", [20, 100])
 def test_the_interval_covers_what_it_says_with_strong_prompt_effects(n: int) -> None:
     """A short form of benchmarks/coverage.py."""
