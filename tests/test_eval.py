@@ -1714,6 +1714,17 @@ def test_p_is_adjusted_over_every_variant_and_metric_of_a_group() -> None:
     assert [r.p_holm for r in adjusted(rows)] == [pytest.approx(0.03), pytest.approx(0.06), pytest.approx(0.06), None, 0.02, 1]  # fmt: skip
 
 
+def test_what_is_a_single_value_is_no_test_that_others_are_adjusted_for() -> None:
+    elsewhere("a", {("x", seed): 10 for seed in range(3)})
+    elsewhere("b", {("x", seed): 20 + seed for seed in range(3)})
+    written("x\n")
+    assert compared(*BRIGHT, seeds="0:3") == 0
+    assert [(r["metric"], r["p"], r["p_holm"]) for r in summary()["rows"] if r["variant"] == "b"] == [
+        ("brightness", 0.25, 0.25),
+        ("diversity", None, None),
+    ]
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

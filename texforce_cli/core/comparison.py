@@ -35,14 +35,14 @@ _ROUNDING = 1e-12
 class Comparison:
     """One variant against the baseline by one metric, over prompts that both have.
 
-    `difference` in the metric's unit; `win_rate` of pictures, ties half; `p` of Wilcoxon's signed-rank test; `effect` the
-    mean difference over its standard deviation (Cohen's d_z); `detectable` the smallest difference that this many units
-    find with 80 % power. `units` is what was counted: `prompts`, or `seeds` of the only one.
+    `difference` in the metric's unit; `win_rate` of pictures, ties half; `p` of Wilcoxon's signed-rank test, None of one
+    unit; `effect` the mean difference over its standard deviation (Cohen's d_z); `detectable` the smallest difference that
+    this many units find with 80 % power. `units` is what was counted: `prompts`, or `seeds` of the only one.
     """
 
     difference: Interval
     win_rate: float
-    p: float
+    p: float | None
     effect: float
     detectable: float
     units: str
@@ -126,12 +126,15 @@ def compare(values: ByPrompt, baseline: ByPrompt, *, higher_is_better: bool = Tr
     )
 
 
-def signed_rank(differences: Floats) -> float:
-    """Two-sided p of Wilcoxon's signed-rank test (Pratt's treatment of zeros); 1 where nothing differs.
+def signed_rank(differences: Floats) -> float | None:
+    """Two-sided p of Wilcoxon's signed-rank test (Pratt's treatment of zeros); 1 where nothing differs, none of a
+    single value, which is nothing to test.
 
     Exact for up to 13 that are not 0, counted over all their signs: the normal distribution, which SciPy takes where there are
     zeros or ties among 14, makes .05 of .125.
     """
+    if len(differences) < 2:
+        return None
     differing = differences != 0
     ranks = stats.rankdata(np.abs(differences))[differing]
     if len(ranks) > _COUNTED:
