@@ -532,6 +532,25 @@ def test_a_dry_run_says_what_would_be_drawn_and_what_is_not_there_yet(prompts: s
 
 
 @pytest.mark.parametrize(
+    ("arguments", "remedy"),
+    [
+        (["--metric", "scores-file"], "--metric-option scores-file.path=FILE"),
+        (
+            ["--metric", "aesthetic", "--metric-option", "aesthetic.weights=no"],
+            "--metric-option aesthetic.weights=PATH",
+        ),
+        (["--metric-option", "nope.x=1"], "; add --metric nope"),
+        (["--metric", "brightness", "--metric", "brightness"], "; give it once\n"),
+    ],
+)
+def test_a_remedy_names_no_option_that_eval_has_not(arguments: list[str], remedy: str, capsys: Any) -> None:
+    elsewhere("a", GREYS)
+    assert compared(*arguments, images=("a",), prompts=written("x\ny\n")) in (1, 2)
+    error = capsys.readouterr().err
+    assert remedy in error and "--reward" not in error
+
+
+@pytest.mark.parametrize(
     ("arguments", "code", "sentence"),
     [
         (["--size", "9"], 2, "the size 9 is not a positive multiple of 4"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
@@ -23,6 +25,7 @@ from texforce_cli.cli.sampling import (
     Size,
     Steps,
 )
+from texforce_cli.errors import TexforceError, UsageError
 from texforce_cli.files import user_path
 
 if TYPE_CHECKING:
@@ -40,6 +43,8 @@ _RECALLED = (
     "allow_pickle"
 ).split()
 """The options that a folder remembers."""
+_REWARD = re.compile("--reward(?=(-option)? )")
+"""How a reward calls, in what it says, the options that are --metric and --metric-option here."""
 
 
 def evaluate(
@@ -138,7 +143,6 @@ def evaluate(
     """Compare models and LoRAs on the same prompts and noise: paired intervals, win rates, a page to look at."""
     from texforce_cli.cli.console import note, warn, write_json
     from texforce_cli.cli.live import TrainView
-    from texforce_cli.errors import UsageError
     from texforce_cli.team import launched
 
     if (
@@ -180,11 +184,12 @@ def evaluate(
     )
     follower = launched()[0] > 0  # of a launcher's processes the first one speaks
     if dry_run:
-        plan = plan_eval(request)
+        with _of_metrics():
+            plan = plan_eval(request)
         if not follower:
             _show_plan(plan, json)
         return
-    with nullcontext(silent) if follower else TrainView() as view:
+    with _of_metrics(), nullcontext(silent) if follower else TrainView() as view:
         result = evaluate_in(num_processes, request, view)
     if follower:
         return
@@ -207,6 +212,17 @@ def evaluate(
         note(f"report: {result.page}")
     if result.missing:
         raise typer.Exit(3)
+
+
+@contextmanager
+def _of_metrics() -> Iterator[None]:
+    """What an error says of options for rewards, it says of those for metrics."""
+    try:
+        yield
+    except TexforceError as error:
+        error.message = _REWARD.sub("--metric", error.message)
+        error.hint = error.hint and _REWARD.sub("--metric", error.hint)
+        raise
 
 
 def _is_given(context: typer.Context, name: str) -> bool:

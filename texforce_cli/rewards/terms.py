@@ -49,7 +49,7 @@ def parse_terms(rewards: Sequence[str], options: Sequence[str] = ()) -> list[Ter
     for text in rewards:
         name, colon, tail = text.partition(":")
         if name in weights:
-            raise UsageError(f"reward '{name}' is given twice", "give it once, with a weight: NAME:WEIGHT")
+            raise UsageError(f"reward '{name}' is given twice", "give it once")
         weights[name] = _weight(text, tail) if colon else 1.0
     settings: dict[str, dict[str, str]] = {name: {} for name in weights}
     for text in options:
