@@ -862,13 +862,15 @@ def test_a_watched_reward_is_measured_shown_and_chooses_the_best_epoch(
     from texforce_cli.rewards.builtin.pictures import JpegCompressibility
 
     levels = iter([0.0, 1.0, 5.0, 2.0, 0.0])  # of the base, of each epoch, and of the base again
+    qualities = set()
 
     def score(self: JpegCompressibility, images: Any, *about: Any) -> list[float]:
         level = next(levels)
+        qualities.add(self.quality)
         return [level + index / 10 for index in range(len(images))]
 
     monkeypatch.setattr(JpegCompressibility, "score", score)
-    watched = "--watch jpeg-compressibility --eval-every 1 --keep 1 --save-every 0"
+    watched = "--watch jpeg-compressibility --reward-option jpeg-compressibility.quality=50 --eval-every 1 --keep 1 --save-every 0"
     train("--out", "a", *watched.split(), epochs=3)
     assert "watched jpeg-compressibility" in capsys.readouterr().err
     measured = [json.loads(line) for line in Path("a/evaluations.jsonl").read_text().splitlines()]
@@ -880,6 +882,7 @@ def test_a_watched_reward_is_measured_shown_and_chooses_the_best_epoch(
     assert record["best_epoch"] == 2
     assert {path.name for path in Path("a/checkpoints").iterdir()} == {"epoch_0002", "epoch_0003"}
     assert Path("a/curve.png").is_file()
+    assert qualities == {50}
     assert run(["train", "--resume", "a"]) == 0  # the measurements are read again
 
 

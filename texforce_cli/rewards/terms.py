@@ -39,8 +39,8 @@ class TermSpec:
         return {key: value for key, value in self.options.items() if key != "backend"}
 
 
-def parse_terms(rewards: Sequence[str], options: Sequence[str] = ()) -> list[TermSpec]:
-    """The terms that the two options of the command line name.
+def parse_terms(rewards: Sequence[str], options: Sequence[str] = (), others: Sequence[str] = ()) -> list[TermSpec]:
+    """The terms that the two options of the command line name; options of `others` are passed over.
 
     Raises:
         UsageError: a weight that is no finite number or zero, a name twice, an option of no term or without '='.
@@ -51,7 +51,7 @@ def parse_terms(rewards: Sequence[str], options: Sequence[str] = ()) -> list[Ter
         if name in weights:
             raise UsageError(f"reward '{name}' is given twice", "give it once")
         weights[name] = _weight(text, tail) if colon else 1.0
-    settings: dict[str, dict[str, str]] = {name: {} for name in weights}
+    settings: dict[str, dict[str, str]] = {text.partition(":")[0]: {} for text in (*rewards, *others)}
     for text in options:
         target, equals, value = text.partition("=")
         name, dot, key = target.rpartition(".")

@@ -175,7 +175,8 @@ def recorded_plan(folder: RunFolder, wanted: Mapping[str, Any]) -> Plan:
     origins = {**dict.fromkeys(FIELDS, "default"), **origins, **dict.fromkeys(wanted, "resume")}
     config = replace(config, **wanted)
     registry = load_registry()
-    infos = tuple(find(spec, registry) for spec in parse_terms(config.reward, config.reward_option))
+    terms = parse_terms(config.reward, config.reward_option, config.watched_rewards)
+    infos = tuple(find(spec, registry) for spec in terms)
     return Plan(config, origins, replace(resolve_model(config.model), reason=reason), prompts, registry, infos)
 
 
