@@ -376,11 +376,13 @@ def test_a_picture_that_cannot_be_drawn_is_missing_and_the_others_are_drawn(
     prompts: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     with monkeypatch.context() as patch:
-        refusing(patch, TexforceError("not finite", "use --precision fp32"), lambda texts: "a red car" in texts)
+        sizes = refusing(patch, TexforceError("not finite", "use --precision fp32"), lambda texts: "a red car" in texts)
         assert evaluate(prompts, "--variant", "base=tiny", "--images-only", "--json") == 3
         shown = capsys.readouterr()
         assert [entry["prompt"] for entry in json.loads(shown.out)["missing"]] == ["a red car"] * 3
+        assert sizes == [8, 4, 2, 1, 1, 2, 1, 1]
         assert evaluate(prompts, "--variant", "base=tiny", "--json") == 3
+        assert sizes[8:] == [1, 1, 1]  # none of its neighbours
     document = json.loads(capsys.readouterr().out)
     reason = "it could not be drawn (not finite; use --precision fp32)"
     lacking = [("a red car", seed, reason) for seed in range(3)]

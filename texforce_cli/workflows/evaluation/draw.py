@@ -16,7 +16,7 @@ from texforce_cli.diffusion.sampler import too_full
 from texforce_cli.errors import Interrupted, TexforceError, UsageError
 from texforce_cli.team import launched
 from texforce_cli.workflows.drawing import DrawingOptions
-from texforce_cli.workflows.evaluation.layout import Layout, read_layout, read_layouts, write_layout
+from texforce_cli.workflows.evaluation.layout import Layout, note_failed, read_layout, read_layouts, write_layout
 from texforce_cli.workflows.evaluation.pictures import Item, items_of, save_pictures
 from texforce_cli.workflows.evaluation.request import EvalRequest, prompts_of
 from texforce_cli.workflows.evaluation.variants import Variant, placed
@@ -216,8 +216,8 @@ def _laid_out(request: EvalRequest, made: Sequence[Recipe], items: Sequence[Item
     others = read_layouts(request.out)
     laid_out = []
     for recipe, earlier, mine in zip(made, kept, own):
-        settings = mine.settings if mine else recipe.settings
-        wished = Layout(_asked(request, recipe.variant), settings, request.batch)
+        settings, failed = (mine.settings, mine.failed) if mine else (recipe.settings, ())
+        wished = Layout(_asked(request, recipe.variant), settings, request.batch, failed=failed)
         layout = wished.covering(items, mine, *own, *others)
         if layout != earlier:
             write_layout(request.out, recipe.variant.name, layout)
@@ -266,6 +266,7 @@ def _draw_variant(
     done = len(items) - sum(map(len, todo))
     for part, drawn in _drawn(policy, request, todo, listener, stop):
         if isinstance(drawn, _Failure):
+            note_failed(request.out, variant.name, part)
             for item in part:
                 failed(variant.name, item, f"it could not be drawn ({drawn.why})")
         else:

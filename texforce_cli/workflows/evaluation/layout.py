@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,20 @@ _FILE = "drawing.json"
 
 @dataclass(frozen=True)
 class Layout:
-    """`asked` stands for the words that were asked with, `settings` for what they came to; `batches` hold names of items.
+    """`asked` stands for the words that were asked with, `settings` for what they came to; `batches` hold names of items, `failed`
+    those that could not be drawn.
 
     The last bits of a picture depend on its neighbours. An evaluation that was stopped, shared among processes or given more
     seeds shall be the same as one that was not, and a model drawn twice be equal to itself: so a batch once laid out stays, also
-    for the variants that come later, and new items make batches of their own.
+    for the variants that come later, and new items make batches of their own. What failed is tried again alone, where its
+    neighbours are there.
     """
 
     asked: str
     settings: Mapping[str, Any]
     batch: int
     batches: tuple[tuple[str, ...], ...] = ()
+    failed: tuple[str, ...] = ()
 
     def makes(self, settings: Mapping[str, Any]) -> bool:
         """Whether pictures of these settings are the same as of one's own. What a LoRA's file is called makes no picture; and
@@ -46,15 +49,23 @@ class Layout:
         placed = set(chain.from_iterable(kept))
         new = [item.name for item in items if item.name not in placed]
         cut = (tuple(new[start : start + self.batch]) for start in range(0, len(new), self.batch))
-        return Layout(self.asked, self.settings, self.batch, (*kept, *cut))
+        return replace(self, batches=(*kept, *cut))
 
     def wanting(
         self, folder: Path, variant: str, items: Sequence[Item], shard: tuple[int, int] = (0, 1)
     ) -> list[list[Item]]:
-        """The batches in which a picture of `items` is missing; of `shard` (i, n) every n-th from the i-th."""
+        """The batches in which a picture of `items` is missing, of some only what failed; of `shard` (i, n) every n-th from the
+        i-th."""
         named = {item.name: item for item in items}
         parts = [[named[name] for name in batch if name in named] for batch in self.batches[shard[0] :: shard[1]]]
-        return [part for part in parts if not all(self._is_drawn(folder, variant, item) for item in part)]
+        wanted = []
+        for part in parts:
+            lacking = [item for item in part if not self._is_drawn(folder, variant, item)]
+            if len(lacking) < len(part) and all(item.name in self.failed for item in lacking):
+                wanted += [[item] for item in lacking]
+            elif lacking:
+                wanted.append(part)
+        return wanted
 
     def _is_drawn(self, folder: Path, variant: str, item: Item) -> bool:
         return is_drawn(picture_path(folder, variant, item), picture_key(self.settings, item))
@@ -65,7 +76,8 @@ def read_layout(folder: Path, variant: str) -> Layout | None:
     try:
         stored = read_json(_place(folder, variant))
         batches = tuple(tuple(map(str, batch)) for batch in stored["batches"])
-        return Layout(str(stored["asked"]), dict(stored["settings"]), int(stored["batch"]), batches)
+        failed = tuple(map(str, stored.get("failed", ())))  # earlier versions of texforce wrote none
+        return Layout(str(stored["asked"]), dict(stored["settings"]), int(stored["batch"]), batches, failed)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -83,6 +95,17 @@ def write_layout(folder: Path, variant: str, layout: Layout) -> None:
         TexforceError: the folder cannot be written.
     """
     write_json(_place(folder, variant), asdict(layout))
+
+
+def note_failed(folder: Path, variant: str, items: Sequence[Item]) -> None:
+    """Keep that `items` of a variant could not be drawn.
+
+    Raises:
+        TexforceError: the folder cannot be written.
+    """
+    if layout := read_layout(folder, variant):
+        failed = dict.fromkeys([*layout.failed, *(item.name for item in items)])
+        write_layout(folder, variant, replace(layout, failed=tuple(failed)))
 
 
 def _place(folder: Path, variant: str) -> Path:
