@@ -1372,6 +1372,38 @@ def test_votes_about_pictures_that_changed_are_left_out_with_a_word(capsys: Any)
     assert "there is no file 'none.json'" in capsys.readouterr().err
 
 
+def test_a_folder_keeps_its_prompts_and_votes(capsys: Any) -> None:
+    elsewhere("a", GREYS)
+    elsewhere("b", {cell: level + 100 for cell, level in GREYS.items()})
+    rows = [{"prompt": "x", "category": "ex"}, {"prompt": "y", "split": "unseen"}]
+    written("".join(json.dumps(row) + "\n" for row in rows), "p.jsonl")
+    pictures = [hashlib.sha256(Path(name, "x-0.png").read_bytes()).hexdigest() for name in "ab"]
+    cast = {
+        "prompt": Item("x", 0).prompt_id,
+        "seed": 0,
+        "left": "a",
+        "right": "b",
+        "winner": "left",
+        "pictures": pictures,
+    }
+    written(json.dumps({"texforce_votes": 1, "data": "", "votes": [cast]}), "votes.json")
+    assert compared(*BRIGHT, "--votes", "votes.json", prompts="p.jsonl") == 0
+    whole = [Path("out", name).read_bytes() for name in ("summary.json", "report/index.html")]
+    Path("p.jsonl").unlink()
+    Path("votes.json").unlink()
+    capsys.readouterr()
+    for _ in range(2):
+        assert run(["eval", "--out", "out", "--report-only"]) == 0
+        assert [Path("out", name).read_bytes() for name in ("summary.json", "report/index.html")] == whole
+    assert capsys.readouterr().err == "writing the report\nreport: out/report/index.html\n" * 2
+    assert run(["eval", "--out", "out", "--prompts", "p.jsonl"]) == 2  # what is named has to be there
+    written('{"prompt": "z"}\n', "out/prompts.jsonl")
+    assert run(["eval", "--out", "out", "--report-only"]) == 2  # and what is kept as it was
+    written('{"prompt": "x"}\n', "p.jsonl")
+    assert run(["eval", "--out", "out"]) == 0  # and one that was changed counts
+    assert {line["prompts"] for line in summary()["rows"]} == {1}
+
+
 def test_votes_outlive_what_is_added_and_go_with_their_pictures(capsys: Any) -> None:
     levels = {(text, seed): 10 * seed for text in "xy" for seed in range(4)}
     elsewhere("a", levels)

@@ -10,9 +10,9 @@ from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from texforce_cli.errors import TexforceError, UsageError
-from texforce_cli.files import read_json, write_json
+from texforce_cli.files import read_json, write_json, write_text
 from texforce_cli.presets import Family
-from texforce_cli.prompts import PromptSet, load_prompts
+from texforce_cli.prompts import PromptSet, load_prompts, read_prompts
 from texforce_cli.rewards.terms import parse_terms
 from texforce_cli.workflows.drawing import DrawingOptions, source_for
 from texforce_cli.workflows.evaluation.pictures import prompts_told
@@ -20,6 +20,7 @@ from texforce_cli.workflows.evaluation.variants import (
     Variant,
     parse_images,
     parse_variant,
+    placed,
     read_variants,
     variants_of,
 )
@@ -28,6 +29,7 @@ from texforce_cli.workflows.loras import trained_on, training_of
 Stage = Literal["all", "images", "scores", "report"]
 
 _RECORD = "eval.json"
+_PROMPTS = "prompts.jsonl"
 _TRANSIENT = ("stage", "out", "device", "single_file", "recorded", "given")
 
 
@@ -127,8 +129,8 @@ def _typed(value: Any, kind: Any) -> Any:
     raise TypeError(f"{value!r} is no {kind}")
 
 
-def record(request: EvalRequest, trained: Mapping[str, Sequence[str]]) -> None:
-    """Remember the request, and what its LoRAs were `trained` on.
+def record(request: EvalRequest, trained: Mapping[str, Sequence[str]], prompts: PromptSet) -> None:
+    """Remember the request, its prompts, and what its LoRAs were `trained` on.
 
     Raises:
         TexforceError: the folder cannot be written.
@@ -138,10 +140,23 @@ def record(request: EvalRequest, trained: Mapping[str, Sequence[str]]) -> None:
     stored = {key: value for key, value in asdict(request).items() if key not in _TRANSIENT}
     made_with = versions()
     if request.stage == "report":  # which draws and scores nothing: the versions stay those that did
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-            made_with = read_json(request.out / _RECORD)["versions"]
-    document = {"request": stored, "trained_on": trained, "versions": made_with}
+        made_with = _recorded(request.out, "versions") or made_with
+    kept = request.out / _PROMPTS
+    if Path(prompts.source).resolve() != kept.resolve():
+        write_text(kept, prompts.to_jsonl())
+    about = {"name": prompts.name, "sha256": prompts.sha256}
+    document = {"request": stored, "prompts": about, "trained_on": trained, "versions": made_with}
     write_json(request.out / _RECORD, document)
+
+
+def _recorded(folder: Path, *names: str) -> Any:
+    """What a folder's record says by these names, one within the other; None where it says nothing."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        found = read_json(folder / _RECORD)
+        for name in names:
+            found = found[name]
+        return found
+    return None
 
 
 def rewards_trained_on(request: EvalRequest) -> dict[str, list[str]]:
@@ -150,10 +165,7 @@ def rewards_trained_on(request: EvalRequest) -> dict[str, list[str]]:
     Raises:
         UsageError, TexforceError: a LoRA that is not there, or cannot be read, and that the folder does not know.
     """
-    try:
-        kept = read_json(request.out / _RECORD)["trained_on"]
-    except (OSError, ValueError, KeyError, TypeError):
-        kept = {}
+    kept = _recorded(request.out, "trained_on")
     found: dict[str, list[str]] = {}
     for text in (text for variant in request.variants for text in variant.loras):
         try:
@@ -167,18 +179,30 @@ def rewards_trained_on(request: EvalRequest) -> dict[str, list[str]]:
 
 
 def prompts_of(request: EvalRequest) -> PromptSet:
-    """The prompts; where the embedded model draws, or drew what the folders hold, its own words stand for the sets.
+    """The prompts; where the embedded model draws, or drew what the folders hold, its own words stand for the sets. Those of an
+    evaluation that is gone on with are as the folder keeps them, but for a file that is at its place.
 
     Raises:
         UsageError: there are none, or they cannot be read.
     """
     if not request.prompts:
         raise UsageError("there are no prompts", "give --prompts SET or FILE")
+    gone_on = "prompts" not in request.given and request.prompts == _recorded(request.out, "request", "prompts")
+    if gone_on and not placed(request.prompts) and (kept := _kept_prompts(request.out)):
+        return kept
     models = {v.model for v in request.variants if not v.images}
     if not models:
         return _prompts_shown(request)
     tiny = "tiny" in models or ("auto" in models and _chosen_family(request) == "tiny")
     return load_prompts(request.prompts, "tiny" if tiny else "sd", to_train=False)
+
+
+def _kept_prompts(folder: Path) -> PromptSet | None:
+    """The folder's copy of its prompts; None where there is none, or it is of others."""
+    with contextlib.suppress(UsageError):
+        found = replace(read_prompts(folder / _PROMPTS), name=str(_recorded(folder, "prompts", "name")))
+        return found if found.sha256 == _recorded(folder, "prompts", "sha256") else None
+    return None
 
 
 def _prompts_shown(request: EvalRequest) -> PromptSet:

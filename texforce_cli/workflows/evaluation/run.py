@@ -10,8 +10,8 @@ from typing import Any
 from texforce_cli.config import DIVERSITY
 from texforce_cli.devices import claim, resolve_device
 from texforce_cli.errors import UsageError
-from texforce_cli.files import held, user_path
-from texforce_cli.judging.votes import Vote, read_votes
+from texforce_cli.files import held
+from texforce_cli.judging.votes import Vote
 from texforce_cli.prompts import PromptSet
 from texforce_cli.report.page import Page, PageMetric, PagePrompt, PageVariant, Picture, pictures_hash, write_page
 from texforce_cli.report.verdicts import ranking_tabs
@@ -43,7 +43,7 @@ from texforce_cli.workflows.evaluation.summary import (
     write_summary,
 )
 from texforce_cli.workflows.evaluation.variants import check_variants
-from texforce_cli.workflows.evaluation.votes import check_votes, count_votes
+from texforce_cli.workflows.evaluation.votes import check_votes, count_votes, keep_votes, votes_of
 from texforce_cli.workflows.events import Listener, Note, Progressed, Warned, silent
 from texforce_cli.workflows.stopping import StopRequest
 
@@ -100,7 +100,8 @@ def evaluate(request: EvalRequest, listener: Listener = silent, *, beforehand: D
         scores = ScoreFile(request.out / "scores.jsonl")
         check_metrics(metrics, registry, scores, make=request.stage == "all")
         if request.recorded:
-            record(request, trained)
+            keep_votes(request)
+            record(request, trained, prompts)
         for sentence in dict.fromkeys(text for one in to_draw for text in not_obeyed(request, one.trainings)):
             listener(Warned(sentence))
         if draws:
@@ -264,7 +265,7 @@ def _votes(request: EvalRequest, page: Page, listener: Listener) -> list[Vote]:
     votes: list[Vote] = []
     for path in request.votes:
         try:
-            cast = read_votes(user_path(path))
+            cast = votes_of(request, path)
             about = cast.about(pictures, data)
             if cast.votes and not about:
                 raise UsageError(f"the votes in '{path}' are about other pictures", "vote again on the present page")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from statistics import fmean
 
 from texforce_cli.core.comparison import unit_means
 from texforce_cli.errors import UsageError
-from texforce_cli.judging.votes import Vote, read_votes
+from texforce_cli.files import user_path, write_bytes
+from texforce_cli.judging.votes import Vote, Votes, read_votes
 from texforce_cli.report.page import Row
 from texforce_cli.workflows.evaluation.pictures import Item
 from texforce_cli.workflows.evaluation.request import EvalRequest
@@ -28,6 +32,33 @@ def check_votes(request: EvalRequest) -> None:
         if not ((file := placed(path)) and file.is_file()):
             raise UsageError(f"there is no file '{path}'", "check --votes")
         read_votes(file)
+
+
+def keep_votes(request: EvalRequest) -> None:
+    """Copy each file of votes that can be read into the folder.
+
+    Raises:
+        TexforceError: the folder cannot be written.
+    """
+    for path in request.votes:
+        with contextlib.suppress(UsageError):
+            read_votes(file := user_path(path))
+            write_bytes(_kept(request, path), file.read_bytes())
+
+
+def votes_of(request: EvalRequest, path: str) -> Votes:
+    """The votes of a file; of one that is no longer at its place, as the folder keeps it.
+
+    Raises:
+        UsageError: as `read_votes`.
+    """
+    kept = _kept(request, path)
+    return read_votes(kept if kept.is_file() and not placed(path) else user_path(path))
+
+
+def _kept(request: EvalRequest, path: str) -> Path:
+    name = hashlib.sha256(path.encode("utf-8", "surrogatepass")).hexdigest()[:10]
+    return request.out / VOTES / f"{name}.json"
 
 
 def count_votes(
