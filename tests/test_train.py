@@ -18,6 +18,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
+from texforce_cli import tiny
 from texforce_cli.cli.app import run
 from texforce_cli.lora.read import FILE_NAME
 from texforce_cli.workflows import checkpoint, plan
@@ -690,6 +691,23 @@ def test_a_run_is_not_resumed_on_another_model(capsys: pytest.CaptureFixture[str
     Path("a/run.json").write_text(json.dumps(record))
     assert run(["train", "--resume", "a"]) == 1
     assert "the model 'tiny' has changed since 'a' was begun" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_where_its_model_was_moved_to(capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(tiny.WEIGHTS, "model")
+    train("--out", "a", "--model", "model", epochs=1)
+    Path("model").rename("moved")
+    assert run(["train", "--resume", "a"]) == 2
+    assert "of 'a' is not there; say where it is with --model" in " ".join(capsys.readouterr().err.split())
+    assert run(["train", "--resume", "a", "--model", "moved"]) == 0
+    assert json.loads(Path("a/run.json").read_text())["config"]["model"] == str(Path("moved").resolve())
+    shutil.copytree("moved", "other")
+    with next(Path("other/unet").glob("*.safetensors")).open("rb+") as weights:
+        weights.seek(-1, 2)
+        weights.write(b"!")
+    assert run(["train", "--resume", "a", "--model", "other"]) == 1
+    assert "the model 'other' has changed since 'a' was begun" in capsys.readouterr().err
+    assert run(["train", "--resume", "a", "--model", "tiny"]) == 2  # a name is another model
 
 
 def test_a_run_is_resumed_that_is_older_than_an_option(capsys: pytest.CaptureFixture[str]) -> None:

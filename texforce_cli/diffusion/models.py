@@ -71,11 +71,16 @@ class ModelSource:
         return "tiny" if self.kind == "tiny" else "sd"
 
     @property
+    def local(self) -> bool:
+        """Whether it is a folder or file of the user, which can be moved."""
+        return self.kind in ("folder", "file")
+
+    @property
     def reference(self) -> str:
         """What `--model` has to be given to get these weights again, from any folder."""
         if self.kind == "hub":
             return f"{self.location}@{self.revision}"
-        return self.location if self.kind in ("folder", "file") else self.name
+        return self.location if self.local else self.name
 
     @property
     def short_name(self) -> str:

@@ -174,6 +174,8 @@ def recorded_plan(folder: RunFolder, wanted: Mapping[str, Any]) -> Plan:
     # an option that is younger than the run has its default
     origins = {**dict.fromkeys(FIELDS, "default"), **origins, **dict.fromkeys(wanted, "resume")}
     config = replace(config, **wanted)
+    if _is_path(config.model) and not Path(config.model).exists():
+        raise UsageError(f"the model '{config.model}' of '{folder.path}' is not there", "say where it is with --model")
     registry = load_registry()
     terms = parse_terms(config.reward, config.reward_option, config.watched_rewards)
     infos = tuple(find(spec, registry) for spec in terms)
@@ -192,7 +194,10 @@ def _unchanging(folder: RunFolder, config: TrainConfig, wanted: Mapping[str, Any
     asked, free = dict(wanted), set(_FREE)
     device = resolve_device(asked.get("device", config.device))
     if "model" in asked:
-        asked["model"] = resolve_model(asked["model"], str(device)).reference
+        source = resolve_model(asked["model"], str(device))
+        asked["model"] = source.reference
+        if source.local and _is_path(config.model):
+            free.add("model")  # it may have been moved; its hashes tell whether it is the same
     if "device" in asked:
         asked["device"] = str(device)
     if device.type != config.device.partition(":")[0]:
@@ -211,9 +216,14 @@ def _unchanging(folder: RunFolder, config: TrainConfig, wanted: Mapping[str, Any
     return {name: value for name, value in asked.items() if name in free}
 
 
+def _is_path(model: str) -> bool:
+    """Whether a recorded `--model` is a folder or file."""
+    return Path(model).is_absolute()
+
+
 def _refuse_other_model(folder: RunFolder, made: Plan, record: Mapping[str, Any]) -> None:
     for key, value in fingerprint(made.source).items():
-        if record["model"].get(key) != value:
+        if value not in record["model"].values():  # whatever its file is called now
             raise TexforceError(
                 f"the model '{made.source.name}' has changed since '{folder.path}' was begun ({key} is now {value})",
                 "restore it, or begin a new run",
