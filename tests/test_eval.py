@@ -426,7 +426,7 @@ def test_a_picture_of_nan_is_missing_and_not_black(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(AutoencoderTiny, "decode", broken)
     assert evaluate(prompts, "--variant", "base=tiny", "--scheduler", "euler") == 3
     assert {entry["what"] for entry in summary()["missing"]} == {
-        "it could not be drawn (its values are not finite; use --precision fp32 or bf16)"
+        "it could not be drawn (the VAE drew values that are not finite; use --precision fp32 or bf16)"
     }
 
 

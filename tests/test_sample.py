@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderTiny
 from PIL import Image
+from transformers import CLIPImageProcessor
 
 from texforce_cli.cli.app import run
 from texforce_cli.diffusion.adapters import Adapter
 from texforce_cli.diffusion.models import load_pipeline, resolve_model
 from texforce_cli.errors import UsageError
 from texforce_cli.lora.write import lora_bytes
+from texforce_cli.workflows import sample as workflow
 from texforce_cli.workflows.drawing import SCHEDULERS
 from texforce_cli.workflows.sample import parse_seeds
 
@@ -111,6 +115,34 @@ def test_every_scheduler_draws_the_same_picture_alone_or_in_a_batch(scheduler: s
     assert run(["sample", "a cat", "--seeds", "1", "--out", "q", *fast]) == 0
     difference = np.abs(pixels("p/000-a-cat-seed1.png") - pixels("q/000-a-cat-seed1.png"))
     assert difference.max() <= 3
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "euler"])
+def test_what_is_not_finite_is_no_black_picture(
+    scheduler: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = AutoencoderTiny.decode
+    monkeypatch.setattr(AutoencoderTiny, "decode", lambda *a, **k: tuple(o * torch.nan for o in real(*a, **k)))
+    assert run(["sample", "a cat", "--out", "p", "--scheduler", scheduler, *FAST]) == 1
+    assert "the VAE drew values that are not finite; use --precision fp32 or bf16" in capsys.readouterr().err
+    assert not Path("p").exists()
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "euler"])
+def test_the_safety_checker_looks_once_at_each_picture(
+    scheduler: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], pipeline: Any
+) -> None:
+    class Prude(torch.nn.Module):
+        device, dtype = torch.device("cpu"), torch.float32
+
+        def forward(self, images: Any, clip_input: torch.Tensor) -> tuple[Any, list[bool]]:
+            return np.zeros_like(images), [bool(image.any()) for image in images]  # black is all that it likes
+
+    pipeline.register_modules(safety_checker=Prude(), feature_extractor=CLIPImageProcessor())
+    monkeypatch.setattr(workflow, "load_pipeline", lambda *a, **k: pipeline)
+    command = ["sample", "a cat", "--seeds", "0:2", "--safety-checker", "--json", "--scheduler", scheduler, *FAST]
+    assert run([*command, "--out", "p"]) == 0
+    assert json.loads(capsys.readouterr().out)["withheld"] == 2 and not pixels("p/000-a-cat-seed0.png").any()
 
 
 def test_prompts_from_a_file_and_hostile_ones(capsys: pytest.CaptureFixture[str]) -> None:

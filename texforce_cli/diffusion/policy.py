@@ -204,11 +204,15 @@ class Policy:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """x_0 -> pictures: uint8 [N, height, width, 3] on the CPU."""
+        """x_0 -> pictures: uint8 [N, height, width, 3] on the CPU.
+
+        Raises:
+            TexforceError: values that are not finite: as uint8 they would be black.
+        """
+        _refuse_overflow("U-Net", latents)
         vae: Any = self.pipeline.vae
         pictures = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0].float()
-        if not pictures.isfinite().all():  # as uint8 they would be black
-            raise TexforceError("the VAE drew values that are not finite", "use --precision fp32 or bf16")
+        _refuse_overflow("VAE", pictures)
         return ((pictures.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
 
     def too_long(self, prompt: str) -> int:
@@ -260,6 +264,11 @@ def _schedule(scheduler: Any, denoising: Denoising) -> Schedule:
         eta=denoising.eta,
         prediction=scheduler.config.prediction_type,
     )
+
+
+def _refuse_overflow(part: str, values: Tensor) -> None:
+    if not values.isfinite().all():
+        raise TexforceError(f"the {part} drew values that are not finite", "use --precision fp32 or bf16")
 
 
 PIXELS: Mapping[Family, int] = {"tiny": 4, "sd": 8}

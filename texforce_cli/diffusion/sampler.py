@@ -12,7 +12,6 @@ from torch import Tensor
 
 from texforce_cli.devices import full_memory
 from texforce_cli.diffusion.policy import Policy
-from texforce_cli.errors import TexforceError
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ def rollout(
     An image's noise comes from its seed alone, drawn on the CPU: the batch and the device do not change it.
 
     Raises:
-        TexforceError: the network's output overflowed.
+        TexforceError: as `Policy.decode`.
         torch.OutOfMemoryError: the memory is full, whatever a library calls it.
     """
     schedule, device, n = policy.schedule, policy.device, len(prompts)
@@ -77,8 +76,6 @@ def rollout(
             latents[index + 1] = mean
         if policy.reuses_unconditional and unconditional is not None:
             outputs.append(unconditional)
-    if not latents[-1].isfinite().all():
-        raise TexforceError("the U-Net drew values that are not finite", "use --precision fp32 or bf16")
     images = policy.decode(latents[-1]).numpy()
     kept = torch.stack(outputs) if outputs else None
     return Trajectory(tuple(prompts), tuple(seeds), latents, log_probs, kept, images)

@@ -108,7 +108,11 @@ def policy_for(pipeline: Any, denoising: Denoising, trained: Mapping[str, Any]) 
 
 
 def draw_pictures(policy: Policy, scheduler: str, pairs: Sequence[tuple[str, int]]) -> list[Image.Image]:
-    """A picture for each (prompt, seed), as one batch. `ddim` is our own sampler; the others run through diffusers."""
+    """A picture for each (prompt, seed), as one batch. `ddim` is our own sampler; the others run through diffusers.
+
+    Raises:
+        TexforceError: as `Policy.decode`.
+    """
     if scheduler != "ddim":
         return _with_scheduler(policy, scheduler, pairs)
     prompts, seeds = [prompt for prompt, _ in pairs], [seed for _, seed in pairs]
@@ -120,8 +124,8 @@ def _with_scheduler(policy: Policy, scheduler: str, pairs: Sequence[tuple[str, i
     previous = pipeline.scheduler
     pipeline.scheduler = _SCHEDULERS[scheduler](previous.config)
     try:
-        with full_memory():
-            pictures: list[Image.Image] = pipeline(
+        with torch.no_grad(), full_memory():
+            latents = pipeline(
                 [prompt for prompt, _ in pairs],
                 negative_prompt=[denoising.negative_prompt] * len(pairs),
                 num_inference_steps=denoising.steps,
@@ -129,10 +133,11 @@ def _with_scheduler(policy: Policy, scheduler: str, pairs: Sequence[tuple[str, i
                 height=denoising.size,
                 width=denoising.size,
                 generator=[torch.Generator().manual_seed(seed) for _, seed in pairs],
+                output_type="latent",  # as a picture it would be black where it is not finite
             ).images
+            return [Image.fromarray(picture) for picture in policy.decode(latents).numpy()]
     finally:
         pipeline.scheduler = previous
-    return pictures
 
 
 def _scheduler(name: str) -> Callable[[Any], Any]:

@@ -7,7 +7,6 @@ import gc
 import hashlib
 import json
 import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
@@ -326,16 +325,11 @@ def _try_to_draw(policy: Policy, scheduler: str, part: Sequence[Item]) -> Sequen
 
     failure = _Failure(f"the memory of {policy.device} is full", memory=True)
     try:
-        with warnings.catch_warnings():
-            # diffusers would keep a picture of NaN, as a black one
-            warnings.filterwarnings("error", "invalid value encountered in cast", RuntimeWarning)
-            return draw_pictures(policy, scheduler, [(item.text, item.noise) for item in part])
+        return draw_pictures(policy, scheduler, [(item.text, item.noise) for item in part])
     except torch.OutOfMemoryError:
         pass
     except (UsageError, Interrupted):
         raise
-    except RuntimeWarning:
-        failure = _Failure("its values are not finite; use --precision fp32 or bf16")
     except Exception as error:  # whatever the libraries or the device say: it is about these pictures
         failure = _Failure(" ".join(str(error).split())[:200] or type(error).__name__)
     if failure.memory:
