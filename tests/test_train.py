@@ -1000,6 +1000,15 @@ def test_what_cannot_be_watched_is_told_beforehand(capsys: pytest.CaptureFixture
     assert not Path("runs").exists()
 
 
+def test_a_watched_reward_has_its_options() -> None:
+    Path("t.csv").write_text("picture,score\n")
+    table = ["--reward-option", "scores-file.path=t.csv", "--reward-option", "scores-file.missing=0.25"]
+    train("--out", "a", "--watch", "scores-file", *table, epochs=1)
+    measured = json.loads(Path("a/evaluations.jsonl").read_text())
+    assert measured["watched"]["scores-file"]["mean"] == 0.25
+    assert run(["train", "--resume", "a", "--dry-run"]) == 0
+
+
 def test_what_can_end_no_run_is_told() -> None:
     asked = {"reward": ["brightness"], "model": "tiny", "preset": "fast", "watch": ["tiny-judge"], "watch_patience": 3}
     [said] = [line for line in plan.plan(asked).advice() if "--watch" in line]

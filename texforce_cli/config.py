@@ -181,9 +181,7 @@ class TrainConfig:
         _positive,
     )
 
-    reward_option: list[str] = option(
-        [], REWARDS, "Option of a reward, or of one to --watch: NAME.key=value; may be repeated."
-    )
+    reward_option: list[str] = option([], REWARDS, "Option of a reward or --watch: NAME.key=value; may be repeated.")
     reward_timeout: float = option(
         120.0, REWARDS, "Seconds that a batch may take a reward in an environment of its own.", _positive, unit="s"
     )

@@ -39,8 +39,8 @@ class TermSpec:
         return {key: value for key, value in self.options.items() if key != "backend"}
 
 
-def parse_terms(rewards: Sequence[str], options: Sequence[str] = (), others: Sequence[str] = ()) -> list[TermSpec]:
-    """The terms that the two options of the command line name; options of `others` are passed over.
+def parse_terms(rewards: Sequence[str], options: Sequence[str] = (), *, beside: Sequence[str] = ()) -> list[TermSpec]:
+    """The terms that the two options of the command line name. `options` may also be for rewards `beside` these.
 
     Raises:
         UsageError: a weight that is no finite number or zero, a name twice, an option of no term or without '='.
@@ -51,7 +51,7 @@ def parse_terms(rewards: Sequence[str], options: Sequence[str] = (), others: Seq
         if name in weights:
             raise UsageError(f"reward '{name}' is given twice", "give it once")
         weights[name] = _weight(text, tail) if colon else 1.0
-    settings: dict[str, dict[str, str]] = {text.partition(":")[0]: {} for text in (*rewards, *others)}
+    settings: dict[str, dict[str, str]] = {text.partition(":")[0]: {} for text in (*rewards, *beside)}
     for text in options:
         target, equals, value = text.partition("=")
         name, dot, key = target.rpartition(".")

@@ -49,7 +49,7 @@ def make_scoring(config: TrainConfig, registry: Registry, lent: Sequence[Address
     # what is only measured needs no score for every picture
     workers = WorkerSettings(config.reward_timeout, memory_gb=config.reward_memory, substitute=False)
     try:
-        watched = parse_terms(config.watched_rewards, config.reward_option, config.reward)
+        watched = parse_terms(config.watched_rewards, config.reward_option, beside=config.reward)
         for index, spec in enumerate(watched, 1):
             watches.append(RewardSet([spec], registry, workers=workers, lender=lent[index] if lent else None))
     except BaseException:
@@ -60,7 +60,7 @@ def make_scoring(config: TrainConfig, registry: Registry, lent: Sequence[Address
 
 def make_rewards(config: TrainConfig, registry: Registry, lender: Address | None = None) -> RewardSet:
     """The rewards of the run, imported and made."""
-    terms = parse_terms(config.reward, config.reward_option, config.watched_rewards)
+    terms = parse_terms(config.reward, config.reward_option, beside=config.watched_rewards)
     workers = WorkerSettings(config.reward_timeout, workers=config.reward_workers, memory_gb=config.reward_memory)
     hosts = parse_hosts(config.reward_host, terms)
     return RewardSet(

@@ -130,10 +130,11 @@ def plan(flags: Mapping[str, Any], config_file: Path | None = None) -> Plan:
     if not first.config.reward:
         raise UsageError("no reward was given", "add --reward jpeg-incompressibility, or another of: texforce rewards")
     registry = load_registry()
-    terms = parse_terms(first.config.reward, first.config.reward_option, first.config.watched_rewards)
+    trained, watched, options = first.config.reward, first.config.watched_rewards, first.config.reward_option
+    terms = parse_terms(trained, options, beside=watched)
     parse_hosts(first.config.reward_host, terms)
     infos = [find(spec, registry) for spec in terms]
-    for spec in parse_terms(first.config.watched_rewards, first.config.reward_option, first.config.reward):
+    for spec in parse_terms(watched, options, beside=trained):
         find(spec, registry)
     if first.config.watch and not first.config.eval_images:
         raise UsageError("--watch measures held-out pictures, and --eval-images is 0", "leave one of them out")

@@ -177,7 +177,7 @@ def recorded_plan(folder: RunFolder, wanted: Mapping[str, Any]) -> Plan:
     if _is_path(config.model) and not Path(config.model).exists():
         raise UsageError(f"the model '{config.model}' of '{folder.path}' is not there", "say where it is with --model")
     registry = load_registry()
-    terms = parse_terms(config.reward, config.reward_option, config.watched_rewards)
+    terms = parse_terms(config.reward, config.reward_option, beside=config.watched_rewards)
     infos = tuple(find(spec, registry) for spec in terms)
     return Plan(config, origins, replace(resolve_model(config.model), reason=reason), prompts, registry, infos)
 
