@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -691,6 +692,13 @@ def test_a_run_is_not_resumed_on_another_model(capsys: pytest.CaptureFixture[str
     Path("a/run.json").write_text(json.dumps(record))
     assert run(["train", "--resume", "a"]) == 1
     assert "the model 'tiny' has changed since 'a' was begun" in capsys.readouterr().err
+
+
+def test_the_command_that_a_run_on_a_folder_ends_with_draws(capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(tiny.WEIGHTS, "my model")
+    train("--out", "a", "--model", "my model", "--eval-images", "0", epochs=1)
+    command = " ".join(capsys.readouterr().err.split()).partition("next: texforce ")[2]
+    assert run([*shlex.split(command), "--steps", "1"]) == 0
 
 
 def test_a_run_goes_on_where_its_model_was_moved_to(capsys: pytest.CaptureFixture[str]) -> None:

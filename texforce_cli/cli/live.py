@@ -139,9 +139,9 @@ def summarise(result: TrainResult) -> None:
     if result.best:
         note(f"the best epoch: {result.best}")
     note(f"pictures: {result.folder / 'samples'}, curve: {result.folder / 'curve.png'}")
-    note(
-        f'next: texforce sample "a cat" --lora {quoted(result.best or result.adapter)} --compare --grid --out pictures'
-    )
+    model = f"--model {quoted(result.model)} " if result.model else ""
+    lora = quoted(result.best or result.adapter)
+    note(f'next: texforce sample "a cat" {model}--lora {lora} --compare --grid --out pictures')
 
 
 def result_document(result: TrainResult) -> dict[str, Any]:

@@ -33,7 +33,11 @@ def sample(
         typer.Option("--prompts", help="A prompt set, or FILE.txt, .jsonl, .csv.", rich_help_panel=_WHAT),
     ] = None,
     model: Annotated[
-        str, typer.Option(help="As in train; default: what the LoRA was trained on.", rich_help_panel=_WHAT)
+        str,
+        typer.Option(
+            help="As in train; default: what the LoRA was trained on, unless that is a folder, file or another Hub id.",
+            rich_help_panel=_WHAT,
+        ),
     ] = "auto",
     lora: Annotated[
         Optional[list[str]],

@@ -76,6 +76,11 @@ class ModelSource:
         return self.kind in ("folder", "file")
 
     @property
+    def published(self) -> bool:
+        """Whether it is one of `NAMES`, which the header of a LoRA is enough to choose."""
+        return self.name in NAMES and not self.local
+
+    @property
     def reference(self) -> str:
         """What `--model` has to be given to get these weights again, from any folder."""
         if self.kind == "hub":

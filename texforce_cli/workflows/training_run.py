@@ -58,6 +58,8 @@ class TrainResult:
     adapter: Path
     best: Path | None
     """The checkpoint of the best epoch, where a run that ended early went on to worse ones."""
+    model: str | None
+    """What `--model` has to be given to draw with the adapter, where its header is not enough."""
     epochs: int
     images: int
     seconds: float
@@ -157,6 +159,7 @@ class TrainingRun:
             self.folder.path,
             self.folder.adapter,
             self._better_than_last(),
+            None if self.plan.source.published else self.plan.source.reference,
             self.epoch,
             self.epoch * self.config.samples_per_epoch,
             time.perf_counter() - begun,
