@@ -718,6 +718,17 @@ def test_what_a_checkpoint_predicts(
     assert ("assumed, a config folder 'a' beside it decides otherwise" in reason) == assumed
 
 
+@pytest.mark.parametrize(("spread", "prediction", "side"), [(0.05, "epsilon", 512), (0.15, "v_prediction", 768)])
+def test_a_weight_tells_what_an_sd2_checkpoint_predicts_whose_header_does_not(
+    tmp_path: Path, spread: float, prediction: str, side: int
+) -> None:
+    path = _header_only(tmp_path / "a.safetensors", 1024)
+    save_file({**load_file(path), single_file._TELLING_BIAS: torch.tensor([-spread, spread]).bfloat16()}, path)
+    source = resolve_model(str(path))
+    assert f"{prediction} by one of its weights, a config folder 'a' beside it" in source.reason
+    assert single_file.inspect(path).prediction == prediction and native_size(source) == side
+
+
 def _bytes(content: bytes) -> Callable[[Path], Any]:
     return lambda path: path.write_bytes(content)
 

@@ -1,13 +1,13 @@
 """One-file checkpoints in the original Stable Diffusion layout: what is in them, and a pipeline from them.
 
-The file's header tells SD 1.x from SD 2.x; the configs come from a folder beside the file or from this package. Nothing
+The file's header tells SD 1.x from SD 2.x, and one of its weights what SD 2.x predicts; the configs come from a folder beside the file or from this package. Nothing
 is fetched.
 """
 
 from __future__ import annotations
 
 import gzip
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,6 +29,10 @@ _TEXT_ENCODERS = (
     "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight",
     "cond_stage_model.model.token_embedding.weight",
 )
+_TELLING_BIAS = f"{_UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias"
+_TELLING_SPREAD = 0.09
+"""The standard deviation of that bias of SD 2.x above which it predicts v, as ComfyUI tells them apart (`SD20.model_type` in
+comfy/supported_models.py)."""
 _GENERATIONS = {768: 1, 1024: 2}
 _PREDICTIONS: dict[str, Prediction] = {
     "epsilon": "epsilon",
@@ -61,7 +65,7 @@ class Checkpoint:
 
 
 def inspect(path: Path) -> Checkpoint:
-    """What a file is, by its header.
+    """What a file is, by its header and, where that does not tell what it predicts, one tensor.
 
     Raises:
         TexforceError: no whole SD 1.x or 2.x checkpoint; the sentence says what it is instead.
@@ -70,7 +74,7 @@ def inspect(path: Path) -> Checkpoint:
         file = TensorFile.open(path)
     except TexforceError as error:  # no path of this machine in a run's record
         raise type(error)(error.message.replace(str(path), path.name), error.hint) from error
-    shapes, metadata = {key: entry.shape for key, entry in file.entries.items()}, file.metadata
+    shapes = {key: entry.shape for key, entry in file.entries.items()}
     width = next((shape[-1] for key, shape in shapes.items() if key.startswith(_UNET) and ".attn2.to_k." in key), None)
     _refuse_others(path.name, shapes, width)
     beside = path.with_suffix("")
@@ -82,9 +86,9 @@ def inspect(path: Path) -> Checkpoint:
             f"put its diffusers config folder '{beside.name}' beside it",
         )
     generation = _GENERATIONS[width]
-    prediction, told = _prediction(shapes, metadata, generation)
-    how = "" if told else f" assumed, a config folder '{beside.name}' beside it decides otherwise"
-    note = f"an SD {generation}.x checkpoint, {prediction}{how}"
+    prediction, how = _prediction(file, generation)
+    otherwise = f" {how}, a config folder '{beside.name}' beside it decides otherwise" if how else ""
+    note = f"an SD {generation}.x checkpoint, {prediction}{otherwise}"
     return Checkpoint(path, CONFIGS / f"sd{generation}", note, generation, prediction)
 
 
@@ -143,14 +147,17 @@ def _refuse_others(name: str, shapes: Mapping[str, tuple[int, ...]], width: int 
         raise TexforceError(f"'{name}' holds no VAE", whole)
 
 
-def _prediction(keys: Collection[str], metadata: Mapping[str, str], generation: int) -> tuple[Prediction, bool]:
-    """What the U-Net predicts, and whether the file tells it or it is the usual of its generation."""
-    told = metadata.get("modelspec.prediction_type", "").lower()
-    architecture = metadata.get("modelspec.architecture", "").lower()
+def _prediction(file: TensorFile, generation: int) -> tuple[Prediction, str]:
+    """What the U-Net predicts, and how that is known where the header does not tell it."""
+    told = file.metadata.get("modelspec.prediction_type", "").lower()
+    architecture = file.metadata.get("modelspec.architecture", "").lower()
     if told in _PREDICTIONS:
-        return _PREDICTIONS[told], True
-    if "v_pred" in keys or architecture == "stable-diffusion-v2-768-v":
-        return "v_prediction", True
+        return _PREDICTIONS[told], ""
+    if "v_pred" in file.entries or architecture == "stable-diffusion-v2-768-v":
+        return "v_prediction", ""
     if generation == 1 or architecture == "stable-diffusion-v2-512":
-        return "epsilon", True
-    return "v_prediction", False
+        return "epsilon", ""
+    if _TELLING_BIAS not in file.entries:
+        return "v_prediction", "assumed"
+    spread = file.read(_TELLING_BIAS).astype(float).std()
+    return "v_prediction" if spread > _TELLING_SPREAD else "epsilon", "by one of its weights"
