@@ -694,6 +694,23 @@ def test_a_run_is_not_resumed_on_another_model(capsys: pytest.CaptureFixture[str
     assert "the model 'tiny' has changed since 'a' was begun" in capsys.readouterr().err
 
 
+def test_one_command_begins_a_run_and_goes_on_with_it(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("a.toml").write_text("images = 80\nrank = 2\n")  # the flag --epochs is stronger
+    auto = "--config", "a.toml", "--auto-resume"
+    train(*auto, code=2)
+    assert "--auto-resume goes on with the run in --out; add --out FOLDER" in capsys.readouterr().err
+    train(*auto, "--out", "a")
+    before = adapter("a")
+    shutil.rmtree("a/checkpoints/epoch_0002")
+    train(*auto, "--out", "a", "--dry-run")
+    train(*auto, "--out", "a")
+    assert "going on after epoch 1" in capsys.readouterr().err and adapter("a") == before
+    train(*auto, "--out", "a")
+    assert "'a' had finished" in capsys.readouterr().err
+    train(*auto, "--out", "a", "--rank", "4", code=2)
+    assert "begun with other options: rank (2 -> 4)" in capsys.readouterr().err
+
+
 def test_the_command_that_a_run_on_a_folder_ends_with_draws(capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(tiny.WEIGHTS, "my model")
     train("--out", "a", "--model", "my model", "--eval-images", "0", epochs=1)

@@ -320,9 +320,6 @@ def resolve(flags: Mapping[str, Any], config_file: Path | None = None, *, family
     """
     mistakes: list[str] = []
     values, origins = _given(flags, config_file, mistakes)
-    if "epochs" in values and "images" in values and origins["epochs"] != origins["images"]:
-        weaker = min(("epochs", "images"), key=lambda name: ("file", "environment", "flag").index(origins[name]))
-        del values[weaker], origins[weaker]
     preset = values.get("preset", "auto")
     prompts = values.get("prompts", "animals")
     if preset == "auto" and family:
@@ -379,6 +376,9 @@ def _given(
             converted = _convert(name, value, origin, mistakes)
             if converted is not None:
                 values[name], origins[name] = converted, origin
+    if "epochs" in values and "images" in values and origins["epochs"] != origins["images"]:
+        weaker = min(("epochs", "images"), key=lambda name: ("file", "environment", "flag").index(origins[name]))
+        del values[weaker], origins[weaker]
     return values, origins
 
 

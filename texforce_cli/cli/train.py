@@ -32,6 +32,14 @@ def _train(
             "--resume", help="Go on with this run.", metavar="RUN", rich_help_panel="The ones that matter first"
         ),
     ] = None,
+    auto_resume: Annotated[
+        bool,
+        typer.Option(
+            "--auto-resume",
+            help="Go on with the run in --out, where one has begun there.",
+            rich_help_panel="The ones that matter first",
+        ),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan, load no weights.", rich_help_panel="Output")
     ] = False,
@@ -50,6 +58,8 @@ def _train(
     from texforce_cli.workflows.plan import plan
     from texforce_cli.workflows.run_folder import RunFolder
 
+    if auto_resume and not resume:
+        resume = workflow.begun(flags, config)
     if dry_run:
         made = workflow.recorded_plan(RunFolder.open(resume), given(flags, config)) if resume else plan(flags, config)
         describe_plan(made, as_json=json)

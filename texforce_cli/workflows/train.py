@@ -10,11 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from texforce_cli.config import FIELDS, TrainConfig, differences, given
+from texforce_cli.config import FIELDS, TrainConfig, differences, given, resolve
 from texforce_cli.devices import claim, resolve_device
 from texforce_cli.diffusion.models import fingerprint, resolve_model
 from texforce_cli.errors import TexforceError, UsageError
-from texforce_cli.files import held, write_text
+from texforce_cli.files import held, user_path, write_text
 from texforce_cli.prompts import read_prompts
 from texforce_cli.rewards.registry import load_registry
 from texforce_cli.rewards.terms import find, parse_terms
@@ -68,6 +68,18 @@ def train(
                 folder.remove_unbegun()  # a second try finds the same name free
 
 
+def begun(flags: Mapping[str, Any], config_file: Path | None = None) -> str | None:
+    """The run that `--auto-resume` goes on with: the one in `--out`; None where none has begun there.
+
+    Raises:
+        UsageError: no `--out`, or another mistake in the options.
+    """
+    out = resolve(flags, config_file).config.out
+    if out is None:
+        raise UsageError("--auto-resume goes on with the run in --out", "add --out FOLDER")
+    return out if RunFolder(user_path(out)).record.is_file() else None
+
+
 def resume(
     path: str, flags: Mapping[str, Any], *, config_file: Path | None = None, listener: Listener = silent
 ) -> TrainResult:
@@ -90,6 +102,8 @@ def _resumed(folder: RunFolder, wanted: dict[str, Any], listener: Listener) -> T
     _warn_of_broken_plugins(made, listener)
     record = folder.read_record()
     _refuse_other_model(folder, made, record)
+    if record.get("status") == "finished":
+        listener(Note(f"'{folder.path}' had finished"))
     found, damaged = checkpoints.load_latest(folder.checkpoints)
     for sentence in damaged:
         listener(Warned(sentence))
