@@ -293,12 +293,6 @@ def test_folders_of_older_libraries_draw_the_same(
     assert np.array_equal(picture(load(folder)), reference)
 
 
-def test_a_folder_saved_as_fp16_variant(folder: Path, reference: Any) -> None:
-    for part in (UNET, TEXT, "vae/diffusion_pytorch_model.safetensors"):
-        (folder / part).rename((folder / part).with_suffix(".fp16.safetensors"))
-    assert np.array_equal(picture(load(folder)), reference)
-
-
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_every_prediction_and_spacing_draws_and_as_diffusers_does(folder: Path, prediction: str, spacing: str) -> None:
@@ -380,6 +374,17 @@ def test_a_cached_repository_loads_offline_and_is_recorded_by_commit(
     assert not caplog.records
 
 
+@pytest.mark.parametrize("place", ["folder", "hub"])
+@pytest.mark.parametrize("parts", [(UNET, TEXT, VAE), (TEXT,), (VAE,)])
+def test_components_that_are_there_in_fp16_alone(
+    cached: Path, folder: Path, reference: Any, place: str, parts: tuple[str, ...]
+) -> None:
+    home = cached if place == "hub" else folder
+    for part in parts:
+        (home / part).rename((home / part).with_suffix(".fp16.safetensors"))
+    assert np.array_equal(picture(load("someone/a-model" if place == "hub" else folder)), reference)
+
+
 def test_the_memory_counts_pictures_of_the_size_that_a_model_draws(cached: Path, folder: Path) -> None:
     for unet in (cached / "unet", folder / "unet"):
         config = json.loads((unet / "config.json").read_text())
@@ -408,6 +413,8 @@ def test_the_command_fetches_what_loading_needs_and_not_the_rest() -> None:
     rest = ["v1-5-pruned.ckpt", "v1-5-pruned-emaonly.safetensors", "unet/diffusion_pytorch_model.bin"]
     rest += ["unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.non_ema.safetensors"]
     assert set(filter_repo_objects(needed + rest, allow_patterns=patterns)) == set(needed)
+    patterns = re.findall(r'--include "([^"]+)"', refused(resolve_model("someone/in-fp16")))
+    assert list(filter_repo_objects(rest[:-1], allow_patterns=patterns)) == rest[-2:-1]
 
 
 def test_an_incomplete_download_is_refused_without_the_path_of_the_cache(cached: Path) -> None:

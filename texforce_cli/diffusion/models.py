@@ -214,7 +214,7 @@ def load_pipeline(
     if not safety_checker:
         arguments |= {"safety_checker": None, "requires_safety_checker": False, "feature_extractor": None}
     with quiet():
-        from diffusers import DDIMScheduler, StableDiffusionPipeline
+        from diffusers import DDIMScheduler
 
         try:
             if source.kind == "file":
@@ -223,9 +223,7 @@ def load_pipeline(
                 if source.kind == "hub":
                     _refuse_other_pipelines(_hub_index(source), source.name)
                     arguments["revision"] = source.revision
-                elif all(".fp16" in file.name for file in Path(source.location).glob("unet/*.safetensors")):
-                    arguments["variant"] = "fp16"
-                pipeline = StableDiffusionPipeline.from_pretrained(source.location, use_safetensors=True, **arguments)
+                pipeline = _from_pretrained(source, **arguments)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise _loading_error(source, error) from error
         pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False, thresholding=False)
@@ -247,6 +245,22 @@ def load_pipeline(
         raise TexforceError(
             f"the memory of {device} has no room for '{source.name}'", f"end what else is using it{smaller}"
         ) from error
+
+
+def _from_pretrained(source: ModelSource, **arguments: Any) -> StableDiffusionPipeline:
+    """The pipeline of a folder or repository; a component that is there in fp16 alone is taken so."""
+    from diffusers import StableDiffusionPipeline
+
+    load = functools.partial(
+        StableDiffusionPipeline.from_pretrained, source.location, use_safetensors=True, **arguments
+    )
+    try:
+        return cast("StableDiffusionPipeline", load())
+    except OSError as error:  # a file is not there
+        try:
+            return cast("StableDiffusionPipeline", load(variant="fp16"))
+        except (OSError, ValueError):
+            raise error from None
 
 
 def _arrange(pipeline: Any, family: Family, device: torch.device) -> None:
@@ -393,9 +407,10 @@ def _loading_error(source: ModelSource, error: Exception) -> TexforceError:
             f"the model '{source.name}' could not be loaded ({first})", "check that its files are complete"
         )
     where = f"{source.location}@{source.revision}"
+    weights = "*/*model.safetensors" if source.location in _ALIASES else "*/*.safetensors"  # others may have fp16 alone
     fetch = (
         f"`hf download {source.location} --revision {source.revision}"
-        """ --include "*.json" --include "*.txt" --include "*/*model.safetensors"`"""
+        f""" --include "*.json" --include "*.txt" --include "{weights}"`"""
     )
     if isinstance(error, errors.GatedRepoError) or isinstance(error.__cause__, errors.GatedRepoError):
         return TexforceError(
