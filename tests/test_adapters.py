@@ -94,6 +94,12 @@ def test_starting_from_a_lora_of_smaller_rank_is_exact(pipeline: Any) -> None:
         small.import_(adapter.export(), "x")
     with pytest.raises(TexforceError, match="holds no layer"):
         small.import_({}, "x")
+    text = Adapter.insert(fresh(), "text-encoder", rank=3, alpha=3, seed=1)
+    with pytest.raises(TexforceError, match="layers of 'x' are not trained here; choose --train so that it has all"):
+        text.import_(adapter.export(), "x")
+    feed_forward = "text_encoder.text_model.encoder.layers.0.mlp.fc1"
+    with pytest.raises(TexforceError, match=f"1 of the .* are not trained here; no --train has '{feed_forward}': draw"):
+        started.import_({**adapter.export(), f"{feed_forward}.lora_A.weight": torch.ones(2, 128)}, "x")
 
 
 def test_loras_stack_with_weights_that_add_up(pipeline: Any) -> None:

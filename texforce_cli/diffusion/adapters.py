@@ -118,9 +118,10 @@ class Adapter:
             TexforceError: a larger rank, other shapes, or no layer in common.
         """
         scale = self.alpha / self.rank
-        used = 0
+        left = [key.removesuffix(".lora_A.weight") for key in weights if key.endswith(".lora_A.weight")]
+        present = len(left)
         for name, layer in self.layers():
-            if f"{name}.lora_A.weight" not in weights:
+            if name not in left:
                 continue
             a, b = (torch.as_tensor(weights[f"{name}.lora_{factor}.weight"]).flatten(1) for factor in "AB")
             ours_a, ours_b = layer.lora_A[_NAME].weight.data, layer.lora_B[_NAME].weight.data
@@ -133,15 +134,21 @@ class Adapter:
                 )
             ours_a[:rank].copy_(a)
             ours_b[:, :rank].copy_(b / scale)
-            used += 1
-        present = sum(key.endswith(".lora_A.weight") for key in weights)
-        if not used:
+            left.remove(name)
+        if len(left) == present:
             raise TexforceError(f"'{source}' holds no layer that is trained here", "check --train and the file")
-        if used < present:
+        if left:
+            never = next((name for name in left if not _trainable(name)), None)
+            wider = f"no --train has '{never}': " if never else "choose --train so that it has all of them, or "
             raise TexforceError(
-                f"{present - used} of the {present} layers of '{source}' are not trained here",
-                "choose --train so that it has all of them, or draw with it by --lora",
+                f"{len(left)} of the {present} layers of '{source}' are not trained here",
+                f"{wider}draw with it by --lora",
             )
+
+
+def _trainable(name: str) -> bool:
+    """Whether some `--train` has a layer of this name."""
+    return name.endswith(tuple(f".{target}" for target in _TARGETS.get(name.partition(".")[0], ())))
 
 
 @contextlib.contextmanager
