@@ -220,6 +220,16 @@ def test_a_lora_that_does_not_fit_leaves_no_picture(lora: str, capsys: pytest.Ca
     assert not Path("p").exists()
 
 
+def test_a_lora_of_stable_diffusion_asks_for_its_model(capsys: pytest.CaptureFixture[str]) -> None:
+    layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+    weights = {f"{layer}.lora_A.weight": torch.ones(2, 768), f"{layer}.lora_B.weight": torch.ones(1280, 2)}
+    Path("style.safetensors").write_bytes(lora_bytes(weights, {}))
+    assert run(["sample", "a cat", "--lora", "style.safetensors", "--device", "cpu", "--out", "p"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "'style.safetensors' is for SD 1.x, not for 'tiny' (on cpu the default is the embedded model)" in said
+    assert "name its model with --model" in said
+
+
 def test_equal_prompts_and_seeds_are_drawn_once() -> None:
     assert run(["sample", "a cat", "a cat", "--seeds", "1,1", "--out", "p", "--grid", *FAST]) == 0
     assert sorted(path.name for path in Path("p").iterdir()) == ["000-a-cat-seed1.png", "grid.png"]

@@ -24,6 +24,7 @@ from texforce_cli.diffusion.models import (
 from texforce_cli.diffusion.policy import Denoising, Policy
 from texforce_cli.diffusion.sampler import too_full
 from texforce_cli.errors import TexforceError, UsageError
+from texforce_cli.lora.lora import GENERATIONS
 from texforce_cli.prompts import load_prompts
 from texforce_cli.report.pictures import picture_grid, save_png
 from texforce_cli.workflows.drawing import (
@@ -104,6 +105,7 @@ def sample(request: SampleRequest, listener: Listener = silent) -> SampleResult:
     loras = [load_lora(text, allow_pickle=request.allow_pickle) for text in request.loras]
     trained = next((lora.trained for lora in loras if lora.trained), {})
     source = source_for(request.model, trained, request.device)
+    _refuse_embedded(source, loras)
     denoising = denoising_for(request, trained, source.family)
     pairs = _pairs(request, source)
     variants = ["base", "tuned"] if request.compare and loras else ["tuned" if loras else "base"]
@@ -148,6 +150,16 @@ def sample(request: SampleRequest, listener: Listener = silent) -> SampleResult:
         prompts = list(dict.fromkeys(prompt for prompt, _ in pairs))
         save_png(grid_path, _grid(prompts, request.seeds, pictures, source), {"prompts": json.dumps(prompts)})
     return SampleResult(tuple(path for files in paths.values() for path in files), grid_path, withheld)
+
+
+def _refuse_embedded(source: ModelSource, loras: Sequence[LoadedLora]) -> None:
+    """Raise UsageError where a LoRA of Stable Diffusion would be put on the embedded model."""
+    for lora in loras:
+        if source.kind == "tiny" and lora.lora.bases & set(GENERATIONS.values()):
+            raise UsageError(
+                f"the LoRA '{lora.lora.source}' is for {lora.lora.base}, not for '{source.name}' ({source.reason})",
+                "name its model with --model",
+            )
 
 
 def _pairs(request: SampleRequest, source: ModelSource) -> list[tuple[str, int]]:
