@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import socket
 import stat
 import subprocess
 import sys
@@ -137,6 +138,19 @@ def test_a_folder_is_held_by_one_process_alone(tmp_path: Path) -> None:
         other.wait()
     with files.held(tmp_path):  # the lock ends with its process, even a killed one
         pass
+
+
+def test_a_lock_that_a_lost_machine_has_left_is_named(tmp_path: Path, monkeypatch: Any) -> None:
+    def without(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, "no flock here")
+
+    monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", without)
+    with pytest.warns(UserWarning, match="flock not supported"), files.held(tmp_path):
+        left = (tmp_path / ".lock").read_bytes()
+    (tmp_path / ".lock").write_bytes(left.replace(socket.gethostname().encode(), b"a-lost-machine"))
+    with pytest.warns(UserWarning), pytest.raises(TexforceError) as caught, files.held(tmp_path):
+        pass
+    assert caught.value.hint is not None and f"delete '{tmp_path / '.lock'}'" in caught.value.hint
 
 
 def test_a_file_of_lines_that_was_removed_meanwhile_begins_anew(tmp_path: Path) -> None:

@@ -30,20 +30,26 @@ class NotWritten(TexforceError):
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process alone while the block runs, by a lock that ends with the process.
+    """Hold `folder` for this process alone while the block runs, by a lock that ends with the process, where the file system
+    has such locks.
 
     Raises:
         TexforceError: another process works in it, or it cannot be written.
     """
-    from filelock import FileLock, Timeout
+    from filelock import FileLock, SoftFileLock, Timeout
 
     lock = FileLock(folder / ".lock")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise TexforceError(f"another process works in '{folder}'", "wait until it has ended, or stop it") from error
-    except NotImplementedError:  # a file system without locks
+        remedy = "wait until it has ended, or stop it"
+        if isinstance(
+            lock, SoftFileLock
+        ):  # what filelock takes where there is no flock: a file that a lost machine leaves
+            remedy += f"; if it was on a machine that is gone, delete '{folder / '.lock'}'"
+        raise TexforceError(f"another process works in '{folder}'", remedy) from error
+    except NotImplementedError:  # a file system without locks, of which an older filelock says so
         pass
     except OSError as error:
         raise write_error(folder / ".lock", error) from error
