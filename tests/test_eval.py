@@ -1000,6 +1000,12 @@ def test_what_pictures_are_drawn_without_is_told(lora: str, capsys: Any) -> None
     assert "--eta 0.5 is for" in capsys.readouterr().err
 
 
+def test_a_negative_prompt_that_is_too_long_is_told(prompts: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate(prompts, "--variant", "base=tiny", "--negative-prompt", "an ugly dog, " * 12) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "1 prompts are longer than the model reads, the first: 'an ugly dog" in said
+
+
 def test_what_a_file_is_called_makes_no_other_pictures(prompts: str, lora: str) -> None:
     shutil.copy(lora, "l.safetensors")
     assert evaluate(prompts, "--variant", "tex=tiny+l.safetensors") == 0

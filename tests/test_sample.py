@@ -148,10 +148,12 @@ def test_the_safety_checker_looks_once_at_each_picture(
 def test_prompts_from_a_file_and_hostile_ones(capsys: pytest.CaptureFixture[str]) -> None:
     hostile = ["../../etc/passwd", "<script>alert(1)</script>", "a\u202ecat", "[bold]red[/bold]", "x" * 3000]
     Path("p.txt").write_text("\n".join(hostile), encoding="utf-8")
-    assert run(["sample", "--prompts", "p.txt", "--out", "p", "--grid", *FAST]) == 0
+    negative = ["--negative-prompt", "an ugly dog, " * 12]
+    assert run(["sample", "--prompts", "p.txt", "--out", "p", "--grid", *FAST, *negative]) == 0
     assert len(list(Path("p").iterdir())) == 6
     assert {path.resolve().parent for path in Path().rglob("*.png")} == {Path("p").resolve()}
-    assert "are beyond the limit" in capsys.readouterr().err
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("are beyond the limit") == 2 and "of the prompt 'an ugly dog, an ugly dog" in said
     found = [Image.open(path) for path in sorted(Path("p").glob("0*.png"))]
     assert [picture.text["prompt"] for picture in found] == hostile  # type: ignore[attr-defined]
 

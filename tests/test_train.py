@@ -344,9 +344,10 @@ def test_training_starts_from_a_lora() -> None:
 
 def test_a_prompt_that_is_too_long_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     Path("p.txt").write_text("a cat\n" + "a red dog and " * 12 + "a fox\n")
-    train("--prompts", "p.txt", epochs=1)
+    train("--prompts", "p.txt", "--negative-prompt", "an ugly dog, " * 12, epochs=1)
     error = capsys.readouterr().err
     assert "tokens of the prompt 'a red dog and a red dog" in error
+    assert "tokens of the prompt 'an ugly dog, an ugly dog" in error
     assert "[transformers]" not in error
 
 

@@ -173,7 +173,7 @@ def _pairs(request: SampleRequest, source: ModelSource) -> list[tuple[str, int]]
 
 
 def _warn_of_long_prompts(policy: Policy, pairs: Sequence[tuple[str, int]], listener: Listener) -> None:
-    for prompt in dict.fromkeys(prompt for prompt, _ in pairs):
+    for prompt in dict.fromkeys([policy.denoising.negative_prompt, *(prompt for prompt, _ in pairs)]):
         cut = policy.too_long(prompt)
         if cut:
             listener(Warned(f"{cut} tokens of the prompt '{prompt[:60]}' are beyond the limit and are not seen"))

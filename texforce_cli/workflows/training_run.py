@@ -267,7 +267,8 @@ class TrainingRun:
 
     def _warn_of_long_prompts(self) -> None:
         prompts = [prompt.text for prompt in (*self.plan.prompts.seen, *self.plan.prompts.unseen)]
-        cut = [(text, tokens) for text in prompts if (tokens := self.learner.policy.too_long(text))]
+        texts = [self.config.negative_prompt, *prompts]
+        cut = [(text, tokens) for text in texts if (tokens := self.learner.policy.too_long(text))]
         for text, tokens in cut[:3]:
             self.listener(Warned(f"{tokens} tokens of the prompt '{text[:60]}' are beyond the limit and are not seen"))
         if len(cut) > 3:

@@ -358,6 +358,7 @@ def gpu_of(process: int, count: int, environment: Mapping[str, str] = os.environ
 
 
 def _warn_of_long_prompts(policy: Any, items: Sequence[Item], listener: Listener) -> None:
-    cut = [text for text in dict.fromkeys(item.text for item in items) if policy.too_long(text)]
+    texts = dict.fromkeys([policy.denoising.negative_prompt, *(item.text for item in items)])
+    cut = [text for text in texts if policy.too_long(text)]
     if cut:
         listener(Warned(f"{len(cut)} prompts are longer than the model reads, the first: '{cut[0][:60]}...'"))
