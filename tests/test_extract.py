@@ -25,6 +25,7 @@ from texforce_cli.workflows import extract as extracting
 from texforce_cli.workflows.events import Warned
 from texforce_cli.workflows.extract import ExtractRequest, extract
 from texforce_cli.workflows.fuse import FuseRequest, fuse, plan_fuse
+from texforce_cli.workflows.loras import weights_of
 
 UNET = WEIGHTS / "unet" / "diffusion_pytorch_model.safetensors"
 QUERY = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"
@@ -379,6 +380,13 @@ def test_full_weights_are_read_from_every_place(tmp_path: Path) -> None:
     ]
     safetensors.torch.save_file({key: torch.ones(2) for key in [*original, *beside]}, tmp_path / "sd.safetensors")
     assert set(open_full(str(tmp_path / "sd.safetensors")).places) == set(original.values())
+
+
+def test_the_text_encoder_of_an_sd2_checkpoint_has_to_be_converted(tmp_path: Path) -> None:
+    keys = ["model.diffusion_model.out.0.weight", "cond_stage_model.model.ln_final.weight"]
+    safetensors.torch.save_file({key: torch.ones(2) for key in keys}, tmp_path / "v2.safetensors")
+    with pytest.raises(TexforceError, match=r"holds no text_encoder, but unet; .* convert it to a diffusers folder"):
+        weights_of("text_encoder", str(tmp_path / "v2.safetensors"))
 
 
 @pytest.mark.parametrize("component", ["unet", "text_encoder"])

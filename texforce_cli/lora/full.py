@@ -19,7 +19,9 @@ from texforce_cli.tensorfile import Array, TensorFile, shown
 
 _FILES = ("diffusion_pytorch_model", "model", "pytorch_model")
 _VARIANTS = ("", ".fp16", ".non_ema")
-_ELSEWHERE = ("first_stage_model.", "vae.", "model_ema.", "cond_stage_model.model.", "conditioner.embedders.1.")
+OPEN_CLIP = "cond_stage_model.model."
+"""The text encoder of SD 2.x in the original layout; its layers are cut otherwise."""
+_ELSEWHERE = ("first_stage_model.", "vae.", "model_ema.", OPEN_CLIP, "conditioner.embedders.1.")
 _ORIGINAL = (
     "model.diffusion_model.",
     "cond_stage_model.transformer.text_model.",

@@ -8,7 +8,7 @@ from typing import Any
 
 from texforce_cli.diffusion.models import replace_weights
 from texforce_cli.errors import TexforceError
-from texforce_cli.lora.full import FullWeights, open_full
+from texforce_cli.lora.full import OPEN_CLIP, FullWeights, open_full
 from texforce_cli.lora.header import told
 from texforce_cli.lora.lora import Lora
 from texforce_cli.lora.read import read_lora
@@ -109,5 +109,9 @@ def weights_of(component: str, source: str, *, allow_pickle: bool = False) -> Fu
     """
     weights = open_full(source, allow_pickle=allow_pickle)
     if component not in weights.components:
-        raise TexforceError(f"'{source}' holds no {component}, but {', '.join(weights.components)}", "check the file")
+        cut_otherwise = component == "text_encoder" and OPEN_CLIP in weights.elsewhere
+        raise TexforceError(
+            f"'{source}' holds no {component}, but {', '.join(weights.components)}",
+            "SD 2.x stores OpenCLIP's there: convert it to a diffusers folder" if cut_otherwise else "check the file",
+        )
     return weights
