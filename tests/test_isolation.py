@@ -88,6 +88,7 @@ def ask(reward: IsolatedReward, *levels: int) -> list[float]:
 
 
 MEAN = "return images.mean((1, 2, 3))"
+CHILD = "import subprocess; Path(self.mark).write_text(str(subprocess.Popen(['sleep', '60']).pid))"
 
 
 def test_scores_come_back_in_order_and_everything_arrives(make: Make) -> None:
@@ -280,13 +281,28 @@ def test_a_worker_ends_with_its_parent_even_while_it_holds_the_interpreter(make:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's PR_SET_PDEATHSIG")
-@pytest.mark.parametrize("busy", ["time.sleep(60)", "import ctypes; ctypes.PyDLL(None).sleep(60)"])
+@pytest.mark.parametrize(
+    "busy", ["", "import ctypes; ctypes.PyDLL(None).sleep(60)", f"os.killpg(0, signal.SIGTERM); {CHILD}"]
+)
 def test_what_a_worker_has_started_ends_with_its_parent(make: Make, tmp_path: Path, busy: str) -> None:
-    begin = "import subprocess; Path(mark).write_text(str(subprocess.Popen(['sleep', '60']).pid))"
-    reward = make(busy, {"mark": str(tmp_path / "pid")}, start=begin)
+    reward = make(f"{busy}\ntime.sleep(60)", {"mark": str(tmp_path / "pid")}, start=CHILD)
     reward.close()
     assert eventually_gone(worker_of_a_killed_trainer(reward))
     assert eventually_gone(int((tmp_path / "pid").read_text())), "it outlived the trainer by five seconds"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="os.fork")
+def test_a_schedulers_sigterm_ends_no_worker_and_a_worker_can_end_its_children_by_it(make: Make) -> None:
+    body = """
+        os.kill(os.getpid(), signal.SIGTERM)
+        begun, begin = os.pipe()
+        child = os.fork() or (os.write(begin, b"!"), time.sleep(60))
+        os.read(begun, 1)
+        os.kill(child, signal.SIGTERM)
+        return [float(os.waitpid(child, 0)[1])]
+        """
+    reward = make(body)
+    assert (ask(reward, 1), reward.warnings()) == ([signal.SIGTERM], [])
 
 
 def worker_of_a_killed_trainer(reward: IsolatedReward) -> int:
@@ -338,8 +354,7 @@ def test_the_time_out_holds_when_the_reward_has_children(make: Make, child: str)
 
 @pytest.mark.skipif(sys.platform == "win32", reason="process groups")
 def test_what_a_worker_has_started_ends_with_its_stdin(make: Make, tmp_path: Path) -> None:
-    begin = "import subprocess; Path(mark).write_text(str(subprocess.Popen(['sleep', '60']).pid))"
-    (one,) = make("pass", {"mark": str(tmp_path / "pid")}, start=begin)._workers
+    (one,) = make("pass", {"mark": str(tmp_path / "pid")}, start=CHILD)._workers
     command = [one.place.python, "-I", worker.__file__]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True

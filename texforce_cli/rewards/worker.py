@@ -167,6 +167,7 @@ def main(arguments: Sequence[str]) -> None:
     reader, writer = _private_pipes()
     if arguments:
         _die_with(int(arguments[0]))
+    _outlive_sigterm()
     requests: queue.Queue[tuple[dict[str, Any], bytes]] = queue.Queue()
     threading.Thread(target=_listen, args=(reader, requests), daemon=True).start()
     worker = _Worker()
@@ -345,6 +346,16 @@ def _die_with(parent: int) -> None:
 _PARENT_DEATH_SIGNAL = 1
 
 
+def _outlive_sigterm() -> None:
+    """A scheduler sends SIGTERM to every process of a job; the trainer may have an epoch to finish, and ends this one itself.
+
+    What the reward starts can be ended by it as ever: an exec forgets a handler (it would keep SIG_IGN), a fork is told to.
+    """
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+
+
 def _start_guard(prctl: Callable[[int, int], int]) -> None:
     """A second process that sleeps until this one has ended, and then ends its whole group, itself among it.
 
@@ -355,7 +366,7 @@ def _start_guard(prctl: Callable[[int, int], int]) -> None:
         return
     try:
         os.closerange(0, 256)  # the pipes end with the worker
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGTERM})
         prctl(_PARENT_DEATH_SIGNAL, int(signal.SIGUSR1))
         while os.getppid() == worker:
             signal.sigwait({signal.SIGUSR1})
