@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -35,6 +35,7 @@ from texforce_cli.diffusion.models import load_pipeline, resolve_model
 from texforce_cli.diffusion.sampler import rollout
 from texforce_cli.errors import Interrupted, TexforceError, UsageError
 from texforce_cli.lora.read import FILE_NAME
+from texforce_cli.rewards import terms
 from texforce_cli.team import Team, launched
 from texforce_cli.team.processes import Processes
 from texforce_cli.team.start import _refuse_device, joined, team
@@ -462,6 +463,30 @@ def test_a_process_gets_on_with_each_denoising_step_of_a_batch_that_takes_long()
         before = ours._steps
         rollout(learner.policy, ["a cat"], [0])
         assert ours._steps == before + made.config.steps
+
+
+@pytest.mark.parametrize("waits", ["rewards", "evaluation"])
+def test_who_waits_for_a_reward_gets_on_and_hears_a_signal(waits: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"samples_per_epoch": 4, "group_size": 4, "micro_batch": 4, "grad_accum": 1, "steps": 2, "eval_images": 4}
+    made = plan({"reward": ["brightness"], "model": "tiny", "device": "cpu", **small})
+
+    def submit(*batch: Any) -> Future[Any]:
+        slow: Future[Any] = Future()
+        timer = threading.Timer(5, slow.set_exception, [TexforceError("nothing was heard all the while")])
+        timer.daemon = True
+        timer.start()
+        return slow
+
+    def progress(phase: str, done: int, total: int, *, reward: float | None = None) -> None:
+        if phase == waits:
+            raise Interrupted(f"{done} of {total}", exit_code=143)
+
+    monkeypatch.setattr(terms, "_SLICE", 0.01)
+    with contextlib.closing(make_scoring(made.config, made.registry)) as scoring:
+        learner = Learner(made.config, made.prompts, scoring, team=Team(), progress=progress, begin=True)
+        monkeypatch.setattr(scoring.rewards, "submit", submit)
+        with pytest.raises(Interrupted, match=r"^0 of"):
+            learner.epoch(0) if waits == "rewards" else learner.measure_base()
 
 
 def test_a_full_memory_in_a_process_that_follows_is_a_sentence_there_and_for_the_leader(

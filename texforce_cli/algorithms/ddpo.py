@@ -31,7 +31,7 @@ from texforce_cli.devices import full_memory, release
 from texforce_cli.diffusion.policy import Embeddings, Policy
 from texforce_cli.diffusion.sampler import Trajectory, rollout, too_full
 from texforce_cli.prompts import Prompt
-from texforce_cli.rewards.terms import RewardSet, Scores
+from texforce_cli.rewards.terms import RewardSet, Scores, awaited
 from texforce_cli.team import Team
 
 R = TypeVar("R")
@@ -344,15 +344,20 @@ class DDPO:
     def _collect(self, epoch: int) -> Rollouts:
         chosen = self._prompts_of(epoch)
         mine, total, done = self._share(epoch), len(chosen), 0
-        parts, terms = [], defaultdict(list)
+        parts: list[Trajectory] = []
+        terms: defaultdict[str, list[NDArray[np.float64]]] = defaultdict(list)
         pending: deque[Future[dict[str, NDArray[np.float64]]]] = deque()
+
+        def tell(reward: float | None = None) -> None:
+            scored = sum(map(len, next(iter(terms.values()), [])))
+            self.progress("rewards", self._of_all(scored, total), total, reward=reward)
 
         def collect() -> None:
             with self._timed("rewards"):
-                for name, values in pending.popleft().result().items():
+                for name, values in awaited(pending.popleft(), tell).items():
                     terms[name].append(values)
             so_far = self.rewards.weighted({name: np.concatenate(values) for name, values in terms.items()})
-            self.progress("rewards", self._of_all(len(so_far), total), total, reward=float(so_far.mean()))
+            tell(float(so_far.mean()))
 
         while done < len(mine):
             with self._timed("sampling"):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -337,6 +337,24 @@ def finished(scores: dict[str, NDArray[np.float64]]) -> Future[dict[str, NDArray
     done: Future[dict[str, NDArray[np.float64]]] = Future()
     done.set_result(scores)
     return done
+
+
+_SLICE = 1.0
+"""Seconds that waiting for rewards keeps a signal from being heard, at most."""
+
+
+def awaited(
+    scores: Future[dict[str, NDArray[np.float64]]], meanwhile: Callable[[], None]
+) -> dict[str, NDArray[np.float64]]:
+    """What `submit` has begun. A picture that hangs takes many minutes to be found: all the while `meanwhile` is called, which
+    may raise to go.
+
+    Raises:
+        TexforceError: as `RewardSet.score`.
+    """
+    while wait([scores], _SLICE).not_done:
+        meanwhile()
+    return scores.result()
 
 
 def find(spec: TermSpec, registry: Registry) -> RewardInfo:

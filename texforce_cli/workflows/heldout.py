@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from texforce_cli.errors import TexforceError
 from texforce_cli.prompts import PromptSet
 from texforce_cli.prompts.heldout import heldout_pairs, repeated
 from texforce_cli.report.pictures import before_after, save_png
-from texforce_cli.rewards.terms import RewardSet
+from texforce_cli.rewards.terms import RewardSet, awaited
 from texforce_cli.team import Team
 from texforce_cli.workflows.events import Evaluation, Watched
 
@@ -149,8 +150,9 @@ class HeldOut:
         for start in range(self.team.rank * self.batch, total, self.team.size * self.batch):
             part = slice(start, min(start + self.batch, total))
             images = self._pictures(texts[part], self.seeds[part])
-            metadata = [prompt.metadata for prompt in self.prompts[part]]
-            scored = {name: one.weighted(one.score(images, texts[part], metadata)) for name, one in sets.items()}
+            batch = images, texts[part], [prompt.metadata for prompt in self.prompts[part]]
+            waiting = functools.partial(progress, start - self.team.rank * self.batch, total)
+            scored = {name: one.weighted(awaited(one.submit(*batch), waiting)) for name, one in sets.items()}
             parts[start] = images, scored
             progress(min(total, start + (self.team.size - self.team.rank) * self.batch), total)
         found = {start: batch for shared in self.team.each(parts) for start, batch in shared.items()}
