@@ -25,6 +25,7 @@ from small_models import small_pipeline
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from texforce_cli import tiny
+from texforce_cli.cli.app import run
 from texforce_cli.diffusion import single_file
 from texforce_cli.diffusion.models import ModelSource, fingerprint, load_pipeline, native_size, resolve_model
 from texforce_cli.diffusion.policy import Denoising, Policy
@@ -32,6 +33,7 @@ from texforce_cli.diffusion.sampler import draw, rollout
 from texforce_cli.errors import TexforceError, UsageError
 from texforce_cli.quiet import quiet
 from texforce_cli.workflows.plan import plan
+from texforce_cli.workflows.run_folder import RunFolder
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 TEXT = "text_encoder/model.safetensors"
@@ -383,6 +385,27 @@ def test_components_that_are_there_in_fp16_alone(
     for part in parts:
         (home / part).rename((home / part).with_suffix(".fp16.safetensors"))
     assert np.array_equal(picture(load("someone/a-model" if place == "hub" else folder)), reference)
+
+
+def test_a_run_on_a_branch_goes_on_with_the_commit_that_it_began_with(
+    cached: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = "--samples-per-epoch 4 --group-size 4 --micro-batch 4 --grad-accum 1 --steps 2 --epochs 1 --eval-images 0"
+    command = ["train", "--reward", "brightness", "--model", "someone/a-model", "--device", "cpu", *small.split()]
+    assert run([*command, "--out", str(tmp_path / "a")]) == 0
+    begun = RunFolder(tmp_path / "a")
+    record = begun.read_record()
+    assert (record["config"]["model"], record["model"]["revision"]) == (f"someone/a-model@{COMMIT}", COMMIT)
+    moved = cached.parent / COMMIT[::-1]
+    cached.rename(moved)
+    (cached.parents[1] / "refs" / "main").write_text(moved.name)
+    for model in (f"someone/a-model@{COMMIT}", "someone/a-model@main"):  # the latter as older runs have it
+        begun.write_record({**record, "config": {**record["config"], "model": model}})
+        assert run(["train", "--resume", str(begun.path)]) == 1
+        assert f"the model 'someone/a-model@{COMMIT}' is not on this machine" in capsys.readouterr().err
+        assert begun.read_record()["model"]["revision"] == COMMIT
+    assert run(["train", "--resume", str(begun.path), "--model", "someone/a-model"]) == 2
+    assert f"begun with other options: model (someone/a-model@{COMMIT}" in capsys.readouterr().err
 
 
 def test_the_memory_counts_pictures_of_the_size_that_a_model_draws(cached: Path, folder: Path) -> None:

@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -136,6 +136,19 @@ def resolve_model(name: str, device: str = "auto") -> ModelSource:
         (f"did you mean '{close[0]}'? " if close else "")
         + f"Give one of {', '.join(NAMES)}, a diffusers folder, a .safetensors file or a Hub id as owner/name",
     )
+
+
+def pinned(source: ModelSource) -> ModelSource:
+    """The same by a name that stays its own: a branch of the Hub by the commit that it is at now.
+
+    Raises:
+        TexforceError: neither the Hub nor the cache can tell.
+    """
+    if source.kind != "hub" or re.fullmatch("[0-9a-f]{40}", source.revision or ""):
+        return source
+    with quiet():
+        commit = _hub_index(source).parent.name
+    return replace(resolve_model(f"{source.location}@{commit}"), reason=source.reason)
 
 
 def known_model(name: str) -> ModelSource | None:
@@ -334,7 +347,10 @@ def configurations(source: ModelSource) -> str:
 def _hub_index(source: ModelSource) -> Path:
     from huggingface_hub import hf_hub_download
 
-    return Path(hf_hub_download(source.location, "model_index.json", revision=source.revision))
+    try:
+        return Path(hf_hub_download(source.location, "model_index.json", revision=source.revision))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _loading_error(source, error) from error
 
 
 def _refuse_other_pipelines(index: Path, name: str) -> None:

@@ -14,6 +14,7 @@ from texforce_cli.diffusion.models import (
     ModelSource,
     gpu_precision,
     native_size,
+    pinned,
     resolve_model,
 )
 from texforce_cli.errors import UsageError
@@ -38,6 +39,15 @@ class Plan:
     prompts: PromptSet
     registry: Registry
     rewards: tuple[RewardInfo, ...]
+
+    def pinned(self) -> Plan:
+        """With the commit of a model that is a branch of the Hub: the run ends with the weights that it begins with.
+
+        Raises:
+            TexforceError: neither the Hub nor the cache can tell it.
+        """
+        source = pinned(self.source)
+        return replace(self, source=source, config=replace(self.config, model=source.reference))
 
     def advice(self) -> list[str]:
         """What is worth saying before a run: prompts that were chosen, rewards that are strangers to drawings, memory."""

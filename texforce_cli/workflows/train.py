@@ -12,7 +12,7 @@ from typing import Any
 
 from texforce_cli.config import FIELDS, TrainConfig, differences, given, resolve
 from texforce_cli.devices import claim, resolve_device
-from texforce_cli.diffusion.models import fingerprint, resolve_model
+from texforce_cli.diffusion.models import fingerprint, pinned, resolve_model
 from texforce_cli.errors import TexforceError, UsageError
 from texforce_cli.files import held, user_path, write_text
 from texforce_cli.prompts import read_prompts
@@ -46,7 +46,7 @@ def train(
     """
     if launched()[0]:
         return _followed()
-    made = plan(flags, config_file)
+    made = plan(flags, config_file).pinned()
     _warn_of_broken_plugins(made, listener)
     listener(Note(f"model: {made.source.name} ({made.source.reason}), on {made.config.device}"))
     for sentence in made.advice():
@@ -181,6 +181,8 @@ def recorded_plan(folder: RunFolder, wanted: Mapping[str, Any]) -> Plan:
             )
         config = TrainConfig(**record["config"])
         about, origins, reason = record["prompts"], record["origins"], record["model"]["reason"]
+        if commit := record["model"].get("revision"):  # older runs have the name of a branch as their model
+            config = replace(config, model=f"{record['model']['location']}@{commit}")
         prompts = replace(read_prompts(folder.prompts), name=about["name"], source=about["source"])
     except (KeyError, TypeError) as error:
         raise folder.damaged(error) from error
@@ -208,7 +210,7 @@ def _unchanging(folder: RunFolder, config: TrainConfig, wanted: Mapping[str, Any
     asked, free = dict(wanted), set(_FREE)
     device = resolve_device(asked.get("device", config.device))
     if "model" in asked:
-        source = resolve_model(asked["model"], str(device))
+        source = pinned(resolve_model(asked["model"], str(device)))
         asked["model"] = source.reference
         if source.local and _is_path(config.model):
             free.add("model")  # it may have been moved; its hashes tell whether it is the same
