@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -449,6 +450,26 @@ def test_a_log_that_fails_is_told_once_and_ends_nothing(
     train("--out", "a", "--log", "tensorboard", epochs=2)
     said = " ".join(capsys.readouterr().err.split())
     assert said.count("--log tensorboard failed (OSError: [Errno 28] No space left on device)") == 1
+    assert json.loads(Path("a/run.json").read_text())["status"] == "finished"
+
+
+def without_a_reader() -> int:
+    read, write = os.pipe()
+    os.close(read)
+    return write
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full")
+@pytest.mark.parametrize(
+    ("opened", "colour"), [(lambda: os.open("/dev/full", os.O_WRONLY), ""), (without_a_reader, "1")]
+)
+def test_a_run_goes_on_where_nothing_can_be_said(
+    opened: Callable[[], int], colour: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", colour)
+    with os.fdopen(opened(), "w", buffering=1) as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        train("--out", "a", "--eval-images", "0", epochs=1)
     assert json.loads(Path("a/run.json").read_text())["status"] == "finished"
 
 

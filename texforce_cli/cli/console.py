@@ -5,11 +5,12 @@ rich is imported only where it draws: it takes a quarter of the start-up of a qu
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -33,7 +34,28 @@ def stderr() -> Console:
     """What rich draws on, where it does."""
     from rich.console import Console
 
-    return Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
+    class Stderr(Console):
+        def on_broken_pipe(self) -> None:  # rich would end the program
+            _silence()
+
+    return Stderr(stderr=True, soft_wrap=True, highlight=False, emoji=False)
+
+
+@contextlib.contextmanager
+def heard_or_not() -> Iterator[None]:
+    """What is said within does not end what it speaks of: where stderr is on a full disk, or a terminal or reader that is gone,
+    nothing more is said.
+    """
+    try:
+        yield
+    except OSError:
+        _silence()
+
+
+def _silence() -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stderr.fileno())  # so that libraries and rewards may go on writing there
+    os.close(nowhere)
 
 
 def plain(stream: TextIO) -> bool:
@@ -101,6 +123,7 @@ def warn(text: str) -> None:
     _say("warning:", "yellow", text)
 
 
+@heard_or_not()
 def _say(label: str, style: str, text: str) -> None:
     if plain(sys.stderr):
         typer.echo(f"{label} {clean(text)}" if label else clean(text), err=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from texforce_cli.cli.console import note, printable, stderr, warn, write_json
+from texforce_cli.cli.console import heard_or_not, note, printable, stderr, warn, write_json
 from texforce_cli.errors import quoted
 from texforce_cli.workflows.events import (
     Checked,
@@ -47,14 +47,17 @@ class TrainView:
         self._total = 0
 
     def __enter__(self) -> TrainView:
-        self._progress.start()
+        with heard_or_not():
+            self._progress.start()
         return self
 
+    @heard_or_not()
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.stop()
 
+    @heard_or_not()
     def __call__(self, event: Event) -> None:
         if isinstance(event, Note):
             note(event.text)
