@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from texforce_cli.cli.app import run
 from texforce_cli.errors import TexforceError, UsageError
 from texforce_cli.rewards.hookspecs import hookimpl
 from texforce_cli.rewards.isolation import WorkerSettings
@@ -28,6 +29,7 @@ from texforce_cli.rewards.terms import RewardSet, TermSpec, parse_hosts, parse_t
 from texforce_cli.workflows import assembly
 from texforce_cli.workflows.check_reward import check_reward
 from texforce_cli.workflows.plan import plan
+from texforce_cli.workflows.run_folder import RunFolder
 
 
 def pictures(*levels: int) -> np.ndarray:  # type: ignore[type-arg]
@@ -569,6 +571,22 @@ def test_rewards_choose_their_prompts_and_warn_of_drawings(plugins: Callable[...
     asked = plan({"reward": ["beauty"], "model": "tiny", "prompts": "animals"})
     assert asked.config.prompts == "animals"
     assert len(asked.advice()) == 1
+
+
+def test_a_run_says_where_its_rewards_are_of_other_versions_than_it_began_with(
+    fake: type[Fake], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.answer = staticmethod(lambda images, prompts, metadata: [float(np.asarray(image).mean()) for image in images])
+    small = "--samples-per-epoch 4 --group-size 4 --micro-batch 4 --grad-accum 1 --steps 2 --epochs 1 --eval-images 4"
+    command = ["train", "--model", "tiny", "--reward", "brightness", "--watch", "fake", *small.split()]
+    assert run([*command, "--out", str(tmp_path / "a")]) == 0
+    begun = RunFolder(tmp_path / "a")
+    record = begun.read_record()
+    assert record["versions"]["fakes"] == "1.0"
+    begun.write_record({**record, "versions": {**record["versions"], "fakes": "0.9"}})
+    assert run(["train", "--resume", str(begun.path)]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "began with: fakes 0.9 then, 1.0 now; it may end with other bits and be rewarded differently" in said
 
 
 def test_batches_that_are_submitted_finish_in_order(fake: type[Fake]) -> None:

@@ -28,10 +28,11 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from test_ddpo import PROMPTS, make
 
+from texforce_cli import __version__
 from texforce_cli.algorithms.ddpo import Rollouts
 from texforce_cli.algorithms.optimisation import Optimisation, OptimiserSettings
 from texforce_cli.cli.app import run
-from texforce_cli.diffusion.models import load_pipeline, resolve_model
+from texforce_cli.diffusion.models import fingerprint, load_pipeline, resolve_model
 from texforce_cli.diffusion.sampler import rollout
 from texforce_cli.errors import Interrupted, TexforceError, UsageError
 from texforce_cli.lora.read import FILE_NAME
@@ -496,13 +497,24 @@ def test_a_full_memory_in_a_process_that_follows_is_a_sentence_there_and_for_the
         raise torch.OutOfMemoryError("full")
 
     made, store = plan({"reward": ["brightness"], "model": "tiny", "device": "cpu"}), Missing()
-    store.kept["1/0"] = pickle.dumps((asdict(made.config), made.prompts, {}))
+    store.kept["1/0"] = pickle.dumps((asdict(made.config), made.prompts, {}, {}))
     monkeypatch.setattr("texforce_cli.workflows.learner._scoring_beside", full)
     with contextlib.closing(alone_with(store, rank=1)) as ours, contextlib.closing(alone_with(store)) as leader:
         with pytest.raises(TexforceError, match="the memory of cpu is full"):
             follow(ours)
         with pytest.raises(TexforceError, match=r"process 1: the memory of cpu is full.*--gradient-checkpointing or"):
             leader.look()
+
+
+def test_a_machine_whose_rewards_are_of_another_version_takes_no_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, store = plan({"reward": ["brightness"], "model": "tiny", "device": "cpu"}), Missing()
+    store.kept["1/0"] = pickle.dumps((asdict(made.config), made.prompts, fingerprint(made.source), {"texforce": "0.0"}))
+    scoring = make_scoring(made.config, made.registry)
+    monkeypatch.setattr("texforce_cli.workflows.learner._scoring_beside", lambda *about: scoring)
+    monkeypatch.setattr(Processes, "compute", None)  # what comes next
+    said = rf"come from texforce {__version__} here and from texforce 0.0 at the"
+    with contextlib.closing(alone_with(store, rank=1)) as ours, pytest.raises(TexforceError, match=said):
+        follow(ours)
 
 
 MEETS = """

@@ -164,6 +164,11 @@ class RewardSet:
         return self._lender.address if self._lender else None
 
     @property
+    def packages(self) -> dict[str, str]:
+        """What the rewards come from, with its version."""
+        return {term.info.origin: term.info.version for term in self._terms}
+
+    @property
     def unit(self) -> str:
         """The unit of the total, when there is one term and it has one."""
         return self._terms[0].info.unit if len(self._terms) == 1 and not self.normalize else ""

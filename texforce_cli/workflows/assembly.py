@@ -36,6 +36,11 @@ class Scoring:
         """Where the workers of this process are lent to the others of this machine, for each of the sets."""
         return [one.lend() for one in (self.rewards, *self.watches)]
 
+    @property
+    def packages(self) -> dict[str, str]:
+        """What all of them come from, with its version."""
+        return {name: version for one in (self.rewards, *self.watches) for name, version in one.packages.items()}
+
     def close(self) -> None:
         """End every reward."""
         for one in (self.rewards, *self.watches):

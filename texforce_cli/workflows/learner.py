@@ -160,7 +160,7 @@ def memory_full(config: TrainConfig, error: torch.OutOfMemoryError, record: str 
 def lead(team: Team, config: TrainConfig, prompts: PromptSet, scoring: Scoring) -> None:
     """Tell the others which run it is, and lend those of this machine the reward workers."""
     if isinstance(team, Processes):
-        team.of_leader((asdict(config), prompts, fingerprint(resolve_model(config.model))))
+        team.of_leader((asdict(config), prompts, fingerprint(resolve_model(config.model)), scoring.packages))
         team.each(machine())
         team.each(scoring.lend())
         team.compute(config.device, config.process_timeout)
@@ -173,7 +173,7 @@ def follow(team: Processes) -> Any:
         TexforceError: as `texforce train`, and the leader is told; the leader ended, or has told.
     """
     try:
-        values, prompts, made_of = team.of_leader()
+        values, prompts, made_of, scored_by = team.of_leader()
         config = TrainConfig(**values)
         stop = StopRequest(config.save_within)
         claim(team.device(config.device))  # before the rewards, which choose a GPU too
@@ -186,6 +186,11 @@ def follow(team: Processes) -> Any:
             team.shield, team.heed = stop.shielded, stop.heed
             if fingerprint(resolve_model(config.model)) != made_of:
                 raise TexforceError(f"the model '{config.model}' is another one here", "give the processes the same")
+            if scoring.packages != scored_by:
+                raise TexforceError(
+                    f"the rewards come from {_listed(scoring.packages)} here and from {_listed(scored_by)} at the leader",
+                    "install the same on every machine",
+                )
             team.compute(config.device, config.process_timeout)
             learner = Learner(
                 config,
@@ -203,6 +208,10 @@ def follow(team: Processes) -> Any:
     except BaseException as error:
         team.leave(error)
         raise
+
+
+def _listed(packages: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in packages.items())
 
 
 def _scoring_beside(team: Team, config: TrainConfig) -> Scoring:

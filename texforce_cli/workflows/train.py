@@ -116,7 +116,7 @@ def _resumed(folder: RunFolder, wanted: dict[str, Any], listener: Listener) -> T
     with contextlib.closing(make_scoring(made.config, made.registry)) as scoring, _leading(made, scoring) as team:
         for sentence in made.of_this_machine():
             listener(Warned(sentence))
-        _warn_of_other_versions(made.config, record, listener)  # the processes of a team share the threads
+        _warn_of_other_versions(made.config, scoring, record, listener)  # the processes of a team share the threads
         return TrainingRun(folder, made, scoring, listener, team=team, checkpoint=found).run()
 
 
@@ -246,10 +246,14 @@ def _refuse_other_model(folder: RunFolder, made: Plan, record: Mapping[str, Any]
             )
 
 
-def _warn_of_other_versions(config: TrainConfig, record: Mapping[str, Any], listener: Listener) -> None:
-    here, there = made_with(), dict(record.get("versions", {}))
+def _warn_of_other_versions(
+    config: TrainConfig, scoring: Scoring, record: Mapping[str, Any], listener: Listener
+) -> None:
+    here, there = {**made_with(), **scoring.packages}, dict(record.get("versions", {}))
     if config.device != "cpu":
         there.pop("threads", None)
-    other = [f"{name} {there[name]} then, {here[name]} now" for name in there if here.get(name, "") != there[name]]
+    other = {name: here.get(name, "none") for name in there if here.get(name) != there[name]}
     if other:
-        listener(Warned(f"other versions than the run began with: {'; '.join(other)}; it may end with other bits"))
+        listed = "; ".join(f"{name} {there[name]} then, {now} now" for name, now in other.items())
+        paid = " and be rewarded differently" if other.keys() & scoring.packages.keys() else ""
+        listener(Warned(f"other versions than the run began with: {listed}; it may end with other bits{paid}"))

@@ -83,6 +83,7 @@ class TrainingRun:
         self.id = folder.run_id() or uuid.uuid4().hex
         """Stays the same when the run goes on; the folder may be removed and taken by another run meanwhile."""
         self.rewards, self.listener, self.team = scoring.rewards, listener, team
+        self._packages = scoring.packages
         self.stop = StopRequest(self.config.save_within)
         team.shield, team.heed = self.stop.shielded, self.stop.heed
         self._begun, self._saving = 0.0, 0.0
@@ -261,7 +262,7 @@ class TrainingRun:
                 },
                 "preflight": dataclasses.asdict(self.preflight) if self.preflight else None,
                 "processes": self.team.size,
-                "versions": made_with(),
+                "versions": {**made_with(), **self._packages},
             }
         )
 
