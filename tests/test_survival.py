@@ -360,8 +360,8 @@ def test_a_loss_of_nan_changes_no_weight_is_counted_and_ends_the_run(
     said = said_by(capsys)
     assert "epoch 2: 2 updates were passed over: their gradient was not finite" in said
     assert (
-        "not finite: 5 in a row, or more than a third of the last ones; use --precision fp32 or bf16, or a lower --lr"
-        in said
+        "not finite: 5 in a row, or more than a third of the last ones; begin a new run with --config a/config.toml "
+        "--init-lora a/adapter, and use --precision fp32 or bf16, or a lower --lr" in said
     )
     assert [row.get("skipped_updates") for row in rows("a")] == [None, 2, 2]
     assert "NaN" not in Path("a/metrics.jsonl").read_text()

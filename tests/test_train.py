@@ -227,7 +227,7 @@ def test_a_full_memory_proposes_nothing_that_a_resumed_run_refuses(
     monkeypatch.setattr(Learner, "preflight", full)
     train("--out", "a", code=1)
     said = " ".join(capsys.readouterr().err.split())
-    assert "begin a new run with --config a/config.toml and --gradient-checkpointing or" in said
+    assert "begin a new run with --config a/config.toml, and use --gradient-checkpointing or" in said
     assert "--micro-batch" not in said.partition("the memory of")[2]
 
 
@@ -238,9 +238,13 @@ def test_rewards_that_never_vary_stop_the_run(
 
     monkeypatch.setattr(Brightness, "score", lambda self, images, prompts, metadata: [0.5] * len(images))
     train("--out", "a", epochs=9, code=1)
-    error = capsys.readouterr().err
+    error = " ".join(capsys.readouterr().err.split())
     assert "epoch 1: the rewards of this epoch did not vary" in error
     assert "did not vary in 3 epochs in a row" in error
+    anew = "--config a/config.toml --init-lora a/adapter"
+    assert f"begin a new run with {anew}, and use another --reward" in error
+    assert run(["train", *anew.split(), "--reward", "tiny-clip", "--dry-run"]) == 0
+    assert run(["train", "--resume", "a", "--reward", "tiny-clip"]) == 2
     assert len(rows("a")) == 3
 
 

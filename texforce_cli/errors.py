@@ -37,6 +37,10 @@ class UsageError(TexforceError):
     exit_code = 2
 
 
+class Unsuited(TexforceError):
+    """The options do not suit what they were given for. `hint` says which would; no run that has begun goes on with those."""
+
+
 class Interrupted(TexforceError):
     """The user or the system asked to stop; everything finished is on disk (exit code 130 or 143)."""
 

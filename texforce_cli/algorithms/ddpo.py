@@ -596,7 +596,7 @@ class DDPO:
         if diagnostics and diagnostics[0].ratio_error > self.ratio_limit:
             yield (
                 f"before its first update the ratio differed from 1 by {diagnostics[0].ratio_error:.1e}, above a tenth of "
-                f"the clip range ({self.ratio_limit:.1e}): gradients are biased by rounding (use --precision fp32)"
+                f"the clip range ({self.ratio_limit:.1e}): gradients are biased by rounding, which a new run with --precision fp32 mends"
             )
         if self.settings.advantages == "prompt":
             inert = self.tracker.inert(prompts)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from texforce_cli.errors import TexforceError
+from texforce_cli.errors import Unsuited
 from texforce_cli.team import Team
 
 LRSchedule = Literal["constant", "cosine", "linear"]
@@ -97,7 +97,7 @@ class Optimisation:
         of fp16 the loss is scaled by half from then on.
 
         Raises:
-            TexforceError: too many gradients were not finite; the weights are those of the last one that was.
+            Unsuited: too many gradients were not finite; the weights are those of the last one that was.
         """
         for parameter in self.parameters:
             if parameter.grad is None:
@@ -115,7 +115,7 @@ class Optimisation:
                 return math.nan
             self._lost += 1
             if self._lost >= MOST_LOST:
-                raise TexforceError(
+                raise Unsuited(
                     f"too many gradients were not finite: {MOST_LOST} in a row, or more than a third of the last ones",
                     "use --precision fp32 or bf16, or a lower --lr",
                 )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from texforce_cli.core.ddim import Schedule, at_least_fp32
-from texforce_cli.errors import TexforceError, UsageError
+from texforce_cli.errors import Unsuited, UsageError
 from texforce_cli.presets import Family
 
 if TYPE_CHECKING:
@@ -207,7 +207,7 @@ class Policy:
         """x_0 -> pictures: uint8 [N, height, width, 3] on the CPU.
 
         Raises:
-            TexforceError: values that are not finite: as uint8 they would be black.
+            Unsuited: values that are not finite: as uint8 they would be black.
         """
         _refuse_overflow("U-Net", latents)
         vae: Any = self.pipeline.vae
@@ -268,7 +268,7 @@ def _schedule(scheduler: Any, denoising: Denoising) -> Schedule:
 
 def _refuse_overflow(part: str, values: Tensor) -> None:
     if not values.isfinite().all():
-        raise TexforceError(f"the {part} drew values that are not finite", "use --precision fp32 or bf16")
+        raise Unsuited(f"the {part} drew values that are not finite", "use --precision fp32 or bf16")
 
 
 PIXELS: Mapping[Family, int] = {"tiny": 4, "sd": 8}

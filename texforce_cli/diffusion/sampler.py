@@ -54,7 +54,7 @@ def rollout(
     An image's noise comes from its seed alone, drawn on the CPU: the batch and the device do not change it.
 
     Raises:
-        TexforceError: as `Policy.decode`.
+        Unsuited: as `Policy.decode`.
         torch.OutOfMemoryError: the memory is full, whatever a library calls it.
     """
     schedule, device, n = policy.schedule, policy.device, len(prompts)

@@ -6,6 +6,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
@@ -15,7 +16,7 @@ from texforce_cli.algorithms.base import EpochReport, Preflight, Progress
 from texforce_cli.config import DIVERSITY, TrainConfig
 from texforce_cli.devices import claim, same_bits
 from texforce_cli.diffusion.models import fingerprint, load_pipeline, resolve_model
-from texforce_cli.errors import TexforceError, first_line
+from texforce_cli.errors import TexforceError, Unsuited, first_line
 from texforce_cli.prompts import PromptSet
 from texforce_cli.rewards.registry import load_registry
 from texforce_cli.team import Team, machine
@@ -31,6 +32,7 @@ from texforce_cli.workflows.assembly import (
 from texforce_cli.workflows.drafts import Drafts
 from texforce_cli.workflows.events import Evaluation
 from texforce_cli.workflows.heldout import HeldOut
+from texforce_cli.workflows.run_folder import RunFolder
 from texforce_cli.workflows.stopping import StopRequest
 
 P = ParamSpec("P")
@@ -145,15 +147,14 @@ class Learner:
         self.progress("evaluation", done, total)
 
 
-def memory_full(config: TrainConfig, error: torch.OutOfMemoryError, record: str = "RUN/config.toml") -> TexforceError:
-    """What is said of a memory that is full whatever was halved. What takes less changes the result: no run goes on with it."""
+def memory_full(config: TrainConfig, error: torch.OutOfMemoryError) -> Unsuited:
+    """What is said of a memory that is full whatever was halved. What takes less changes the result."""
     ways = [] if config.gradient_checkpointing else ["--gradient-checkpointing"]
     ways += ["--precision bf16"] if config.precision == "fp32" else []
     cause = f" ({first_line(error)})" if error.__cause__ else ""
-    return TexforceError(
+    return Unsuited(
         f"the memory of {config.device} is full, even for few images at once{cause}",
-        f"begin a new run with --config {record} and "
-        + " or ".join([*ways, "a smaller --size", "fewer --samples-per-epoch"]),
+        f"use {' or '.join([*ways, 'a smaller --size', 'fewer --samples-per-epoch'])}",
     )
 
 
@@ -201,10 +202,11 @@ def follow(team: Processes) -> Any:
                 begin=False,
             )
             return learner.follow()
-    except torch.OutOfMemoryError as error:
-        full = memory_full(config, error)
-        team.leave(full)
-        raise full from error
+    except (Unsuited, torch.OutOfMemoryError) as error:
+        unsuited = error if isinstance(error, Unsuited) else memory_full(config, error)
+        told = RunFolder(Path("RUN")).anew(unsuited)  # the leader's: here it may have another path
+        team.leave(told)
+        raise told from error
     except BaseException as error:
         team.leave(error)
         raise

@@ -15,7 +15,7 @@ from typing import Any
 
 import tomli_w
 
-from texforce_cli.errors import TexforceError, UsageError
+from texforce_cli.errors import TexforceError, Unsuited, UsageError, quoted
 from texforce_cli.files import user_path, write_error, write_json, write_text
 
 _LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.tmp(\.\w+)?")
@@ -192,6 +192,13 @@ class RunFolder:
         except (OSError, TexforceError):
             return None
         return found if isinstance(found, str) else None
+
+    def anew(self, error: Unsuited) -> TexforceError:
+        """What is said of `error` where it ends this run: its remedy is for another one, which begins with what is learnt."""
+        learnt = f" --init-lora {quoted(self.adapter)}" if self.adapter.is_dir() else ""
+        return TexforceError(
+            error.message, f"begin a new run with --config {quoted(self.config)}{learnt}, and {error.hint}"
+        )
 
     def damaged(self, error: Exception) -> TexforceError:
         """The sentence for a run.json that cannot be used."""

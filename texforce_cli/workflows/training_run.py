@@ -18,7 +18,7 @@ import torch
 from texforce_cli.algorithms.base import EpochReport, Phase, Preflight
 from texforce_cli.config import DIVERSITY
 from texforce_cli.diffusion.models import fingerprint
-from texforce_cli.errors import Interrupted, TexforceError, first_line, quoted
+from texforce_cli.errors import Interrupted, TexforceError, Unsuited, first_line, quoted
 from texforce_cli.files import NotWritten, write_text
 from texforce_cli.report.curve import reward_curve
 from texforce_cli.team import Team
@@ -147,12 +147,16 @@ class TrainingRun:
         except NotWritten as error:  # "run the command again" would begin another run
             self._record_end("failed", reason=error.message)
             raise TexforceError(error.message, f"when that is mended, go on with: {self._resuming}") from error
+        except Unsuited as error:
+            anew = self.folder.anew(error)
+            self._record_end("failed", reason=str(anew))
+            raise anew from error
         except TexforceError as error:
             self._record_end("failed", reason=str(error))
             raise
         except torch.OutOfMemoryError as error:
             self._record_end("failed", reason="out of memory")
-            raise memory_full(self.config, error, quoted(self.folder.config)) from error
+            raise self.folder.anew(memory_full(self.config, error)) from error
         except BaseException as error:
             self._record_end("failed", reason=type(error).__name__)
             raise
@@ -297,7 +301,7 @@ class TrainingRun:
                 f"range ({result.limit:.1e})"
             )
             if not self.epoch:
-                raise TexforceError(sentence, "use --precision fp32, or a larger --clip-range")
+                raise Unsuited(sentence, "use --precision fp32, or a larger --clip-range")
             self._warn(f"{sentence}: gradients are biased by rounding")  # as an epoch does: it may drift in a run
 
     def _epoch(self) -> dict[str, Any]:
@@ -319,9 +323,9 @@ class TrainingRun:
             self._conclude()
         self.listener(EpochDone(report, row["images"]))
         if self.flat_epochs >= FLAT_EPOCHS:
-            raise TexforceError(
-                f"the rewards did not vary in {FLAT_EPOCHS} epochs in a row",
-                "the reward cannot tell these pictures apart: change --reward, --prompts or --guidance",
+            raise Unsuited(
+                f"the rewards did not vary in {FLAT_EPOCHS} epochs in a row: the reward cannot tell these pictures apart",
+                "use another --reward, other --prompts or another --guidance",
             )
         return row
 
