@@ -22,7 +22,7 @@ from texforce_cli.diffusion.adapters import Adapter
 from texforce_cli.diffusion.models import Precision, load_pipeline, resolve_model
 from texforce_cli.diffusion.policy import Denoising, Policy
 from texforce_cli.diffusion.sampler import Trajectory, draw, rollout
-from texforce_cli.errors import TexforceError
+from texforce_cli.errors import TexforceError, UsageError
 from texforce_cli.prompts import Prompt
 from texforce_cli.rewards.registry import load_registry
 from texforce_cli.rewards.terms import RewardSet, finished, parse_terms
@@ -514,6 +514,17 @@ def test_an_epoch_counts_the_updates_that_it_passed_over_and_steers_no_rate_by_t
     assert algorithm.optimisation.base_rate == 1e-2
     algorithm.run_epoch(1)
     assert algorithm.optimisation.base_rate == pytest.approx(1.5e-2)
+
+
+def test_steps_that_would_begin_beyond_the_last_timestep_are_too_many(pipeline: Any) -> None:
+    config = pipeline.scheduler.config
+    assert (config.num_train_timesteps, config.timestep_spacing, config.steps_offset) == (1300, "leading", 1)
+    policy = Policy(pipeline, Denoising(1299))
+    assert max(policy.schedule.timesteps) == 1299
+    with pytest.raises(UsageError, match="1300 denoising steps are too many; this model has 1299: use --steps 1299 or"):
+        Policy(pipeline, Denoising(1300))
+    with pytest.raises(UsageError, match=r"1301 denoising steps are too many; .*: use --eval-steps 1299"):
+        policy.in_steps(1301)
 
 
 def test_pictures_of_other_steps_are_those_of_a_policy_that_always_has_them(pipeline: Any) -> None:

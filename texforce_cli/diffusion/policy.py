@@ -125,7 +125,7 @@ class Policy:
         """Within this block pictures are drawn in so many steps."""
         if steps == self.denoising.steps:
             return nullcontext()
-        return self._by(_schedule(self.pipeline.scheduler, replace(self.denoising, steps=steps)))
+        return self._by(_schedule(self.pipeline.scheduler, replace(self.denoising, steps=steps), "--eval-steps"))
 
     @contextmanager
     def _by(self, schedule: Schedule) -> Iterator[None]:
@@ -250,13 +250,15 @@ class Policy:
         return at_least_fp32(result)
 
 
-def _schedule(scheduler: Any, denoising: Denoising) -> Schedule:
-    most = int(scheduler.config.num_train_timesteps)
+def _schedule(scheduler: Any, denoising: Denoising, option: str = "--steps") -> Schedule:
+    timesteps = int(scheduler.config.num_train_timesteps)
+    most = min(denoising.steps, timesteps)
+    scheduler.set_timesteps(most)
+    most -= max(0, int(scheduler.timesteps.max()) - (timesteps - 1))  # those of SD 1.x end at 1 and not at 0
     if denoising.steps > most:
         raise UsageError(
-            f"{denoising.steps} denoising steps are too many", f"this model has {most}: use --steps {most} or fewer"
+            f"{denoising.steps} denoising steps are too many", f"this model has {most}: use {option} {most} or fewer"
         )
-    scheduler.set_timesteps(denoising.steps)
     return Schedule.ddim(
         [int(t) for t in scheduler.timesteps],
         scheduler.alphas_cumprod.double().tolist(),
