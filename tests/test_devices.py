@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import os
 import threading
+import tomllib
 import warnings
 import weakref
 from collections.abc import Callable
@@ -17,6 +19,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from diffusers import StableDiffusionPipeline
+from packaging.requirements import Requirement
+from packaging.version import Version
 from test_ddpo import make
 from test_team import Missing, alone_with
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -476,3 +480,14 @@ def test_a_preflight_holds_the_memory_of_one_pass_at_a_time_beside_that_of_an_ep
     drawn = algorithm._collect(0).trajectory
     assert drawn.unconditional is not None
     assert [one.shape for one in room_of_an_epoch()] == [drawn.latents.shape, drawn.unconditional.shape]
+
+
+def test_torch_is_required_as_new_as_the_libraries_want_it() -> None:
+    """Ourselves we use torch.compiler.set_stance of 2.6; the uuid of a GPU and torch.OutOfMemoryError came with 2.5."""
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    theirs = [text for name in ("diffusers", "transformers") for text in importlib.metadata.requires(name) or ()]
+    ours, wanted = (
+        max(Version(s.version) for r in map(Requirement, texts) if r.name == "torch" for s in r.specifier)
+        for texts in (project["dependencies"], theirs)
+    )
+    assert ours >= wanted

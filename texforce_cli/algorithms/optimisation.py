@@ -50,7 +50,7 @@ MOST_LOST = 5
 
 
 _FUSED = ("cpu", "cuda")
-"""Devices on which every torch since 2.4 updates all parameters in one kernel."""
+"""Devices on which every torch that is supported updates all parameters in one kernel."""
 
 
 class Optimisation:
