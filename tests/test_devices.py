@@ -26,7 +26,7 @@ from test_team import Missing, alone_with
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from texforce_cli import tiny
+from texforce_cli import devices, tiny
 from texforce_cli.algorithms import ddpo
 from texforce_cli.cli.app import run
 from texforce_cli.devices import claim, cpu_computes_bf16, full_memory, present, resolve_device, same_bits
@@ -352,7 +352,7 @@ def test_what_a_failed_pass_has_filled_is_free_when_it_is_tried_again(
         held.append(weakref.ref(activations))
         raise kind("MPS backend out of memory")
 
-    monkeypatch.setattr(ddpo, "release", lambda device: held.append(held[0]()))
+    monkeypatch.setattr(devices, "release", lambda: held.append(held[0]()))
     assert algorithm._tried(fill, 4) is None
     assert held[1:] == [None] and algorithm.micro_batch == 2
 
@@ -363,7 +363,7 @@ def test_memory_is_given_back_before_rewards_score(pipeline: Any, monkeypatch: p
     def noted(name: str, work: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *given: (done.append(name), work(*given))[1]
 
-    monkeypatch.setattr(ddpo, "release", lambda device: done.append("release"))
+    monkeypatch.setattr(ddpo, "release", lambda: done.append("release"))
     algorithm = make(pipeline, micro_batch=12)
     monkeypatch.setattr(algorithm, "_score", noted("score", algorithm._score))
     monkeypatch.setattr(algorithm, "_loss", noted("learn", algorithm._loss))

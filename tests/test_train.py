@@ -696,19 +696,23 @@ def test_a_run_in_bf16_that_comes_to_a_processor_without_is_told_so(
 def test_a_memory_that_is_full_while_measuring_is_told(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from texforce_cli import devices
     from texforce_cli.workflows import heldout
 
-    real = heldout.draw
+    real, done = heldout.draw, list[Any]()
 
     def small(policy: Any, texts: Any, seeds: Any, *, batch: int) -> Any:
+        done.append(batch)
         if min(batch, len(texts)) > 2:
             raise torch.OutOfMemoryError("full")
         return real(policy, texts, seeds, batch=batch)
 
     monkeypatch.setattr(heldout, "draw", small)
+    monkeypatch.setattr(devices, "release", lambda: done.append("freed"))
     train("--out", "a", epochs=1)
     said = " ".join(capsys.readouterr().err.split())
     assert said.count("the memory of cpu was too full for 4 images at once: it goes on with 2") == 1
+    assert done[done.index(4) :][:3] == [4, "freed", 2]
 
 
 def test_a_run_is_not_resumed_on_another_model(capsys: pytest.CaptureFixture[str]) -> None:

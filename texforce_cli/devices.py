@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from texforce_cli.errors import UsageError, first_line
 
 if TYPE_CHECKING:
     import torch
+
+R = TypeVar("R")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -90,13 +92,30 @@ def full_memory() -> Iterator[None]:
         raise torch.OutOfMemoryError(str(error)) from error
 
 
-def release(device: torch.device) -> None:
+def if_room(work: Callable[[], R], *, last: bool = False) -> R | None:
+    """What `work` gives; None where the memory is too full for it, and what it has filled is free again.
+
+    Raises:
+        torch.OutOfMemoryError: it is too full, and the work is the `last` and smallest that there is to try.
+    """
+    import torch
+
+    try:
+        with full_memory():
+            return work()
+    except torch.OutOfMemoryError:
+        if last:
+            raise
+    release()  # outside the handler, which holds what was filled
+    return None
+
+
+def release() -> None:
     """Give the memory that torch keeps for later back, so that other processes find it."""
     import torch
 
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    elif device.type == "mps":
+    torch.cuda.empty_cache()  # nothing where it computes on none
+    if torch.backends.mps.is_available():
         torch.mps.empty_cache()
 
 

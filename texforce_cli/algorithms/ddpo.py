@@ -27,7 +27,7 @@ from texforce_cli.core import advantages as adv
 from texforce_cli.core.ppo import Diagnostics, clipped_surrogate, reference_kl, steered_learning_rate
 from texforce_cli.core.seeds import derive
 from texforce_cli.core.train_steps import TrainSteps
-from texforce_cli.devices import full_memory, release
+from texforce_cli.devices import full_memory, if_room, release
 from texforce_cli.diffusion.policy import Embeddings, Policy
 from texforce_cli.diffusion.sampler import Trajectory, rollout, too_full
 from texforce_cli.prompts import Prompt
@@ -190,22 +190,17 @@ class DDPO:
         self.micro_batch, self.timestep_batch = images, steps
         where = torch.zeros(images, dtype=torch.int64, device=self.policy.device)
         step = torch.full((steps, images), self.policy.schedule.stochastic[0], device=self.policy.device)
-        room = True
-        try:
-            with full_memory():
-                for _ in self._accumulate(drawn, where, step, torch.zeros(images, device=where.device), 1.0):
-                    pass
-        except torch.OutOfMemoryError:
-            room = False
+        advantages = torch.zeros(images, device=where.device)
+        room = if_room(lambda: list(self._accumulate(drawn, where, step, advantages, 1.0))) is not None
         self._empty()
         if not room:
             self.micro_batch, self.timestep_batch = before
         return room
 
     def _empty(self) -> None:
-        """Free what passes have filled, for other processes too. An error's handler holds it: call this after."""
+        """Free what passes have filled, for other processes too."""
         self.optimisation.forget()
-        release(self.policy.device)
+        release()
 
     def _preflight(self) -> Preflight:
         size = self.micro_batch
@@ -613,20 +608,15 @@ class DDPO:
         Raises:
             torch.OutOfMemoryError: one image alone is too much.
         """
-        try:
-            with full_memory():
-                return work()
-        except torch.OutOfMemoryError:
-            if images * steps == 1:
-                raise
-        # outside the handler, which holds what the failed pass has filled
-        if steps > 1:
-            left, self.timestep_batch = images * (steps // 2), steps // 2
-        else:
-            left = self.micro_batch = images // 2
-        self._empty()
-        self._halved.append(too_full(self.policy.device, images * steps, left))
-        return None
+        done = if_room(work, last=images * steps == 1)
+        if done is None:
+            if steps > 1:
+                left, self.timestep_batch = images * (steps // 2), steps // 2
+            else:
+                left = self.micro_batch = images // 2
+            self._empty()
+            self._halved.append(too_full(self.policy.device, images * steps, left))
+        return done
 
     def _rng(self, *purpose: str | int) -> np.random.Generator:
         return np.random.default_rng(derive(self.seed, *purpose))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from texforce_cli.devices import claim, claimed, full_memory, release
+from texforce_cli.devices import claim, claimed, if_room
 from texforce_cli.errors import TexforceError, UsageError
 from texforce_cli.rewards import worker
 from texforce_cli.rewards.isolation import IsolatedReward, WorkerSettings
@@ -301,25 +302,20 @@ class RewardSet:
         Raises:
             torch.OutOfMemoryError: one picture alone is too much.
         """
-        import torch
-
         values: list[float] = []
         while len(values) < len(prompts):
             part = slice(len(values), len(values) + self._room.get(name, len(prompts)))
             count = len(prompts[part])
-            try:
-                with to_stderr(), full_memory():
-                    values += worker.score(reward, _given(images[part], wanted), prompts[part], metadata[part])
-                continue
-            except torch.OutOfMemoryError:
-                if count == 1:
-                    raise
-            # outside the handler, which holds what the failed pass has filled
-            release(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-            self._room[name] = count // 2
-            self._halved.append(
-                f"the memory was too full for reward '{name}' and {count} images at once: it goes on with {count // 2}"
-            )
+            batch = _given(images[part], wanted), prompts[part], metadata[part]
+            with to_stderr():
+                found = if_room(functools.partial(worker.score, reward, *batch), last=count == 1)
+            if found is None:
+                self._room[name] = count // 2
+                self._halved.append(
+                    f"the memory was too full for reward '{name}' and {count} images at once: it goes on with {count // 2}"
+                )
+            else:
+                values += found
         return values
 
 

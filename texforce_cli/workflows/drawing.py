@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from PIL import Image
 
-from texforce_cli.devices import full_memory
 from texforce_cli.diffusion.models import ModelSource, Precision, known_model, resolve_model
 from texforce_cli.diffusion.policy import PIXELS, Denoising, Policy, latent_side
 from texforce_cli.diffusion.sampler import draw
@@ -124,7 +123,7 @@ def _with_scheduler(policy: Policy, scheduler: str, pairs: Sequence[tuple[str, i
     previous = pipeline.scheduler
     pipeline.scheduler = _SCHEDULERS[scheduler](previous.config)
     try:
-        with torch.no_grad(), full_memory():
+        with torch.no_grad():
             latents = pipeline(
                 [prompt for prompt, _ in pairs],
                 negative_prompt=[denoising.negative_prompt] * len(pairs),

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 
 from texforce_cli.config import DIVERSITY
 from texforce_cli.core.comparison import diversity
 from texforce_cli.core.statistics import Interval, paired_interval
+from texforce_cli.devices import if_room
 from texforce_cli.diffusion.policy import Policy
 from texforce_cli.diffusion.sampler import draw, too_full
 from texforce_cli.errors import TexforceError
@@ -171,17 +171,15 @@ class HeldOut:
 
     def _pictures(self, texts: Sequence[str], seeds: Sequence[int]) -> NDArray[np.uint8]:
         """As many at once as there is room for."""
-        while True:
-            try:
-                with self.policy.in_steps(self.steps):
-                    drawn: NDArray[np.uint8] = draw(self.policy, texts, seeds, batch=self._room)
-                return drawn
-            except torch.OutOfMemoryError:
-                if min(self._room, len(texts)) == 1:
-                    raise
+        drawn: NDArray[np.uint8] | None = None
+        while drawn is None:
             images = min(self._room, len(texts))
-            self._room = max(1, images // 2)
-            self._halved.append(too_full(self.policy.device, images, self._room))
+            with self.policy.in_steps(self.steps):
+                drawn = if_room(functools.partial(draw, self.policy, texts, seeds, batch=images), last=images == 1)
+            if drawn is None:
+                self._room = images // 2
+                self._halved.append(too_full(self.policy.device, images, self._room))
+        return drawn
 
 
 def _watched(name: str, after: Floats, before: Floats) -> Watched:

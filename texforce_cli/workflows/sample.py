@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from texforce_cli.devices import full_memory, release, resolve_device
+from texforce_cli.devices import if_room, resolve_device
 from texforce_cli.diffusion.adapters import base_model, stack
 from texforce_cli.diffusion.models import (
     ModelSource,
@@ -183,17 +183,16 @@ def _made(
     policy: Policy, request: SampleRequest, pairs: Sequence[tuple[str, int]]
 ) -> tuple[list[Image.Image], int] | None:
     """The pictures, and how many of them the safety checker has blackened; None where the memory is too full for so many."""
+
+    def make() -> tuple[list[Image.Image], int]:
+        pictures = draw_pictures(policy, request.scheduler, pairs)
+        return _checked(policy.pipeline, pictures, request.safety_checker)
+
     try:
-        with full_memory():
-            pictures = draw_pictures(policy, request.scheduler, pairs)
-            return _checked(policy.pipeline, pictures, request.safety_checker)
+        return if_room(make, last=len(pairs) == 1)
     except torch.OutOfMemoryError as error:
-        if len(pairs) == 1:
-            smaller = "--precision bf16 or a smaller --size" if request.precision == "fp32" else "a smaller --size"
-            text = f"the memory of {policy.device} is too full for one picture"
-            raise TexforceError(text, f"use {smaller}") from error
-    release(policy.device)
-    return None
+        smaller = "--precision bf16 or a smaller --size" if request.precision == "fp32" else "a smaller --size"
+        raise TexforceError(f"the memory of {policy.device} is too full for one picture", f"use {smaller}") from error
 
 
 def _checked(pipeline: Any, pictures: list[Image.Image], check: bool) -> tuple[list[Image.Image], int]:

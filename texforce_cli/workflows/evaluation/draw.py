@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import hashlib
 import json
@@ -318,23 +319,17 @@ def _drawn(
 
 
 def _try_to_draw(policy: Policy, scheduler: str, part: Sequence[Item]) -> Sequence[Image.Image] | _Failure:
-    import torch
-
-    from texforce_cli.devices import release
+    from texforce_cli.devices import if_room
     from texforce_cli.workflows.drawing import draw_pictures
 
-    failure = _Failure(f"the memory of {policy.device} is full", memory=True)
+    pairs = [(item.text, item.noise) for item in part]
     try:
-        return draw_pictures(policy, scheduler, [(item.text, item.noise) for item in part])
-    except torch.OutOfMemoryError:
-        pass
+        drawn = if_room(functools.partial(draw_pictures, policy, scheduler, pairs))
     except (UsageError, Interrupted):
         raise
     except Exception as error:  # whatever the libraries or the device say: it is about these pictures
-        failure = _Failure(" ".join(str(error).split())[:200] or type(error).__name__)
-    if failure.memory:
-        release(policy.device)
-    return failure
+        return _Failure(" ".join(str(error).split())[:200] or type(error).__name__)
+    return _Failure(f"the memory of {policy.device} is full", memory=True) if drawn is None else drawn
 
 
 def _device(name: str, shard: tuple[int, int]) -> torch.device:

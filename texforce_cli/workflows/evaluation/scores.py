@@ -178,14 +178,12 @@ def check_metrics(metrics: Sequence[Metric], registry: Registry, scores: ScoreFi
     Raises:
         UsageError, TexforceError: as `RewardInfo.check`; where they are made, as `RewardInfo.create`.
     """
-    import torch
-
     for metric in (one for one in metrics if one.version(scores) not in scores.versions(one.name)):
         if not metric.info.factory:  # not installed, and nothing is scored
             continue
         if make:
             RewardSet([metric.spec], registry).close()
-            release(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+            release()
         else:
             metric.info.check(metric.spec.arguments)
 
