@@ -5,9 +5,9 @@ LoRA: W' = W + (alpha / r) B A (Hu et al. 2022; sec. 2.2 of the paper).
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -76,17 +76,9 @@ class Adapter:
         """Whether `text_encoder` or `unet` is trained."""
         return component in self.modules
 
-    @contextlib.contextmanager
-    def disabled(self) -> Iterator[None]:
+    def disabled(self) -> AbstractContextManager[None]:
         """Within this block the pipeline is the reference: the base without the LoRA."""
-        before = [(layer, layer._disable_adapters) for _, layer in self.layers()]
-        for layer, _ in before:
-            layer._disable_adapters = True
-        try:
-            yield
-        finally:
-            for layer, disabled in before:
-                layer._disable_adapters = disabled
+        return _off([layer for _, layer in self.layers()])
 
     def state_dict(self) -> dict[str, Tensor]:
         """The raw parameters by name: `<layer>.lora_A`, `<layer>.lora_B`."""
@@ -151,17 +143,22 @@ def _trainable(name: str) -> bool:
     return name.endswith(tuple(f".{target}" for target in _TARGETS.get(name.partition(".")[0], ())))
 
 
-@contextlib.contextmanager
-def base_model(pipeline: Any) -> Iterator[None]:
+def base_model(pipeline: Any) -> AbstractContextManager[None]:
     """Within this block the LoRAs that were put on the pipeline are off."""
-    layers = [m for part in (pipeline.unet, pipeline.text_encoder) for m in part.modules() if isinstance(m, LoraLayer)]
+    modules = [module for part in (pipeline.unet, pipeline.text_encoder) for module in part.modules()]
+    return _off([module for module in modules if isinstance(module, LoraLayer)])
+
+
+@contextmanager
+def _off(layers: Sequence[LoraLayer]) -> Iterator[None]:
+    before = [layer._disable_adapters for layer in layers]
     for layer in layers:
         layer._disable_adapters = True
     try:
         yield
     finally:
-        for layer in layers:
-            layer._disable_adapters = False
+        for layer, disabled in zip(layers, before):
+            layer._disable_adapters = disabled
 
 
 def stack(pipeline: Any, loras: Sequence[tuple[str, Mapping[str, Array]]]) -> None:
