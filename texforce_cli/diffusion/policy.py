@@ -137,10 +137,10 @@ class Policy:
 
     def embed(self, prompts: Sequence[str]) -> Embeddings:
         """Encode each distinct prompt once. Gradients flow to the text encoder's LoRA where they are enabled."""
-        distinct, rows = self._distinct(prompts)
-        if self.guided and self.unconditional == "trained":
+        if not self.guided or self.unconditional == "trained":
             return self.embed_now(prompts)
-        return Embeddings(self._encode(distinct), rows, self._frozen_unconditional() if self.guided else None)
+        distinct, rows = self._distinct(prompts)
+        return Embeddings(self._encode(distinct), rows, self._frozen_unconditional())
 
     def embed_now(self, prompts: Sequence[str]) -> Embeddings:
         """As `embed`, the negative prompt too by the weights as they are, never from a snapshot."""
