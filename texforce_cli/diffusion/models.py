@@ -188,15 +188,16 @@ def _file(path: Path) -> ModelSource:
 def _automatic(device: str) -> ModelSource:
     import torch
 
+    model = "tiny"
     if not device.startswith(("auto", "cuda")):
-        return ModelSource("tiny", "tiny", str(tiny.WEIGHTS), reason=f"on {device} the default is the embedded model")
-    memory = device_memory_gb(torch.device(device if device.startswith("cuda") else "cuda"))
-    if memory is None:
-        return ModelSource("tiny", "tiny", str(tiny.WEIGHTS), reason="no CUDA or ROCm GPU was found")
-    if memory < MEMORY_FOR_SD15_GB:
-        why = f"the GPU has {memory:.0f} GB of memory, sd15 wants {MEMORY_FOR_SD15_GB:.0f}"
-        return ModelSource("tiny", "tiny", str(tiny.WEIGHTS), reason=why)
-    return ModelSource("sd15", "hub", *_HUB["sd15"], reason=f"a GPU with {memory:.0f} GB was found")
+        reason = f"on {device} the default is the embedded model"
+    elif (memory := device_memory_gb(torch.device(device if device.startswith("cuda") else "cuda"))) is None:
+        reason = "no CUDA or ROCm GPU was found"
+    elif memory < MEMORY_FOR_SD15_GB:
+        reason = f"the GPU has {memory:.0f} GB of memory, sd15 wants {MEMORY_FOR_SD15_GB:.0f}"
+    else:
+        model, reason = "sd15", f"a GPU with {memory:.0f} GB was found"
+    return replace(resolve_model(model), reason=reason)
 
 
 def gpu_precision() -> Precision:
