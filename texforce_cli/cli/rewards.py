@@ -215,10 +215,8 @@ def _registry() -> Registry:
     from texforce_cli.rewards.registry import load_registry
 
     registry = load_registry()
-    for origin, reason in registry.broken.items():
-        warn(f"plugin '{origin}' could not be loaded: {reason}")
-    for origin, seconds in registry.slow.items():
-        warn(f"plugin '{origin}' takes {seconds:.1f} s to register its rewards")
+    for sentence in registry.complaints():
+        warn(sentence)
     return registry
 
 

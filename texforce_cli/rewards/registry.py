@@ -203,6 +203,13 @@ class Registry:
         """The names of all rewards, each once, sorted."""
         return sorted({name for name, _ in self.rewards})
 
+    def complaints(self) -> list[str]:
+        """In sentences, which plugins are broken or slow."""
+        return [
+            *(f"plugin '{origin}' could not be loaded: {reason}" for origin, reason in self.broken.items()),
+            *(f"plugin '{origin}' takes {took:.1f} s to register its rewards" for origin, took in self.slow.items()),
+        ]
+
     def find(self, name: str, backend: str = "") -> RewardInfo:
         """The reward of that name: with that backend, else the one without a name for its backend, else the first.
 

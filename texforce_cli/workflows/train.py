@@ -47,7 +47,8 @@ def train(
     if launched()[0]:
         return _followed()
     made = plan(flags, config_file).pinned()
-    _warn_of_broken_plugins(made, listener)
+    for sentence in made.registry.complaints():
+        listener(Warned(sentence))
     listener(Note(f"model: {made.source.name} ({made.source.reason}), on {made.config.device}"))
     for sentence in made.advice():
         listener(Note(sentence))
@@ -99,7 +100,8 @@ def resume(
 
 def _resumed(folder: RunFolder, wanted: dict[str, Any], listener: Listener) -> TrainResult:
     made = recorded_plan(folder, wanted)
-    _warn_of_broken_plugins(made, listener)
+    for sentence in made.registry.complaints():
+        listener(Warned(sentence))
     record = folder.read_record()
     _refuse_other_model(folder, made, record)
     if record.get("status") == "finished":
@@ -196,13 +198,6 @@ def recorded_plan(folder: RunFolder, wanted: Mapping[str, Any]) -> Plan:
     terms = parse_terms(config.reward, config.reward_option, beside=config.watched_rewards)
     infos = tuple(find(spec, registry) for spec in terms)
     return Plan(config, origins, replace(resolve_model(config.model), reason=reason), prompts, registry, infos)
-
-
-def _warn_of_broken_plugins(made: Plan, listener: Listener) -> None:
-    for origin, reason in made.registry.broken.items():
-        listener(Warned(f"plugin '{origin}' could not be loaded: {reason}"))
-    for origin, seconds in made.registry.slow.items():
-        listener(Warned(f"plugin '{origin}' takes {seconds:.1f} s to register its rewards"))
 
 
 def _unchanging(folder: RunFolder, config: TrainConfig, wanted: Mapping[str, Any]) -> dict[str, Any]:
