@@ -212,6 +212,16 @@ def test_bare_attention_processors_have_their_exact_effect_on_a_unet(tmp_path: P
         assert torch.allclose(ours.unet(*inputs)[0], changed(*inputs)[0], rtol=0, atol=1e-4)
 
 
+def test_a_loader_that_fails_without_a_word_is_a_sentence_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def silent(*_: Any, **__: Any) -> None:
+        raise RuntimeError
+
+    pipeline = fresh()
+    monkeypatch.setattr(type(pipeline), "load_lora_weights", silent)
+    with pytest.raises(TexforceError, match=r"'x' does not fit this model \(RuntimeError\)"):
+        stack(pipeline, [("x", {})])
+
+
 def test_a_layer_that_loads_but_at_another_scale_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     good = tuned(fresh()).export()
     pipeline = fresh()

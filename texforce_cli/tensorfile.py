@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from texforce_cli.errors import TexforceError, UsageError
+from texforce_cli.errors import TexforceError, UsageError, first_line
 
 Array = NDArray[Any]
 
@@ -238,8 +238,8 @@ def _parsed(path: Path, text: bytes) -> dict[str, Any]:
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
-        reason = str(error).splitlines()[0][:100]
-        raise TexforceError(f"'{path}' is no safetensors file (its header cannot be read: {reason})", _AGAIN) from error
+        reason = f"its header cannot be read: {first_line(error)}"
+        raise TexforceError(f"'{path}' is no safetensors file ({reason})", _AGAIN) from error
     if not isinstance(header, dict):
         raise TexforceError(f"'{path}' is no safetensors file (its header is no table)", _AGAIN)
     return header

@@ -17,7 +17,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from texforce_cli.core.seeds import derive
-from texforce_cli.errors import TexforceError
+from texforce_cli.errors import TexforceError, first_line
 from texforce_cli.quiet import quiet
 from texforce_cli.tensorfile import Array
 
@@ -176,8 +176,7 @@ def stack(pipeline: Any, loras: Sequence[tuple[str, Mapping[str, Array]]]) -> No
             with quiet():  # what matters is checked below
                 pipeline.load_lora_weights(weights, adapter_name=name)
         except (RuntimeError, ValueError, KeyError) as error:
-            first = str(error).strip().splitlines()[0][:200]
-            raise TexforceError(f"'{source}' does not fit this model ({first})", _OTHER_BASE) from error
+            raise TexforceError(f"'{source}' does not fit this model ({first_line(error)})", _OTHER_BASE) from error
     if names:
         pipeline.set_adapters(names, [1.0] * len(names))
     for name, (source, arrays) in zip(names, loras):

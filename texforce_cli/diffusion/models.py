@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from texforce_cli import tiny
 from texforce_cli.devices import device_memory_gb, full_memory
 from texforce_cli.diffusion import single_file
-from texforce_cli.errors import TexforceError, UsageError
+from texforce_cli.errors import TexforceError, UsageError, first_line
 from texforce_cli.files import sha256, user_path
 from texforce_cli.presets import Family
 from texforce_cli.quiet import quiet
@@ -414,9 +414,8 @@ def _loading_error(source: ModelSource, error: Exception) -> TexforceError:
     """One sentence for what a library said, with what to download."""
     from huggingface_hub import constants, errors
 
-    first = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-    if isinstance(error, NotImplementedError):  # torch: "Cannot copy out of meta tensor"
-        first = "it lacks weights"
+    # torch: "Cannot copy out of meta tensor"
+    first = "it lacks weights" if isinstance(error, NotImplementedError) else first_line(error)
     for place, shown in ((source.location, source.name), (constants.HF_HUB_CACHE, "the cache")):
         first = first.replace(f"{place}{os.sep}", "").replace(place, shown)  # no path of this machine in a run's record
     if source.kind != "hub":

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from texforce_cli.errors import TexforceError, UsageError
+from texforce_cli.errors import TexforceError, UsageError, first_line
 from texforce_cli.files import user_path
 from texforce_cli.lora.header import told
 from texforce_cli.lora.lora import Lora, LoraModule, Tensors, bases_of, of_second_encoder
@@ -258,7 +258,7 @@ def _adapter_config(file: Path) -> dict[str, Any]:
         if not isinstance(config, dict):
             raise ValueError("it is no table")
     except (OSError, ValueError, RecursionError) as error:
-        raise TexforceError(f"'{path}' cannot be read ({str(error).splitlines()[0][:100]})", "copy it again") from error
+        raise TexforceError(f"'{path}' cannot be read ({first_line(error)})", "copy it again") from error
     return config
 
 

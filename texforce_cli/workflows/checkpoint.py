@@ -14,7 +14,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from texforce_cli.errors import TexforceError
+from texforce_cli.errors import TexforceError, first_line
 from texforce_cli.files import patiently, settle, sha256, write_bytes, write_error, write_json
 from texforce_cli.lora.read import FILE_NAME
 
@@ -71,8 +71,7 @@ def load_latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
             tensors = safetensors.torch.load((path / _TENSORS).read_bytes())
             return Checkpoint(state["epoch"], tensors, state["numbers"]), damaged
         except (FileNotFoundError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            damaged.append(f"the checkpoint '{path}' is damaged ({reason}); using the one before")
+            damaged.append(f"the checkpoint '{path}' is damaged ({first_line(error)}); using the one before")
         except OSError as error:
             raise TexforceError(
                 f"the checkpoint '{path}' cannot be read ({error.strerror})",

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from texforce_cli.errors import UsageError
+from texforce_cli.errors import UsageError, first_line
 from texforce_cli.files import user_path
 from texforce_cli.lora.spec import parse_lora, telling
 
@@ -94,7 +94,7 @@ def read_variants(path: Path) -> list[Variant]:
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"'{path}' cannot be read ({str(error).splitlines()[0]})", "check --variants") from error
+        raise UsageError(f"'{path}' cannot be read ({first_line(error)})", "check --variants") from error
     return variants_of(document.get("variants"), path)
 
 
