@@ -7,19 +7,17 @@ this one dataclass. Standard library only, so that `--help` stays quick.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import os
 import tomllib
 import types
-import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from texforce_cli.core.train_steps import TrainSteps
-from texforce_cli.errors import UsageError
+from texforce_cli.errors import UsageError, did_you_mean
 from texforce_cli.presets import PRESET_NAMES, PRESETS, Family, automatic_preset, preset_values
 
 ENVIRONMENT = "TEXFORCE_"
@@ -327,7 +325,7 @@ def resolve(flags: Mapping[str, Any], config_file: Path | None = None, *, family
         values["preset"], origins["preset"] = preset, "default"
     if preset != "auto" and preset not in PRESET_NAMES:
         mistakes.append(
-            f"unknown preset '{preset}'{_did_you_mean(preset, PRESET_NAMES)} (presets: {', '.join(PRESET_NAMES)})"
+            f"unknown preset '{preset}' ({did_you_mean(preset, PRESET_NAMES)}presets: {', '.join(PRESET_NAMES)})"
         )
     elif preset != "auto":
         for name, value in preset_values(preset, values.get("train", "text-encoder"), family, prompts).items():
@@ -415,7 +413,7 @@ def _known(values: Mapping[str, Any], where: str, mistakes: list[str]) -> list[t
         if name in FIELDS:
             known.append((name, value))
         else:
-            mistakes.append(f"unknown key '{key}' {where}{_did_you_mean(name, FIELDS)}")
+            mistakes.append(f"unknown key '{key}' {where}: {did_you_mean(name, FIELDS)}".rstrip(": "))
     return known
 
 
@@ -491,11 +489,6 @@ def _contradictions(config: TrainConfig) -> list[str]:
             f"--watch-patience {config.watch_patience} counts measurements, and --eval-every 0 makes none on the way"
         )
     return found
-
-
-def _did_you_mean(name: str, known: typing.Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f", did you mean '{close[0]}'?" if close else ""
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], ignore: Sequence[str] = ()) -> list[str]:

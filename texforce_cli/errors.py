@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 def quoted(text: object) -> str:
     """A word of a command that is to be pasted. The shell of Windows knows no single quotes."""
@@ -15,6 +17,14 @@ def quoted(text: object) -> str:
 def first_line(error: BaseException) -> str:
     """What an error of another library says, short enough for a sentence."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The beginning of a hint: which of the `known` names is near, "" where none is."""
+    import difflib
+
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean '{close[0]}'? " if close else ""
 
 
 class TexforceError(Exception):

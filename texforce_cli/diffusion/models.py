@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import hashlib
 import json
@@ -18,7 +17,7 @@ from safetensors import SafetensorError
 from texforce_cli import tiny
 from texforce_cli.devices import device_memory_gb, full_memory
 from texforce_cli.diffusion import single_file
-from texforce_cli.errors import TexforceError, UsageError, first_line
+from texforce_cli.errors import TexforceError, UsageError, did_you_mean, first_line
 from texforce_cli.files import sha256, user_path
 from texforce_cli.presets import Family
 from texforce_cli.quiet import quiet
@@ -130,11 +129,10 @@ def resolve_model(name: str, device: str = "auto") -> ModelSource:
         pinned = _HUB[alias][1] if alias else "main"
         same = alias and revision in ("", pinned)
         return ModelSource(alias if same else repository, "hub", repository, revision or pinned)
-    close = difflib.get_close_matches(name, NAMES, n=1)
     raise UsageError(
         f"unknown model '{name}'",
-        (f"did you mean '{close[0]}'? " if close else "")
-        + f"Give one of {', '.join(NAMES)}, a diffusers folder, a .safetensors file or a Hub id as owner/name",
+        f"{did_you_mean(name, NAMES)}Give one of {', '.join(NAMES)}, a diffusers folder, a .safetensors file or a Hub id "
+        "as owner/name",
     )
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from texforce_cli.errors import UsageError
+from texforce_cli.errors import UsageError, did_you_mean
 from texforce_cli.judging.judge import Judge
 from texforce_cli.rewards.hookspecs import hookimpl
 from texforce_cli.rewards.registry import JUDGES, Registered, gather, registered
@@ -57,8 +56,7 @@ def find_judge(name: str) -> JudgeInfo:
     judges, broken = load_judges()
     if name in judges:
         return judges[name]
-    close = difflib.get_close_matches(name, judges, n=1)
-    hint = (f"did you mean '{close[0]}'? " if close else "") + f"Judges: openai:MODEL, {', '.join(sorted(judges))}"
+    hint = f"{did_you_mean(name, judges)}Judges: openai:MODEL, {', '.join(sorted(judges))}"
     if broken:
         hint += ". Not loaded: " + "; ".join(f"{origin} ({why})" for origin, why in broken.items())
     raise UsageError(f"unknown judge '{name}'", hint)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import difflib
 import hashlib
 import io
 import json
@@ -12,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from texforce_cli.errors import UsageError
+from texforce_cli.errors import UsageError, did_you_mean
 from texforce_cli.files import from_json, user_path
 from texforce_cli.presets import Family
 
@@ -76,10 +75,9 @@ def load_prompts(spec: str, family: Family, *, to_train: bool = True) -> PromptS
     if Path(spec).suffix.lower() in _SUFFIXES:
         return _checked(read_prompts(user_path(spec)), to_train)
     names = [*SETS, *FETCHED]
-    close = difflib.get_close_matches(spec, names, n=1)
-    hint = f"did you mean '{close[0]}'? " if close else ""
     raise UsageError(
-        f"unknown prompts '{spec}'", f"{hint}Give one of {', '.join(names)}, or a file ({', '.join(_SUFFIXES)})"
+        f"unknown prompts '{spec}'",
+        f"{did_you_mean(spec, names)}Give one of {', '.join(names)}, or a file ({', '.join(_SUFFIXES)})",
     )
 
 

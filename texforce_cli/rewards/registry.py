@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 import pluggy
 
 from texforce_cli import __version__
-from texforce_cli.errors import TexforceError, UsageError
+from texforce_cli.errors import TexforceError, UsageError, did_you_mean
 from texforce_cli.rewards import builtin, hookspecs, worker
 
 if TYPE_CHECKING:
@@ -231,9 +231,7 @@ class Registry:
         if others:
             known = ", ".join(repr(info.backend) for info in others if info.backend) or "none by name"
             raise UsageError(f"reward '{name}' has no backend '{backend}'", f"its backends: {known}")
-        close = difflib.get_close_matches(name, [*self.names, *OURS], n=1)
-        hint = f"did you mean '{close[0]}'? " if close else ""
-        hint += f"Rewards: {', '.join(self.names)}"
+        hint = f"{did_you_mean(name, [*self.names, *OURS])}Rewards: {', '.join(self.names)}"
         if self.broken:
             hint += ". Not loaded: " + "; ".join(f"{origin} ({why})" for origin, why in self.broken.items())
         raise UsageError(f"unknown reward '{name}'", hint)
