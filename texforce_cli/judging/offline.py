@@ -20,7 +20,7 @@ from texforce_cli.judging.answers import HIGHEST, LOWEST, TIE
 from texforce_cli.judging.judge import ALIGNMENT, Failed, Repair, Reply
 from texforce_cli.judging.questions import MODES, Case, Mode, Question
 from texforce_cli.judging.votes import read_votes
-from texforce_cli.report.pictures import read_picture
+from texforce_cli.report.pictures import BROKEN, read_picture
 from texforce_cli.rewards.registry import load_registry
 from texforce_cli.rewards.terms import RewardSet, TermSpec, find
 
@@ -162,6 +162,6 @@ def _side(cases: Sequence[Case]) -> int:
             try:
                 with Image.open(path) as picture:
                     return max(picture.size)
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            except BROKEN:
                 continue
     return 0

@@ -51,11 +51,13 @@ def _redrawn(path: Path, data: bytes) -> bytes:
     """The pixels as a new PNG, upright."""
     from PIL import Image, ImageOps
 
+    from texforce_cli.report.pictures import BROKEN
+
     try:
         with Image.open(io.BytesIO(data)) as opened:
             upright = ImageOps.exif_transpose(opened)
             image = upright.convert("RGBA" if upright.has_transparency_data else "RGB")
-    except (OSError, ValueError, SyntaxError, TypeError, KeyError, struct.error, Image.DecompressionBombError) as error:
+    except (*BROKEN, TypeError, KeyError, struct.error) as error:
         raise Failed(f"'{path}' is no picture that can be read", retry=False, asked=False) from error
     image.info.clear()
     buffer = io.BytesIO()

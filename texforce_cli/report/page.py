@@ -27,7 +27,7 @@ from PIL import Image
 
 from texforce_cli.errors import TexforceError
 from texforce_cli.files import write_bytes, write_text
-from texforce_cli.report.pictures import flattened
+from texforce_cli.report.pictures import BROKEN, flattened
 from texforce_cli.threads import ahead
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -251,7 +251,7 @@ def _digest(size: str, sha256: str) -> str:
 def _opened(path: Path) -> Image.Image:
     try:
         return Image.open(path)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except BROKEN as error:
         raise _unreadable(path) from error
 
 
@@ -259,7 +259,7 @@ def _webp(picture: Image.Image, path: Path, limit: int, quality: int) -> bytes:
     """The picture as WebP, at most `limit` pixels wide and high; one of few pixels keeps each of them as it is."""
     try:
         flat = Image.merge("RGB", flattened(picture).split())  # without a profile or text chunks
-    except (OSError, SyntaxError, ValueError) as error:
+    except BROKEN as error:
         raise _unreadable(path) from error
     if max(flat.size) > limit:
         flat.thumbnail((limit, limit), Image.Resampling.LANCZOS)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from texforce_cli.errors import TexforceError
 from texforce_cli.files import atomic_path
@@ -21,6 +21,8 @@ _SMALLEST = 128
 """Pictures of fewer pixels are enlarged, pixel by pixel, to be seen."""
 _TEXT_CHUNK = 8_000
 _LARGEST_SIDE = 16_384
+BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+"""What Pillow raises for a file that is no picture, or no whole one."""
 
 
 def save_png(path: Path, picture: Image.Image, texts: Mapping[str, str]) -> None:
@@ -56,7 +58,7 @@ def read_picture(path: Path) -> NDArray[np.uint8]:
             return np.asarray(flattened(opened))
     except FileNotFoundError as error:
         raise TexforceError(f"'{path.name}' is missing") from error
-    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except BROKEN as error:
         raise TexforceError(f"'{path.name}' is no whole picture ({str(error)[:80]})") from error
 
 

@@ -16,7 +16,7 @@ from texforce_cli.core.seeds import derive
 from texforce_cli.errors import TexforceError, UsageError
 from texforce_cli.files import from_json, user_path
 from texforce_cli.prompts import Prompt
-from texforce_cli.report.pictures import read_picture, save_png
+from texforce_cli.report.pictures import BROKEN, read_picture, save_png
 from texforce_cli.rewards.builtin.scores_file import picture_hash
 from texforce_cli.threads import ahead
 from texforce_cli.workflows.evaluation.variants import Variant
@@ -25,7 +25,6 @@ _ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 _INDEXES = ("metadata.jsonl", "index.jsonl")
 _SEED = re.compile("[0-9]{1,18}")
 _ROW = 'write {"file_name": ..., "prompt": ..., "seed": 0}'
-_BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ def is_drawn(path: Path, key: str) -> bool:
                 return False
             picture.load()
             return True
-    except _BROKEN:
+    except BROKEN:
         return False
 
 
@@ -181,7 +180,7 @@ def _told(folder: Path) -> Iterator[tuple[Path, str, int]]:
             with Image.open(path) as picture:
                 texts = getattr(picture, "text", {})
             prompt, seed = texts.get("prompt"), texts.get("seed", "")
-        except _BROKEN:
+        except BROKEN:
             continue
         if isinstance(prompt, str) and _SEED.fullmatch(str(seed)):
             yield path, prompt, int(seed)
@@ -255,7 +254,7 @@ def _look(path: Path | None, key: str | None) -> Found | str:
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     except TexforceError as error:
         return error.message
-    except _BROKEN as error:
+    except BROKEN as error:
         return f"'{path.name[:80]}' cannot be read ({type(error).__name__})"
     if key not in (None, written):
         return "drawn with other settings"
