@@ -233,7 +233,7 @@ def load_pipeline(
                 pipeline = single_file.load(single_file.inspect(Path(source.location)), **arguments)
             else:
                 if source.kind == "hub":
-                    _refuse_other_pipelines(_hub_index(source), source.name)
+                    _refuse_other_pipelines(hub_index(source), source.name)
                     arguments["revision"] = source.revision
                 pipeline = _from_pretrained(source, **arguments)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -330,7 +330,7 @@ def _hashes(location: str) -> tuple[tuple[str, str], ...]:
     path = Path(location)
     if path.is_file():
         return ((path.name, sha256(path)),)
-    files = [file for part in ("unet", "text_encoder", "vae") for file in sorted(path.glob(f"{part}/*.safetensors"))]
+    files = [file for part in _PARTS for file in sorted(path.glob(f"{part}/*.safetensors"))]
     return tuple((file.relative_to(path).as_posix(), sha256(file)) for file in files)
 
 
@@ -343,7 +343,12 @@ def configurations(source: ModelSource) -> str:
     return hashlib.sha256(json.dumps(listed).encode("utf-8")).hexdigest()
 
 
-def _hub_index(source: ModelSource) -> Path:
+def hub_index(source: ModelSource) -> Path:
+    """The index of a model of the Hub, fetched where it is not in the cache; it tells the commit of a branch.
+
+    Raises:
+        OSError: what huggingface_hub says of a repository, a revision or a network that is not there.
+    """
     from huggingface_hub import hf_hub_download
 
     try:

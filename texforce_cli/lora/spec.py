@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,6 +41,10 @@ class LoraSpec:
         """The weight of text_encoder, text_encoder_2 or unet; what names the component alone decides, then `te`."""
         fitting = [name for name in self.parts if component in _NAMES[name]]
         return self.parts[min(fitting, key=lambda name: len(_NAMES[name]))] if fitting else self.weight
+
+    def idle(self, components: Collection[str]) -> list[str]:
+        """The names in `parts` that none of these components has."""
+        return [name for name in self.parts if not set(_NAMES[name]) & set(components)]
 
 
 def parse_lora(text: str) -> LoraSpec:

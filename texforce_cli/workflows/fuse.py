@@ -102,8 +102,7 @@ class FusePlan:
                 f"nothing in {names} tells whether it is for {unsure[0].base}, which have the same shapes{taken}"
             )
         for spec, lora in self.loras:
-            idle = [name for name in spec.parts if not any(_applies(name, part) for part in lora.components)]
-            if idle:
+            if idle := spec.idle(lora.components):
                 said.append(
                     f"'{lora.source}' has no component for {', '.join(idle)}; it has {', '.join(lora.components)}"
                 )
@@ -392,10 +391,6 @@ def _stranger(folder: Path) -> Path | None:
 def _is_pefts(path: Path) -> bool:
     known = path.name in (PEFT_NAME, PEFT_CONFIG, "adapter_model.bin")
     return known and (len(path.parts) == 1 or (len(path.parts) == 2 and path.parts[0] in COMPONENTS))
-
-
-def _applies(name: str, component: str) -> bool:
-    return LoraSpec("", 0.0, {name: 1.0}).weight_of(component) == 1.0
 
 
 def _provenance(spec: LoraSpec, lora: Lora) -> dict[str, Any]:

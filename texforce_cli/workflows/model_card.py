@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from texforce_cli import __version__
 from texforce_cli.diffusion.models import fingerprint
 from texforce_cli.files import write_bytes, write_text
 from texforce_cli.lora.header import ARCHITECTURES
@@ -16,7 +17,6 @@ from texforce_cli.lora.lora import GENERATIONS
 from texforce_cli.lora.read import FILE_NAME
 from texforce_cli.lora.write import lora_bytes
 from texforce_cli.workflows.events import Evaluation
-from texforce_cli.workflows.run_folder import versions
 
 if TYPE_CHECKING:
     from texforce_cli.workflows.plan import Plan
@@ -55,7 +55,7 @@ def header(plan: Plan, images: int, weights: Mapping[str, Tensor]) -> dict[str, 
         "precision": config.precision,
         "seed": config.seed,
         "preset": config.preset,
-        "texforce": versions().get("texforce", ""),
+        "texforce": __version__,
     }
     return {
         "texforce": json.dumps(about, sort_keys=True),

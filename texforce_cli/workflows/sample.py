@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from texforce_cli import __version__
 from texforce_cli.devices import if_room, resolve_device
 from texforce_cli.diffusion.adapters import base_model, stack
 from texforce_cli.diffusion.models import (
@@ -37,7 +38,6 @@ from texforce_cli.workflows.drawing import (
 )
 from texforce_cli.workflows.events import Listener, Note, Progressed, Warned, silent
 from texforce_cli.workflows.loras import LoadedLora, load_lora, put_weights
-from texforce_cli.workflows.run_folder import versions
 
 
 @dataclass(frozen=True)
@@ -241,7 +241,7 @@ def _about(
         "eta": f"{denoising.eta:g}",
         "scheduler": request.scheduler,
         "negative_prompt": denoising.negative_prompt,
-        "software": f"texforce {versions().get('texforce', '')}".strip(),
+        "software": f"texforce {__version__}",
     }
 
 

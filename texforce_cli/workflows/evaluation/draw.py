@@ -64,6 +64,7 @@ def recipes(request: EvalRequest, *, to_draw: bool = False) -> list[Recipe]:
     Raises:
         UsageError, TexforceError: a model or LoRA that is not there or cannot be read.
     """
+    from texforce_cli.diffusion.models import hub_index
     from texforce_cli.workflows.drawing import denoising_for, source_for
     from texforce_cli.workflows.loras import load_lora, weights_of
 
@@ -75,8 +76,9 @@ def recipes(request: EvalRequest, *, to_draw: bool = False) -> list[Recipe]:
         loras = loaded[variant.name]
         trained = next((lora.trained for lora in loras if lora.trained), {})
         source = source_for(variant.model, trained or first, request.device)
-        if to_draw and source.kind == "hub":
-            _fetch_index(source)
+        if to_draw and source.kind == "hub":  # by its branch the first pictures would be drawn again by a second run
+            with contextlib.suppress(Exception):  # whatever hinders it will hinder loading, which says so
+                hub_index(source)
         denoising = denoising_for(request, first, source.family)
         settings = {
             **_of_model(source),
@@ -91,14 +93,6 @@ def recipes(request: EvalRequest, *, to_draw: bool = False) -> list[Recipe]:
         }
         made.append(Recipe(variant, loras, trained, source, denoising, json.loads(json.dumps(settings))))
     return made
-
-
-def _fetch_index(source: ModelSource) -> None:
-    """What tells the commit: else the first pictures of a model would be called by its branch, and drawn again by a second run."""
-    from huggingface_hub import hf_hub_download
-
-    with contextlib.suppress(Exception):  # whatever hinders it will hinder loading, which says so
-        hf_hub_download(source.location, "model_index.json", revision=source.revision)
 
 
 def settings_of(request: EvalRequest) -> dict[str, Mapping[str, Any]]:

@@ -20,7 +20,7 @@ from texforce_cli.team import launched
 from texforce_cli.team.processes import Lost, Processes
 from texforce_cli.team.start import joined
 from texforce_cli.workflows.evaluation.draw import draw_share
-from texforce_cli.workflows.evaluation.pictures import Item
+from texforce_cli.workflows.evaluation.pictures import Item, picture_path
 from texforce_cli.workflows.evaluation.request import EvalRequest, recalled
 from texforce_cli.workflows.evaluation.run import EvalResult, evaluate
 from texforce_cli.workflows.evaluation.variants import check_variants
@@ -56,7 +56,7 @@ def _share(processes: int, listener: Listener, request: EvalRequest, items: Sequ
     threads = max(1, torch.get_num_threads() // processes)
     context = multiprocessing.get_context("spawn")
     drawn = [v.name for v in request.variants if not v.images]
-    places = [request.out / "pictures" / name / f"{item.name}.png" for name in drawn for item in items]
+    places = [picture_path(request.out, name, item) for name in drawn for item in items]
     with ProcessPoolExecutor(processes, context, initializer=_begin, initargs=(threads,)) as pool:
         futures = [pool.submit(draw_share, request, (index, processes), silent) for index in range(processes)]
         try:
