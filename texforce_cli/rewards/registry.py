@@ -346,21 +346,13 @@ def _note_broken(broken: dict[str, str], origin: str, error: BaseException) -> N
 REWARDS, JUDGES = "texforce_register_rewards", "texforce_register_judges"
 
 
-class Loads(Protocol):
-    """What brings a plugin's module: an entry point, or what stands in for one that cannot be read."""
-
-    def load(self) -> Any:
-        """The module, or the object, that it names."""
-        ...
-
-
 @dataclass(frozen=True)
 class Plugin:
     """An installed distribution that offers something, not loaded yet."""
 
     origin: str
     version: str
-    entry: Loads
+    entry: importlib.metadata.EntryPoint | _Unreadable
 
     def load(self) -> Any:
         """What its entry point names.

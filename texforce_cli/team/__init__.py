@@ -37,7 +37,7 @@ class Team:
 
     def of_leader(self, value: Any = None) -> Any:
         """What the leader gave."""
-        return value
+        return self.each(value if self.rank == 0 else None)[0]
 
     def look(self) -> None:
         """Between exchanges, which may be minutes: raise where one of the others has left or ended."""
@@ -54,9 +54,6 @@ class Team:
 
     def leave(self, error: BaseException) -> None:
         """Tell the others why this process goes."""
-
-    def close(self) -> None:
-        """Nothing more will be exchanged."""
 
 
 def launched(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:

@@ -134,9 +134,6 @@ class Processes(Team):
                 self._store.delete_key(f"{self._turn - 1}/{self.rank}")
         return values
 
-    def of_leader(self, value: Any = None) -> Any:
-        return self.each(value if self.rank == 0 else None)[0]
-
     def get_on(self) -> None:
         self._steps += 1
 
@@ -171,6 +168,7 @@ class Processes(Team):
             self._store.wait([f"done/{rank}" for rank in range(1, self.size)], timedelta(seconds=LAST_WORDS))
 
     def close(self) -> None:
+        """Nothing more will be exchanged."""
         import torch.distributed as dist
 
         self.stopped.set()
