@@ -180,10 +180,10 @@ def diversity(pictures: Sequence[NDArray[np.uint8]]) -> float:
     return float(np.mean(np.sqrt(np.mean((small[first] - small[second]) ** 2, axis=(1, 2, 3)))))
 
 
-def _shrunk(picture: NDArray[np.uint8], side: int = 32) -> Any:
-    """Averages over the cells of a side x side grid, 0 to 1."""
+def _shrunk(picture: NDArray[np.uint8]) -> Any:
+    """Averages over the cells of a 32 x 32 grid, 0 to 1."""
     height, width = picture.shape[:2]
-    rows, columns = (np.linspace(0, length, side + 1).astype(int) for length in (height, width))
+    rows, columns = (np.linspace(0, length, 33).astype(int) for length in (height, width))
     values = picture.astype(np.float64) / 255
     values = np.add.reduceat(values, rows[:-1], axis=0) / np.maximum(1, np.diff(rows))[:, None, None]
     return np.add.reduceat(values, columns[:-1], axis=1) / np.maximum(1, np.diff(columns))[None, :, None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,20 +82,11 @@ def rollout(
 
 
 @torch.no_grad()
-def draw(
-    policy: Policy,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    *,
-    batch: int,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> NDArray[np.uint8]:
+def draw(policy: Policy, prompts: Sequence[str], seeds: Sequence[int], *, batch: int) -> NDArray[np.uint8]:
     """Images only: uint8 [N, height, width, 3] for each (prompt, seed), `batch` at a time."""
     images = []
     for start in range(0, len(prompts), batch):
-        stop = min(start + batch, len(prompts))
-        images.append(rollout(policy, prompts[start:stop], seeds[start:stop]).images)
-        progress(stop, len(prompts))
+        images.append(rollout(policy, prompts[start : start + batch], seeds[start : start + batch]).images)
     return np.concatenate(images)
 
 

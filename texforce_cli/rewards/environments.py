@@ -52,9 +52,7 @@ class Environment:
     package: str
     version: str
     folder: Path
-    python_version: str
     rewards: tuple[Mapping[str, Any], ...]
-    lock: str = ""
 
     @property
     def python(self) -> Path:
@@ -111,9 +109,7 @@ def installed() -> tuple[list[Environment], dict[str, str]]:
                 package=package,
                 version=str(manifest["version"]),
                 folder=path.parent / Path(manifest["folder"]).name,
-                python_version=str(manifest["python"]),
                 rewards=tuple(dict(entry) for entry in manifest["rewards"]),
-                lock=str(manifest.get("lock", "")),
             )
             if not environment.python.exists():
                 raise ValueError("its interpreter is gone")
@@ -273,7 +269,7 @@ def _adopt(folder: Path, lock: str) -> Environment:
                 raise write_error(home, error) from error
             raise
     _sweep()
-    return Environment(package, version, final, str(told["python"]), tuple(rewards), lock)
+    return Environment(package, version, final, tuple(rewards))
 
 
 def remove(package: str) -> int:

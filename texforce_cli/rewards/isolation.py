@@ -32,6 +32,8 @@ _BACK_OFF = (0.0, 0.5, 2.0)
 """Seconds before the first, second, third start in a row; then no more."""
 _MOST_POISONED = 3
 """So many pictures of one batch may fail alone; then it is the reward that is at fault, not they."""
+_LARGEST_NOISE = 2**16
+"""So many bytes before the first frame are passed over: a login shell on another machine may greet."""
 _REMEMBERED_LINES = 30
 _DYING = 5.0
 """Seconds until a process that was killed is no longer waited for."""
@@ -112,7 +114,9 @@ class Worker:
         self._listener.start()
         if self._start:
             try:
-                self.ask(self._start, timeout=self.settings.start_timeout, noise=2**16 if self.place.host else 0)
+                self.ask(
+                    self._start, timeout=self.settings.start_timeout, noise=_LARGEST_NOISE if self.place.host else 0
+                )
             except RewardFailure:
                 self.kill()
                 raise
@@ -292,7 +296,7 @@ def visible_devices() -> list[str]:
     return [name.strip() for name in names[:count]]
 
 
-def ask_once(place: Place, header: Mapping[str, Any], *, timeout: float = 300.0) -> dict[str, Any]:
+def ask_once(place: Place, header: Mapping[str, Any]) -> dict[str, Any]:
     """The answer of a fresh worker to one request that needs no reward.
 
     Raises:
@@ -301,7 +305,7 @@ def ask_once(place: Place, header: Mapping[str, Any], *, timeout: float = 300.0)
     asked = Worker(place, {}, WorkerSettings())
     try:
         asked.ensure()
-        return asked.ask(header, timeout=timeout)
+        return asked.ask(header, timeout=300.0)
     finally:
         asked.close()
 

@@ -35,9 +35,9 @@ class Published:
     def __str__(self) -> str:
         return f"'{self.file}' of {self.repository}@{self.revision[:12]}"
 
-    def sibling(self, file: str, sha256: str = "") -> Published:
+    def sibling(self, file: str) -> Published:
         """Another file of the same repository and revision."""
-        return Published(self.repository, self.revision, file, sha256)
+        return Published(self.repository, self.revision, file)
 
 
 def locate(published: Published, given: str, option: str) -> Path:

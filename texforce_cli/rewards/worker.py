@@ -30,8 +30,6 @@ MAGIC = b"TXF1"
 _LENGTHS = struct.Struct(">II")
 LARGEST_HEADER = 16 * 2**20
 LARGEST_PAYLOAD = 2**30
-_LARGEST_NOISE = 2**16
-"""So many bytes before the first frame are passed over: a login shell on another machine may greet."""
 
 
 class FrameError(ValueError):

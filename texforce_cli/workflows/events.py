@@ -92,7 +92,6 @@ class EpochDone:
     """An epoch is finished and saved."""
 
     report: EpochReport
-    images: int
 
 
 Event = Note | Warned | Started | Checked | Progressed | Evaluated | EpochDone

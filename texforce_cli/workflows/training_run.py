@@ -321,7 +321,7 @@ class TrainingRun:
             with self.stop.shielded():  # it takes less than what --save-within keeps for it
                 self._save(row, state)
             self._conclude()
-        self.listener(EpochDone(report, row["images"]))
+        self.listener(EpochDone(report))
         if self.flat_epochs >= FLAT_EPOCHS:
             raise Unsuited(
                 f"the rewards did not vary in {FLAT_EPOCHS} epochs in a row: the reward cannot tell these pictures apart",
