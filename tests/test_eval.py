@@ -888,13 +888,12 @@ def test_a_picture_that_an_isolated_reward_cannot_score_has_no_score(
         seen[Item(text, 0)] = Found(path, str(number), f"pixels {number}")
     info = RewardInfo("picky", "picky:R", "third", "1")
     metric, scores, failed = Metric(TermSpec("picky"), info), ScoreFile(Path("s.jsonl")), []
-    seconds = EvalRequest(Path()).reward_timeout
     monkeypatch.setattr(running, "score_pictures", lambda *given, **named: settings.append(named["workers"]))
     settings: list[WorkerSettings] = []
     running._score(
         EvalRequest(Path()), metric, Registry(), scores, {}, running._Missing([]), lambda _: None, StopRequest()
     )
-    assert settings == [WorkerSettings(seconds, substitute=False)]
+    assert settings == [WorkerSettings(300.0, substitute=False)]
     score_pictures(
         scores,
         metric,

@@ -113,9 +113,7 @@ def test_alpha_is_that_of_its_author() -> None:
             [1, 2, 3, 3, 2, 4, 4, 1, 2, 5, 1, nan],
         ]
     )
-    assert krippendorff_alpha(values, "nominal") == pytest.approx(0.743, abs=5e-4)
-    assert krippendorff_alpha(values, "ordinal") == pytest.approx(0.815, abs=5e-4)
-    assert krippendorff_alpha(values, "interval") == pytest.approx(0.849, abs=5e-4)
+    assert krippendorff_alpha(values) == pytest.approx(0.815, abs=5e-4)
     assert krippendorff_alpha(np.array([[1.0, 2.0, 3.0]] * 2)) == 1
     assert math.isnan(krippendorff_alpha(np.ones((2, 3))))
     assert math.isnan(krippendorff_alpha(np.full((2, 3), nan)))

@@ -37,7 +37,7 @@ class Comparison:
 
     `difference` in the metric's unit; `win_rate` of pictures, ties half; `p` of Wilcoxon's signed-rank test, None of one
     unit; `effect` the mean difference over its standard deviation (Cohen's d_z); `detectable` the smallest difference that
-    this many units find with 80 % power. `units` is what was counted: `prompts`, or `seeds` of the only one.
+    this many units find with 80 % power. Prompts are counted, or the seeds of the only one.
     """
 
     difference: Interval
@@ -45,7 +45,6 @@ class Comparison:
     p: float | None
     effect: float
     detectable: float
-    units: str
 
 
 def unit_means(values: ByPrompt) -> Floats:
@@ -122,7 +121,6 @@ def compare(values: ByPrompt, baseline: ByPrompt, *, higher_is_better: bool = Tr
         p=signed_rank(units),
         effect=mean / spread if spread > 0 else (0.0 if mean == 0 else math.copysign(math.inf, mean)),
         detectable=reach * spread / math.sqrt(n) if math.isfinite(difference.low) else math.nan,
-        units="prompts" if len(pairs) > 1 else "seeds",
     )
 
 

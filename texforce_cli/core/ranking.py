@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,8 +90,8 @@ def kendall_w(ranks: Floats) -> float:
     return 12 * deviation / most if judges > 1 and most > 0 else math.nan
 
 
-def krippendorff_alpha(values: Floats, level: Literal["nominal", "ordinal", "interval"] = "ordinal") -> float:
-    """Krippendorff's alpha of `values` [judges, objects], nan where a judge gave none: 1 where all agree, 0 where they
+def krippendorff_alpha(values: Floats) -> float:
+    """Krippendorff's alpha of ordinal `values` [judges, objects], nan where a judge gave none: 1 where all agree, 0 where they
     agree as by chance, below 0 where they agree less (Krippendorff, "Computing Krippendorff's Alpha-Reliability", 2011).
     nan where no object has two values, or all values are the same.
     """
@@ -105,11 +104,8 @@ def krippendorff_alpha(values: Floats, level: Literal["nominal", "ordinal", "int
     same = np.eye(counts.shape[1]) * counts[:, None, :]
     observed = ((counts[:, :, None] * counts[:, None, :] - same) / np.maximum(given - 1, 1)).sum(axis=0)
     total = observed.sum(axis=0)
-    if level == "nominal":
-        distance = 1 - np.eye(len(total))
-    else:  # an ordinal value lies where half of its own kind are below it
-        places = known if level == "interval" else np.cumsum(total) - total / 2
-        distance = (places[:, None] - places[None, :]) ** 2
+    places = np.cumsum(total) - total / 2  # an ordinal value lies where half of its own kind are below it
+    distance = (places[:, None] - places[None, :]) ** 2
     expected = float((np.outer(total, total) * distance).sum())
     return 1 - (total.sum() - 1) * float((observed * distance).sum()) / expected if expected > 0 else math.nan
 

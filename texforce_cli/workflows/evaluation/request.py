@@ -49,7 +49,6 @@ class EvalRequest(DrawingOptions):
     seeds: tuple[int, ...] = (0, 1, 2, 3)
     metrics: tuple[str, ...] = ()
     metric_options: tuple[str, ...] = ()
-    reward_timeout: float = 300.0
     votes: tuple[str, ...] = ()
     single_file: bool = False
     stage: Stage = "all"

@@ -50,6 +50,8 @@ from texforce_cli.workflows.stopping import StopRequest
 Pictures = Mapping[str, Mapping[Item, Found]]
 """Variant -> cell -> the picture, of those that can be read."""
 Drawing = Callable[[EvalRequest, Sequence[Item], StopRequest], None]
+_REWARD_TIMEOUT = 300.0
+"""Seconds that an isolated metric may take for a batch."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +202,7 @@ def _score(
         registry,
         found,
         batch=request.batch,
-        workers=WorkerSettings(request.reward_timeout, substitute=False),
+        workers=WorkerSettings(_REWARD_TIMEOUT, substitute=False),
         failed=lambda variant, item, why: missing.tell(variant, item, f"{metric.name}: {why}"),
         progress=lambda done, total: listener(Progressed(metric.name, done, total)),
         check=stop.check,
