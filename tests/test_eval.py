@@ -1240,6 +1240,17 @@ def test_the_page_has_every_picture_that_can_be_read_with_or_without_scores(monk
     assert len({pictures_hash(page) for page in pages}) == 1
 
 
+def test_how_much_of_the_page_is_written_is_told() -> None:
+    elsewhere("a", GREYS)
+    written("x\ny\n")
+    told: list[Any] = []
+    images = gather_variants([], None, ["a=a"])
+    request = EvalRequest(Path("out"), variants=images, prompts="p.txt", seeds=(0, 1), metrics=("brightness",))
+    running.evaluate(request, told.append)
+    pages = [event for event in told if isinstance(event, Progressed) and event.phase == "report"]
+    assert [(event.done, event.total) for event in pages] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
 def test_what_is_given_beside_a_folder_counts() -> None:
     elsewhere("a", GREYS)
     elsewhere("b", {cell: level + 100 for cell, level in GREYS.items()})

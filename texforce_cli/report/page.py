@@ -141,7 +141,11 @@ class Page:
 
 
 def write_page(
-    page: Page, folder: Path, *, single_file: bool = False, progress: Callable[[int, int], None] | None = None
+    page: Page,
+    folder: Path,
+    *,
+    single_file: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:
     """Write folder/index.html and return its path.
 
@@ -207,9 +211,7 @@ class _Media:
     height: int
 
 
-def _media(
-    page: Page, folder: Path, single_file: bool, progress: Callable[[int, int], None] | None
-) -> dict[str, _Media]:
+def _media(page: Page, folder: Path, single_file: bool, progress: Callable[[int, int], None]) -> dict[str, _Media]:
     """The media of each different picture, by its SHA-256, in the order of the page."""
     keys = [(v.name, p.id, s) for v in page.variants for p in page.prompts for s in page.seeds]
     different = {page.pictures[key].sha256: page.pictures[key].path for key in keys if key in page.pictures}
@@ -219,8 +221,7 @@ def _media(
     with ahead(make, different.values(), different) as results:
         for sha256, media in zip(different, results):
             made[sha256] = media
-            if progress:
-                progress(len(made), len(different))
+            progress(len(made), len(different))
     return made
 
 

@@ -137,7 +137,12 @@ def evaluate(request: EvalRequest, listener: Listener = silent, *, beforehand: D
         write_summary(summary, request.out)
         write_scores(values, items, unseen, request.out)
         listener(Note("writing the report"))
-        written = write_page(page, request.out / "report", single_file=request.single_file)
+        written = write_page(
+            page,
+            request.out / "report",
+            single_file=request.single_file,
+            progress=lambda done, total: listener(Progressed("report", done, total)),
+        )
     return EvalResult(request.out, summary, written, tuple(missing.entries))
 
 
