@@ -170,6 +170,7 @@ TRAIN = ["train", "--reward", "brightness", "--model", "tiny"]
         ([*TRAIN, "--config", "none.toml"], ["there is no file 'none.toml'"]),
         ([*TRAIN, "--reward-option", "brightness.x=1"], ["has no option 'x'"]),
         ([*TRAIN, "--nonsense"], ["No such option"]),
+        ([*TRAIN, "--fit-micro-batch", "--dry-run"], ["No such option"]),
         (["trian"], ["No such command"]),
         (["demo", "--images", "1"], ["256"]),
     ],

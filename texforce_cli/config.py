@@ -38,7 +38,8 @@ FIRST, MODEL, SAMPLING, ADAPTER, LEARNING, REWARDS, EVALUATION, OUTPUT = (
 def option(
     default: Any, panel: str, help: str, check: Callable[[Any], str | None] | None = None, *, unit: str = ""
 ) -> Any:
-    """A field with its help panel and text; `check` returns what is wrong with a value, or None; `unit` may stand behind it."""
+    """A field with its help panel and text; `check` returns what is wrong with a value, or None; `unit` may stand behind it.
+    One without a panel is no option of the command line: it is recorded, and files may say it."""
     about = {"panel": panel, "help": help, "check": check, "unit": unit}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=about)
@@ -146,7 +147,7 @@ class TrainConfig:
         _positive,
     )
     fit_micro_batch: bool = option(
-        False, LEARNING, "What --micro-batch auto stands for: start from the preset's and double it."
+        False, "", "What --micro-batch auto stands for: start from the preset's and double it."
     )
     timestep_batch: int = option(
         0,

@@ -16,12 +16,13 @@ _METAVARS = {int: "N", float: "X"}
 
 
 def add_train_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command that takes (**flags) one option for each field of TrainConfig, unset by default."""
+    """Give a command that takes (**flags) one option for each field of TrainConfig that has a panel, unset by default."""
     hints = get_type_hints(command, include_extras=True)
     own = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
     made = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_annotation(name))
-        for name in FIELDS
+        for name, field in FIELDS.items()
+        if field.metadata["panel"]
     ]
     own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[p.name]) for p in own]
     command.__signature__ = inspect.Signature([*made, *own])  # type: ignore[attr-defined]
