@@ -169,7 +169,7 @@ def test_prompts_from_a_file_and_hostile_ones(capsys: pytest.CaptureFixture[str]
         (["a cat", "--size", "63"], "is not a positive multiple of 4", 2),
         (["a cat", "--safety-checker"], "without a safety checker", 1),
         (["a cat", "--prompts", "nowhere.txt"], "there is no file", 2),
-        (["a cat", "--steps", "0"], "1<=x<=1000", 2),
+        (["a cat", "--steps", "0"], "--steps 0 is not between 1 and 1000", 2),
     ],
 )
 def test_bad_input_is_one_sentence(
