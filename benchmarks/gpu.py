@@ -28,7 +28,7 @@ from texforce_cli.prompts import Prompt
 from texforce_cli.rewards.registry import load_registry
 from texforce_cli.tiny import WEIGHTS
 from texforce_cli.workflows.assembly import make_adapter, make_algorithm, make_optimisation, make_policy, make_rewards
-from texforce_cli.workflows.plan import memory_of
+from texforce_cli.workflows.cost import memory_of
 from texforce_cli.workflows.run_folder import versions
 
 _PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -12,13 +12,8 @@ from hypothesis import strategies as st
 
 from texforce_cli.config import FIELDS, TrainConfig, differences, given, resolve
 from texforce_cli.errors import UsageError
-from texforce_cli.presets import (
-    PRESETS,
-    Family,
-    Memory,
-    automatic_preset,
-    computed_petaflop,
-)
+from texforce_cli.presets import PRESETS, Family, automatic_preset
+from texforce_cli.workflows.cost import Memory, computed_petaflop
 from texforce_cli.workflows.plan import plan
 
 

@@ -21,12 +21,12 @@ from texforce_cli.errors import UsageError
 from texforce_cli.files import user_path
 from texforce_cli.lora.read import find_lora, read_lora
 from texforce_cli.lora.spec import parse_lora
-from texforce_cli.presets import Memory, computed_hours, computed_petaflop
 from texforce_cli.prompts import PromptSet, load_prompts
 from texforce_cli.prompts.heldout import heldout_pairs, repeated
 from texforce_cli.rewards.registry import Registry, RewardInfo, load_registry
 from texforce_cli.rewards.terms import find, parse_hosts, parse_terms
 from texforce_cli.team import sharing
+from texforce_cli.workflows.cost import computed_hours, computed_petaflop, memory_of
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Plan:
         """Images and U-Net calls (one image, one branch, one step) of the whole run.
 
         For Stable Diffusion also what is computed from its layers, and not measured, the memory that of one process: see
-        `presets`.
+        `workflows.cost`.
         """
         c = self.config
         images = c.total_epochs * c.samples_per_epoch
@@ -202,20 +202,6 @@ def _chosen(config: TrainConfig, origins: Mapping[str, str], source: ModelSource
             chosen["grad_accum"] = config.update_batch // fits
             chosen["fit_micro_batch"] = memory is not None  # one that is the machine's own swaps before it is full
     return chosen
-
-
-def memory_of(config: TrainConfig, size: int) -> Memory:
-    """What each process of a run on Stable Diffusion holds, with pictures of `size` pixels."""
-    return Memory(
-        config.train,
-        config.precision,
-        config.gradient_checkpointing,
-        config.branches[1],
-        min(config.timestep_batch or 1, TrainSteps.parse(config.train_steps).count(config.steps)),
-        -(-config.samples_per_epoch // sharing(config.num_processes)[0]),
-        config.kept_latents,
-        size,
-    )
 
 
 def _absolute(source: str) -> str:

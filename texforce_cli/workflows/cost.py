@@ -1,0 +1,68 @@
+"""What a run on Stable Diffusion costs: its work and its memory, computed from the layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from texforce_cli.config import TrainConfig
+from texforce_cli.core.train_steps import TrainSteps
+from texforce_cli.team import sharing
+
+_TFLOP_PER_CALL = 0.80
+"""One U-Net call of SD 1.x for one 512-pixel image and branch, computed from its layers (0.40 T multiply-adds)."""
+_ACTIVATIONS = {"text-encoder": 0.42, "unet": 0.53, "both": 0.56}
+_CHECKPOINTED = 0.15
+"""G numbers that a pass of training holds for a branch and an image of 512 pixels. Measured on a CPU on SD 1.5's layers, with fused
+attention: the peak of the process above its weights (docs/performance.md)."""
+
+
+def computed_petaflop(sampling_calls: float, training_calls: float, size: int) -> float:
+    """Work of a run on SD 1.x, computed: a training call is a forward and a backward, each as long as one call."""
+    return (sampling_calls + 2 * training_calls) * _TFLOP_PER_CALL * (size / 512) ** 2 / 1000
+
+
+def computed_hours(petaflop: float, teraflops: float) -> float:
+    """Hours of work at a sustained rate, rewards left out."""
+    return petaflop * 1000 / teraflops / 3600
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a run on SD 1.x holds, computed: 1.07 G parameters, and `latents` an image in fp32, which are there twice while an
+    epoch's are joined, and then once beside the activations of a pass of training through `branches` in `steps` of each image
+    together."""
+
+    train: str
+    precision: str
+    checkpointing: bool
+    branches: int
+    steps: int
+    images: int
+    latents: int
+    size: int
+
+    def gb(self, micro_batch: int) -> float:
+        """With so many images in a pass."""
+        number, pixels = 4 if self.precision == "fp32" else 2, (self.size / 512) ** 2
+        one = (_CHECKPOINTED if self.checkpointing else _ACTIVATIONS[self.train]) * number * pixels
+        one *= self.branches * self.steps
+        trajectories = self.images * self.latents * 16384 * pixels * 4 / 1e9
+        return 1.07 * number + trajectories + max(trajectories, one * micro_batch)
+
+    def micro_batch(self, gb: float) -> int:
+        """The largest of 8, 4, 2, 1 that fits into 90 % of `gb`."""
+        return max((n for n in (8, 4, 2) if self.gb(n) < 0.9 * gb), default=1)
+
+
+def memory_of(config: TrainConfig, size: int) -> Memory:
+    """What each process of a run on Stable Diffusion holds, with pictures of `size` pixels."""
+    return Memory(
+        config.train,
+        config.precision,
+        config.gradient_checkpointing,
+        config.branches[1],
+        min(config.timestep_batch or 1, TrainSteps.parse(config.train_steps).count(config.steps)),
+        -(-config.samples_per_epoch // sharing(config.num_processes)[0]),
+        config.kept_latents,
+        size,
+    )
