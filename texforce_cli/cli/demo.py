@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from texforce_cli.cli.console import Json
+
 EXAMPLE = "Example: [bold]texforce demo[/bold]"
 
 
@@ -14,7 +16,7 @@ def demo(
     images: Annotated[int, typer.Option(help="Training budget in images.", min=256)] = 2560,
     seed: Annotated[int, typer.Option(help="Seed of everything random.", min=0)] = 0,
     out: Annotated[str, typer.Option(help="Run folder, new; default runs/demo, runs/demo-2, ...")] = "",
-    json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    json: Json = False,
 ) -> None:
     """See the whole method work, offline, on the embedded model: train for some minutes, then look at before and after."""
     from texforce_cli.cli.console import note, write_json

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Optional
 
 import typer
 
-from texforce_cli.cli.sampling import Json
+from texforce_cli.cli.console import Json
 
 EXAMPLE = "Example: [bold]texforce doctor --model tiny[/bold]"
 

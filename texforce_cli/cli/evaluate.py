@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from texforce_cli.cli.console import Json
 from texforce_cli.cli.sampling import (
     AllowPickle,
     Batch,
     Device,
     Eta,
     Guidance,
-    Json,
     NegativePrompt,
     Precision,
     Scheduler,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
 import typer
 
-from texforce_cli.cli.sampling import Json
+from texforce_cli.cli.console import Json
 from texforce_cli.files import user_path
 
 if TYPE_CHECKING:

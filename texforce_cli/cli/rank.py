@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Optional
 
 import typer
 
-from texforce_cli.cli.sampling import Json
+from texforce_cli.cli.console import Json
 from texforce_cli.files import user_path
 
 EXAMPLE = "Example: [bold]texforce gpt4v-rank evals/color --judge clip[/bold]"

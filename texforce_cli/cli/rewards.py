@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from texforce_cli.cli.console import Json
 from texforce_cli.files import user_path
 
 if TYPE_CHECKING:
@@ -21,14 +22,13 @@ app = typer.Typer(
     epilog="Example: [bold]texforce rewards info jpeg-incompressibility[/bold]",
 )
 
-_JSON = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 _NAME = Annotated[str, typer.Argument(help="A reward of the list.", show_default=False)]
 _BACKEND = Annotated[str, typer.Option("--backend", help="Which way to compute it, where there are several.")]
 _YES = Annotated[bool, typer.Option("--yes", "-y", help="Ask nothing.")]
 
 
 @app.callback()
-def rewards(context: typer.Context, json: _JSON = False) -> None:
+def rewards(context: typer.Context, json: Json = False) -> None:
     """List the rewards that can be trained on; install, check and write more of them."""
     if context.invoked_subcommand is not None:
         return
@@ -58,7 +58,7 @@ def rewards(context: typer.Context, json: _JSON = False) -> None:
 
 
 @app.command(epilog="Example: [bold]texforce rewards info jpeg-incompressibility[/bold]")
-def info(name: _NAME, backend: _BACKEND = "", json: _JSON = False) -> None:
+def info(name: _NAME, backend: _BACKEND = "", json: Json = False) -> None:
     """Everything that is known of a reward, its options among it."""
     import dataclasses
 
@@ -111,7 +111,7 @@ def check(
     prompt: Annotated[str, typer.Option("--prompt", help="Its prompt.")] = "a cat",
     reward_option: Annotated[Optional[list[str]], typer.Option(help="NAME.key=value; may be repeated.")] = None,
     reward_timeout: Annotated[float, typer.Option(min=0, help="Seconds that an isolated reward may take.")] = 300.0,
-    json: _JSON = False,
+    json: Json = False,
 ) -> None:
     """Load a reward, score a picture, and say how long it took and how much memory."""
     import dataclasses

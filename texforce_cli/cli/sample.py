@@ -7,13 +7,13 @@ from typing import Annotated, Optional
 
 import typer
 
+from texforce_cli.cli.console import Json
 from texforce_cli.cli.sampling import (
     AllowPickle,
     Batch,
     Device,
     Eta,
     Guidance,
-    Json,
     NegativePrompt,
     Precision,
     Scheduler,

@@ -30,4 +30,3 @@ Precision = Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(rich_help_pa
 AllowPickle = Annotated[
     bool, typer.Option("--allow-pickle", help="Read .bin, .pt: tensors alone.", rich_help_panel=_PANEL)
 ]
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.", rich_help_panel="Output")]

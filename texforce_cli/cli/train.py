@@ -8,6 +8,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from texforce_cli.cli.console import Json
 from texforce_cli.cli.options import add_train_options
 from texforce_cli.files import user_path
 
@@ -43,9 +44,7 @@ def _train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan, load no weights.", rich_help_panel="Output")
     ] = False,
-    json: Annotated[
-        bool, typer.Option("--json", help="One JSON document on stdout.", rich_help_panel="Output")
-    ] = False,
+    json: Json = False,
     **flags: Any,
 ) -> None:
     """Fine-tune a Stable Diffusion model on any reward, with reinforcement learning on its text encoder."""
