@@ -14,13 +14,13 @@ from PIL import Image
 from transformers import CLIPImageProcessor
 
 from texforce_cli.cli.app import run
+from texforce_cli.cli.sampling import parse_seeds
 from texforce_cli.diffusion.adapters import Adapter
 from texforce_cli.diffusion.models import load_pipeline, resolve_model
 from texforce_cli.errors import UsageError
 from texforce_cli.lora.write import lora_bytes
 from texforce_cli.workflows import sample as workflow
 from texforce_cli.workflows.drawing import SCHEDULERS
-from texforce_cli.workflows.sample import parse_seeds
 
 FAST = ["--model", "tiny", "--steps", "3"]
 

@@ -24,6 +24,7 @@ from texforce_cli.cli.sampling import (
     Scheduler,
     Size,
     Steps,
+    parse_seeds,
 )
 from texforce_cli.errors import TexforceError, UsageError
 from texforce_cli.files import user_path
@@ -154,7 +155,6 @@ def evaluate(
     from texforce_cli.workflows.evaluation.request import EvalRequest, Stage, gather_variants
     from texforce_cli.workflows.evaluation.sharing import evaluate_in
     from texforce_cli.workflows.events import silent
-    from texforce_cli.workflows.sample import parse_seeds
 
     if images_only + score_only + report_only > 1:
         raise UsageError("--images-only, --score-only and --report-only exclude each other", "give one of them")

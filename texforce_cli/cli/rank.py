@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Optional
 import typer
 
 from texforce_cli.cli.console import Json
+from texforce_cli.cli.sampling import parse_seeds
 from texforce_cli.files import user_path
 
 EXAMPLE = "Example: [bold]texforce gpt4v-rank evals/color --judge clip[/bold]"
@@ -92,7 +93,6 @@ def rank(
     from texforce_cli.cli.live import TrainView
     from texforce_cli.errors import UsageError
     from texforce_cli.workflows.ranking.run import RankRequest, plan_ranking, rank_pictures
-    from texforce_cli.workflows.sample import parse_seeds
 
     if not judge:
         raise UsageError("no judge is given", "add --judge clip (offline), votes, or openai:MODEL")

@@ -19,6 +19,7 @@ from texforce_cli.cli.sampling import (
     Scheduler,
     Size,
     Steps,
+    parse_seeds,
 )
 from texforce_cli.files import user_path
 
@@ -85,7 +86,7 @@ def sample(
     request = workflow.SampleRequest(
         prompts=prompts or [],
         prompt_set=prompts_file,
-        seeds=workflow.parse_seeds(seeds),
+        seeds=parse_seeds(seeds),
         out=out,
         model=model,
         loras=lora or [],

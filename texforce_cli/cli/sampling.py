@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal, Optional
 
 import typer
+
+from texforce_cli.errors import UsageError
 
 _PANEL = "Sampling"
 
@@ -30,3 +33,21 @@ Precision = Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(rich_help_pa
 AllowPickle = Annotated[
     bool, typer.Option("--allow-pickle", help="Read .bin, .pt: tensors alone.", rich_help_panel=_PANEL)
 ]
+
+
+def parse_seeds(text: str) -> list[int]:
+    """`7`, `0:8` (0 to 7), `1,5,9`, or a mixture: `0:4,100`.
+
+    Raises:
+        UsageError: not that, negative, empty, or more than 100,000.
+    """
+    seeds: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,18})(?::(\d{1,18}))?\s*", part)
+        if not match:
+            raise UsageError(f"the seeds '{text}' cannot be read", "write 7, 0:8 (which is 0 to 7) or 1,5,9")
+        first, last = int(match[1]), int(match[2]) if match[2] else int(match[1]) + 1
+        if not 0 < last - first <= 100_000:
+            raise UsageError(f"the seeds '{part}' are {max(0, last - first)}", "write FIRST:LAST with LAST above FIRST")
+        seeds.extend(range(first, last))
+    return seeds
