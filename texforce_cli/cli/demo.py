@@ -20,11 +20,11 @@ def demo(
 ) -> None:
     """See the whole method work, offline, on the embedded model: train for some minutes, then look at before and after."""
     from texforce_cli.cli.console import note, write_json
-    from texforce_cli.cli.live import TrainView, result_document, summarise
+    from texforce_cli.cli.live import View, result_document, summarise
     from texforce_cli.workflows.demo import demo as workflow
 
     note("Training the text encoder of the embedded model to ask for pictures with more detail (larger JPEG files).")
-    with TrainView() as view:
+    with View() as view:
         result, picture = workflow(images=images, seed=seed, out=Path(out) if out else None, listener=view)
     summarise(result)
     note(f"before and after: {picture}")

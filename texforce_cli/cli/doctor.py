@@ -19,10 +19,10 @@ def doctor(
 ) -> None:
     """Look whether a run will work here: versions, device, room, plugins, and the ratio preflight on the model."""
     from texforce_cli.cli.console import data, warn, write_json
-    from texforce_cli.cli.live import TrainView
+    from texforce_cli.cli.live import View
     from texforce_cli.workflows.doctor import document, examine
 
-    with TrainView() as view:
+    with View() as view:
         findings, ready = examine(model, device, precision, view)
     troubles = [finding for finding in findings if finding.trouble]
     if json:

@@ -143,7 +143,7 @@ def evaluate(
 ) -> None:
     """Compare models and LoRAs on the same prompts and noise: paired intervals, win rates, a page to look at."""
     from texforce_cli.cli.console import note, warn, write_json
-    from texforce_cli.cli.live import TrainView
+    from texforce_cli.cli.live import View
     from texforce_cli.team import launched
 
     if (
@@ -189,7 +189,7 @@ def evaluate(
         if not follower:
             _show_plan(plan, json)
         return
-    with _of_metrics(), nullcontext(silent) if follower else TrainView() as view:
+    with _of_metrics(), nullcontext(silent) if follower else View() as view:
         result = evaluate_in(num_processes, request, view)
     if follower:
         return

@@ -163,9 +163,9 @@ def _view() -> Iterator[Listener]:
     from texforce_cli.cli.console import plain, warn
 
     if not plain(sys.stderr):
-        from texforce_cli.cli.live import TrainView
+        from texforce_cli.cli.live import View
 
-        with TrainView() as view:
+        with View() as view:
             yield view
     else:
         from texforce_cli.workflows.events import Warned

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from texforce_cli.workflows.training_run import TrainResult
 
 
-class TrainView:
+class View:
     """A listener that draws on stderr; bars only on a terminal."""
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class TrainView:
         self._tasks: dict[str, TaskID] = {}
         self._total = 0
 
-    def __enter__(self) -> TrainView:
+    def __enter__(self) -> View:
         with heard_or_not():
             self._progress.start()
         return self

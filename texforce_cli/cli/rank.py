@@ -90,7 +90,7 @@ def rank(
 ) -> None:
     """Let a judge compare the pictures of several variants: ranks, strengths, and how far to trust them."""
     from texforce_cli.cli.console import note, warn, write_json
-    from texforce_cli.cli.live import TrainView
+    from texforce_cli.cli.live import View
     from texforce_cli.errors import UsageError
     from texforce_cli.workflows.ranking.run import RankRequest, plan_ranking, rank_pictures
 
@@ -121,7 +121,7 @@ def rank(
     if dry_run:
         _show_plan(plan_ranking(request), json)
         return
-    with TrainView() as view:
+    with View() as view:
         result = rank_pictures(request, view)
     if json:
         write_json(dict(result.summary))

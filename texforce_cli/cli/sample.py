@@ -80,7 +80,7 @@ def sample(
 ) -> None:
     """Draw pictures with a model and any number of LoRAs; the same seed gives the same noise whatever else changes."""
     from texforce_cli.cli.console import note, warn, write_json
-    from texforce_cli.cli.live import TrainView
+    from texforce_cli.cli.live import View
     from texforce_cli.workflows import sample as workflow
 
     request = workflow.SampleRequest(
@@ -107,7 +107,7 @@ def sample(
         compare=compare,
         force=force,
     )
-    with TrainView() as view:
+    with View() as view:
         result = workflow.sample(request, view)
     if result.withheld:
         warn(f"the safety checker blackened {result.withheld} pictures")

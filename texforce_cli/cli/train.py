@@ -49,7 +49,7 @@ def _train(
 ) -> None:
     """Fine-tune a Stable Diffusion model on any reward, with reinforcement learning on its text encoder."""
     from texforce_cli.cli.console import write_json
-    from texforce_cli.cli.live import TrainView, describe_plan, result_document, summarise
+    from texforce_cli.cli.live import View, describe_plan, result_document, summarise
     from texforce_cli.config import given
     from texforce_cli.team import launched
     from texforce_cli.workflows import train as workflow
@@ -64,7 +64,7 @@ def _train(
         describe_plan(made, as_json=json)
         return
     follower = launched()[0] > 0  # of a launcher's processes the first one speaks
-    with nullcontext(silent) if follower else TrainView() as view:
+    with nullcontext(silent) if follower else View() as view:
         if resume:
             result = workflow.resume(resume, flags, config_file=config, listener=view)
         else:

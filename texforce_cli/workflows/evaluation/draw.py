@@ -254,7 +254,7 @@ def _draw_variant(
     for component, path in variant.replaced.items():
         put_weights(pipeline, component, path, allow_pickle=request.allow_pickle)
     policy = policy_for(pipeline, recipe.denoising, recipe.trained)
-    drawn_by = made_with(policy.device)
+    by = drawn_by(policy.device)
     stack(pipeline, [(lora.lora.source, lora.arrays) for lora in recipe.loras])
     _warn_of_long_prompts(policy, items, listener)
     done = len(items) - sum(map(len, todo))
@@ -264,12 +264,12 @@ def _draw_variant(
             for item in part:
                 failed(variant.name, item, f"it could not be drawn ({drawn.why})")
         else:
-            save_pictures(request.out, variant.name, part, drawn, recipe.settings, drawn_by)
+            save_pictures(request.out, variant.name, part, drawn, recipe.settings, by)
         done += len(part)
         listener(Progressed(f"drawing {variant.name}", done, len(items)))
 
 
-def made_with(device: torch.device) -> str:
+def drawn_by(device: torch.device) -> str:
     """The versions and the kind of device that what is drawn depends on, in its last bits and beyond."""
     import torch
 
