@@ -1,6 +1,6 @@
 """The seam: what a training run asks of an algorithm, and nothing more.
 
-A run (`workflows/train.py`) owns the folder, the checkpoints, the pictures and the signals. An algorithm owns one epoch:
+A run (`workflows/training_run.py`) owns the folder, the checkpoints, the pictures and the signals. An algorithm owns one epoch:
 it draws what it needs, changes the adapter through its `Optimisation`, and says what happened. DDPO is the first one.
 DPOK and reward-weighted regression need nothing else from the run; ReFL, AlignProp and DRaFT also need rewards that give
 gradients, and will report nothing where `EpochReport` speaks of ratios.

@@ -1,1 +1,1 @@
-"""Pictures of results: grids, before and after, curves."""
+"""What is looked at: grids, before and after, curves, and the page of an evaluation."""

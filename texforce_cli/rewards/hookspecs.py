@@ -16,7 +16,7 @@ and nothing of ours:
     unit              of the number, as in "kB"
     range             (lowest, highest) of the number
     prompts           the prompt set that goes with it where the user names none
-    domain            "photo" where it knows nothing of drawings
+    domain            "photo" where it knows nothing of drawings, "emoji" where only of those of the embedded model
     licence           of code and weights
     differentiable    whether the class has `score_tensor`
     backend           a name for this way to compute it, where there are several under one reward name
