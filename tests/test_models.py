@@ -404,7 +404,8 @@ def test_a_run_on_a_branch_goes_on_with_the_commit_that_it_began_with(
         assert run(["train", "--resume", str(begun.path)]) == 1
         assert f"the model 'someone/a-model@{COMMIT}' is not on this machine" in capsys.readouterr().err
         assert begun.read_record()["model"]["revision"] == COMMIT
-    assert run(["train", "--resume", str(begun.path), "--model", "someone/a-model"]) == 2
+    assert run(["train", "--resume", str(begun.path), "--model", "someone/a-model"]) == 1  # its own commit is meant
+    assert run(["train", "--resume", str(begun.path), "--model", "someone/a-model@main"]) == 2
     assert f"begun with other options: model (someone/a-model@{COMMIT}" in capsys.readouterr().err
 
 

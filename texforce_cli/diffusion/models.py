@@ -145,7 +145,7 @@ def pinned(source: ModelSource) -> ModelSource:
     if source.kind != "hub" or re.fullmatch("[0-9a-f]{40}", source.revision or ""):
         return source
     with quiet():
-        commit = _hub_index(source).parent.name
+        commit = hub_index(source).parent.name
     return replace(resolve_model(f"{source.location}@{commit}"), reason=source.reason)
 
 

@@ -205,8 +205,11 @@ def _unchanging(folder: RunFolder, config: TrainConfig, wanted: Mapping[str, Any
     asked, free = dict(wanted), set(_FREE)
     device = resolve_device(asked.get("device", config.device))
     if "model" in asked:
-        source = pinned(resolve_model(asked["model"], str(device)))
-        asked["model"] = source.reference
+        source = resolve_model(asked["model"], str(device))
+        if asked["model"] == config.model.partition("@")[0]:
+            del asked["model"]  # no commit is asked for: the run's own
+        else:
+            asked["model"] = pinned(source).reference
         if source.local and _is_path(config.model):
             free.add("model")  # it may have been moved; its hashes tell whether it is the same
     if "device" in asked:
