@@ -415,6 +415,18 @@ def test_who_left_or_ended_is_heard_of_between_exchanges() -> None:
         assert ours.told and ours.knows(0)
 
 
+def test_that_the_leader_has_left_is_heard_within_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("texforce_cli.team.processes.PULSE", 0.01)
+    store, deadline = Missing(), time.monotonic() + 10
+    with contextlib.closing(alone_with(store, rank=1)) as ours:
+        ours.get_on()
+        store.kept["left/0"] = pickle.dumps(("stopped", None, 143))
+        with pytest.raises(Interrupted, match="stopped"):
+            while time.monotonic() < deadline:
+                ours.get_on()
+                time.sleep(0.01)
+
+
 @pytest.mark.parametrize(("asleep", "shown"), [(60.0, {"pulse/1": pickle.dumps("17")}), (3600.0, {})])
 def test_a_process_that_was_stopped_itself_blames_nobody(
     asleep: float, shown: dict[str, bytes], monkeypatch: pytest.MonkeyPatch

@@ -43,7 +43,7 @@ class Team:
         """Between exchanges, which may be minutes: raise where one of the others has left or ended."""
 
     def get_on(self) -> None:
-        """Within what may take long: who waits for this process shall know that it does not hang."""
+        """Within what may take long: who waits for this process shall know that it does not hang. Raise where the leader has left."""
 
     def device(self, name: str) -> str:
         """The device of this process where the job's is `name`."""

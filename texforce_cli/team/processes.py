@@ -56,6 +56,8 @@ class Processes(Team):
         self._ended = ended
         self._patience = START
         self._turn, self._steps = 0, 0
+        self._over = False
+        """Whether the leader has left."""
         self._pulses: dict[int, str] = {}
         self._felt = -_PULSELESS
         self.answered = 0
@@ -135,10 +137,12 @@ class Processes(Team):
         return values
 
     def get_on(self) -> None:
+        if self._over:  # the leader does not wait long
+            self.look()
         self._steps += 1
 
     def look(self) -> None:
-        self.get_on()
+        self._steps += 1
         try:
             self._see_who_left()
             silent = self._felt_no_pulse()
@@ -291,7 +295,7 @@ class Processes(Team):
             count += 1
             with contextlib.suppress(RuntimeError, TexforceError):  # the disk may be full for a moment only
                 self._set(f"pulse/{self.rank}", f"{count} {self._steps}")
-                self._store.check([f"pulse/{self.rank}"])  # to what is set a store says nothing
+                self._over = self._store.check(["left/0"])  # and to what is set a store says nothing
             self.answered += 1
             if self.stopped.wait(PULSE):
                 return
