@@ -37,6 +37,7 @@ from texforce_cli.workflows import assembly, learner, plan, sample
 from texforce_cli.workflows.drawing import draw_pictures
 from texforce_cli.workflows.evaluation import draw as evaluation_draw
 from texforce_cli.workflows.learner import Learner
+from texforce_cli.workflows.run_folder import RunFolder
 
 ELSEWHERE = torch.device("lazy:0")
 """A device that this machine does not have either; autograd computes for it in the calling thread, as for the CPU."""
@@ -181,7 +182,7 @@ def test_the_gpu_of_a_run_is_claimed_before_its_rewards_choose_one(
         rank, size = 1, 2
 
         def of_leader(self, value: Any = None) -> Any:
-            return {"device": "cuda"}, made.prompts, {}
+            return RunFolder(Path("a")), {"device": "cuda"}, made.prompts, {}
 
         def device(self, name: str) -> str:
             return "cuda:3"

@@ -44,6 +44,7 @@ from texforce_cli.team.store import Folder
 from texforce_cli.workflows.assembly import make_scoring
 from texforce_cli.workflows.learner import Learner, follow
 from texforce_cli.workflows.plan import plan
+from texforce_cli.workflows.run_folder import RunFolder
 from texforce_cli.workflows.stopping import StopRequest
 from texforce_cli.workflows.training_run import TrainingRun
 
@@ -509,7 +510,7 @@ def test_a_full_memory_in_a_process_that_follows_is_a_sentence_there_and_for_the
         raise torch.OutOfMemoryError("full")
 
     made, store = plan({"reward": ["brightness"], "model": "tiny", "device": "cpu"}), Missing()
-    store.kept["1/0"] = pickle.dumps((asdict(made.config), made.prompts, {}, {}))
+    store.kept["1/0"] = pickle.dumps((RunFolder(Path("run")), asdict(made.config), made.prompts, {}, {}))
     monkeypatch.setattr("texforce_cli.workflows.learner._scoring_beside", full)
     with contextlib.closing(alone_with(store, rank=1)) as ours, contextlib.closing(alone_with(store)) as leader:
         with pytest.raises(TexforceError, match="the memory of cpu is full"):

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -73,22 +73,25 @@ class Rollouts:
     warnings: tuple[str, ...]
 
 
-class Kept(Protocol):
-    """Where the batches of an epoch under way outlive an interruption."""
+class Kept:
+    """Where the batches of an epoch under way outlive an interruption: here, nowhere."""
 
-    def take(
-        self, epoch: int, first: int, seeds: Sequence[int], prompts: Sequence[str], device: torch.device
-    ) -> Trajectory | None:
-        """The batch that begins with image `first`, of the first of these images; None where it is not there."""
-        ...
+    def found(self, epoch: int, prompts: Mapping[int, str], device: torch.device) -> Iterator[Trajectory]:
+        """Those of the images of an epoch that begins, `prompts` by their seeds, that are there, each once."""
+        return iter(())
 
     def keep(self, epoch: int, first: int, drawn: Trajectory) -> None:
-        """A batch that was drawn."""
-        ...
+        """A batch that was drawn, whose first image is number `first` of the epoch."""
 
     def all_drawn(self) -> None:
-        """All of the epoch is."""
-        ...
+        """What this process draws of the epoch is."""
+
+    def save(self) -> None:
+        """The epoch is broken off."""
+
+    def warnings(self) -> list[str]:
+        """What there is to say since the last call."""
+        return []
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ class DDPO:
         kept: Kept | None = None,
     ) -> None:
         self.team = team or Team()
-        self._kept = kept
+        self._kept = kept or Kept()
         self.policy, self.rewards, self.optimisation = policy, rewards, optimisation
         self.prompts, self.settings, self.seed, self.progress = list(prompts), settings, seed, progress
         self.tracker = adv.PromptTracker()
@@ -288,7 +291,9 @@ class DDPO:
         with self._timed("training"):
             updates = [] if flat else list(self._learn(epoch, rollouts, advantages))
             self._empty()
-        halved = dict.fromkeys(text for texts in self.team.each(self._halved) for text in texts)
+        said = dict.fromkeys(
+            text for texts in self.team.each([*self._halved, *self._kept.warnings()]) for text in texts
+        )
         self._halved = []
         skipped = sum(not math.isfinite(update.grad_norm) for update in updates)
         updates = [update for update in updates if math.isfinite(update.grad_norm)]
@@ -314,7 +319,7 @@ class DDPO:
             flat=flat,
             skipped_updates=skipped,
             counts=rollouts.counts,
-            warnings=(*rollouts.warnings, *self._warnings(flat, skipped, prompts, diagnostics, halved)),
+            warnings=(*rollouts.warnings, *self._warnings(flat, skipped, prompts, diagnostics, said)),
         )
         if self.settings.kl_target and updates and not skipped:  # fewer updates go less far, whatever the rate
             self.optimisation.base_rate = steered_learning_rate(
@@ -338,7 +343,8 @@ class DDPO:
 
     def _collect(self, epoch: int) -> Rollouts:
         chosen = self._prompts_of(epoch)
-        mine, total, done = self._share(epoch), len(chosen), 0
+        batches, share, total = self._batches(epoch, chosen), len(self._share(epoch)), len(chosen)
+        mine: list[int] = []
         parts: list[Trajectory] = []
         terms: defaultdict[str, list[NDArray[np.float64]]] = defaultdict(list)
         pending: deque[Future[dict[str, NDArray[np.float64]]]] = deque()
@@ -354,18 +360,17 @@ class DDPO:
             so_far = self.rewards.weighted({name: np.concatenate(values) for name, values in terms.items()})
             tell(float(so_far.mean()))
 
-        while done < len(mine):
+        while len(mine) < share:
             with self._timed("sampling"):
-                parts.append(self._next_batch(epoch, done, mine[done:], chosen))
-            batch = [chosen[i] for i in mine[done : done + len(parts[-1].seeds)]]
-            done += len(batch)
-            self.progress("sampling", self._of_all(done, total), total)
+                images, drawn = next(batches)
+            mine += images
+            parts.append(drawn)
+            self.progress("sampling", self._of_all(len(mine), total), total)
             with self._timed("rewards"):
-                pending.append(self._score(parts[-1], batch))
+                pending.append(self._score(drawn, [chosen[i] for i in images]))
             while pending and pending[0].done():
                 collect()
-        if self._kept is not None:
-            self._kept.all_drawn()
+        self._kept.all_drawn()
         while pending:  # rewards in processes of their own score while the next images are drawn
             collect()
         places = torch.full((total,), -1)
@@ -409,16 +414,20 @@ class DDPO:
             warnings += said
         return self.rewards.total(terms), dict(counts), tuple(dict.fromkeys(warnings))
 
-    def _next_batch(self, epoch: int, done: int, images: Sequence[int], prompts: Sequence[Prompt]) -> Trajectory:
-        """A micro-batch of `images`: as an interrupted run has left it, or drawn."""
-        if self._kept is None:
-            return self._draw_first(epoch, images, prompts)
-        texts, seeds = [prompts[i].text for i in images], self._seeds(epoch, images)
-        drawn = self._kept.take(epoch, done, seeds, texts, self.policy.device)
-        if drawn is None:
+    def _batches(self, epoch: int, prompts: Sequence[Prompt]) -> Iterator[tuple[list[int], Trajectory]]:
+        """The images of this process, some at a time: what an interrupted run has left of them, then the others, drawn."""
+        share = self._share(epoch)
+        left = dict(zip(self._seeds(epoch, share), share))
+        wanted = {seed: prompts[image].text for seed, image in left.items()}
+        for drawn in self._kept.found(epoch, wanted, self.policy.device):
+            yield [left.pop(seed) for seed in drawn.seeds], drawn
+        images = list(left.values())
+        while images:
             drawn = self._draw_first(epoch, images, prompts)
-            self._kept.keep(epoch, done, drawn)
-        return drawn
+            self._kept.keep(epoch, images[0], drawn)
+            count = len(drawn.seeds)
+            yield images[:count], drawn
+            images = images[count:]
 
     def _seeds(self, epoch: int, images: Sequence[int]) -> list[int]:
         return [derive(self.seed, "image", epoch, index) for index in images]
@@ -580,9 +589,9 @@ class DDPO:
         skipped: int,
         prompts: Sequence[str],
         diagnostics: Sequence[Diagnostics],
-        halved: Collection[str],
+        said: Collection[str],
     ) -> Iterator[str]:
-        yield from halved
+        yield from said
         if skipped:
             yield f"{skipped} updates were passed over: their gradient was not finite"
         if flat:

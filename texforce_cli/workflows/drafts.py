@@ -9,116 +9,140 @@ import contextlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import safetensors
 import safetensors.torch
 import torch
 
+from texforce_cli.algorithms.ddpo import Kept
 from texforce_cli.diffusion.sampler import Trajectory
 from texforce_cli.files import NotWritten, write_bytes
+from texforce_cli.workflows.run_folder import RunFolder
+
+_STATES = {"latents", "log_probs", "unconditional"}
+"""What has a place for each image in its second dimension."""
 
 
-class Drafts:
-    """The batches of the epoch under way. They are written when `seconds` have passed since they last were (0: never), and by
-    `save`.
+class Drafts(Kept):
+    """The batches of the epoch under way that this process draws. They are written when `seconds` have passed since they last were
+    (0: never), and by `save`; only where the run works, which a process on another machine may not see.
 
-    `made_by` is whose they are, and what their last bits depend on beside the weights: batches that something else has drawn are
-    not taken.
+    An image that another run has drawn, or something else on which its last bits depend beside the weights, is not found.
     """
 
-    def __init__(
-        self, folder: Path, seconds: float, made_by: Mapping[str, str], warn: Callable[[str], None] = lambda text: None
-    ) -> None:
-        self.folder, self.seconds, self.made_by, self.warn = folder, seconds, dict(made_by), warn
+    def __init__(self, folder: RunFolder, seconds: float, device: str) -> None:
+        self.folder, self.seconds = folder, seconds
+        self.made_by = {
+            "run": folder.id,
+            "torch": torch.__version__,
+            "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
+        }
         self._pending: list[tuple[Path, Trajectory]] = []
         self._saved = time.monotonic()
-        self._lasts = False
-        """Whether something of this epoch was written."""
+        self._written: list[Path] = []
+        """By this process, of this epoch."""
+        self._said: list[str] = []
 
-    def take(
-        self, epoch: int, first: int, seeds: Sequence[int], prompts: Sequence[str], device: torch.device
-    ) -> Trajectory | None:
-        """The batch that begins with image `first`, if it is there whole and its images are the first of those asked for."""
-        if not first:
-            self._saved, self._lasts = time.monotonic(), False
-        try:
-            with safetensors.safe_open(self._path(epoch, first), "pt") as file:
-                about, names = json.loads(file.metadata()["texforce"]), file.keys()
-                # copies: what is mapped cannot be removed everywhere
-                found = {name: file.get_tensor(name).to(device, copy=True) for name in names}
-            count = len(about["seeds"])
-            drawn = Trajectory(
-                tuple(prompts[:count]),
-                tuple(seeds[:count]),
-                found["latents"],
-                found["log_probs"],
-                found.get("unconditional"),
-                found["images"].cpu().numpy(),
-            )
-        except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError):  # not there, or damaged
-            return None
-        return drawn if about == self._about(drawn) and count else None
+    def found(self, epoch: int, prompts: Mapping[int, str], device: torch.device) -> Iterator[Trajectory]:
+        """Those of the images that are there, whichever process has drawn them: a file at a time."""
+        self._saved, self._written = time.monotonic(), []
+        wanted = dict(prompts)
+        for path in sorted(self._folder(epoch).glob("images_*.safetensors")):
+            drawn = self._read(path, wanted, device)
+            if drawn is not None:
+                for seed in drawn.seeds:
+                    del wanted[seed]
+                yield drawn
 
     def keep(self, epoch: int, first: int, drawn: Trajectory) -> None:
         """A batch that was drawn, for an interruption to come."""
         if self.seconds:
-            self._pending.append((self._path(epoch, first), drawn))
+            self._pending.append((self._folder(epoch) / f"images_{first:06d}.safetensors", drawn))
             if time.monotonic() - self._saved >= self.seconds:
                 self.save()
 
     def all_drawn(self) -> None:
-        """The epoch is drawn: of one that takes long the rest is written, of another what is in memory is let go."""
-        if self._lasts:
+        """This process has drawn its share: of an epoch that takes long the rest is written, of another it is let go."""
+        if self._written:
             self.save()
         self._pending.clear()
 
-    def save(self) -> int:
-        """Write what was drawn since the last time; returns how many images of the epoch are on the disk.
+    def save(self) -> None:
+        """Write what was drawn since the last time.
 
-        A disk that is full ends no run: it is told once, and no more is kept.
+        A disk that is full ends no run: it is told once, and this process keeps no more.
         """
+        self._saved = time.monotonic()
+        if not self._pending or self.folder.run_id() != self.folder.id:
+            return
         with contextlib.suppress(NotWritten):
             while self._pending:
                 path, drawn = self._pending[0]
                 self._write(path, drawn)
-                self._lasts = True
+                self._written.append(path)
                 del self._pending[0]
         if self._pending:
-            self.warn(
-                f"what the epoch has drawn cannot be kept in '{self.folder}': an interruption costs the whole epoch"
+            self._said.append(
+                f"what the epoch has drawn cannot be kept in '{self.folder.drawn}': an interruption may cost the whole epoch"
             )
             self.seconds = 0.0
-            self.clear()
-        self._saved = time.monotonic()
-        return sum(_images(path) for path in self.folder.glob("epoch_*/images_*.safetensors"))
+            self._pending.clear()
+            for path in self._written:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+
+    def warnings(self) -> list[str]:
+        """What there is to say since the last call."""
+        said, self._said = self._said, []
+        return said
+
+    def count(self) -> int:
+        """How many images are on the disk, of all processes."""
+        return sum(_images(path) for path in self.folder.drawn.glob("epoch_*/images_*.safetensors"))
 
     def clear(self, *, but: int | None = None) -> None:
-        """Forget every epoch, or every other one than `but`."""
+        """Forget every epoch, or every other one than `but`, whichever process has drawn it."""
         self._pending.clear()
-        for path in self.folder.glob("epoch_*"):
+        for path in self.folder.drawn.glob("epoch_*"):
             if but is None or path != self._folder(but):
                 shutil.rmtree(path, ignore_errors=True)
         with contextlib.suppress(OSError):
-            self.folder.rmdir()
+            self.folder.drawn.rmdir()
+
+    def _read(self, path: Path, wanted: Mapping[int, str], device: torch.device) -> Trajectory | None:
+        """Those of the images `wanted` that a file has; None where there are none, or it is damaged."""
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                about = json.loads(file.metadata()["texforce"])
+                images = list(zip(about["seeds"], about["prompts"], strict=True))
+                places = [i for i, (seed, prompt) in enumerate(images) if wanted.get(seed) == prompt]
+                if about["made_by"] != self.made_by or not places:
+                    return None
+                # copies: what is mapped cannot be removed everywhere
+                found = {name: file.get_tensor(name)[:, places].to(device) for name in _STATES & {*file.keys()}}
+                return Trajectory(
+                    tuple(images[i][1] for i in places),
+                    tuple(images[i][0] for i in places),
+                    found["latents"],
+                    found["log_probs"],
+                    found.get("unconditional"),
+                    file.get_tensor("images")[places].numpy(),
+                )
+        except (OSError, ValueError, LookupError, TypeError, safetensors.SafetensorError):
+            return None
 
     def _write(self, path: Path, drawn: Trajectory) -> None:
         tensors = {"latents": drawn.latents, "log_probs": drawn.log_probs, "images": torch.from_numpy(drawn.images)}
         if drawn.unconditional is not None:
             tensors["unconditional"] = drawn.unconditional
         ours = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        write_bytes(path, safetensors.torch.save(ours, {"texforce": json.dumps(self._about(drawn))}))
-
-    def _about(self, drawn: Trajectory) -> dict[str, Any]:
-        return {"made_by": self.made_by, "seeds": list(drawn.seeds), "prompts": list(drawn.prompts)}
+        about = {"made_by": self.made_by, "seeds": drawn.seeds, "prompts": drawn.prompts}
+        write_bytes(path, safetensors.torch.save(ours, {"texforce": json.dumps(about)}))
 
     def _folder(self, epoch: int) -> Path:
-        return self.folder / f"epoch_{epoch + 1:04d}"
-
-    def _path(self, epoch: int, first: int) -> Path:
-        return self._folder(epoch) / f"images_{first:06d}.safetensors"
+        return self.folder.drawn / f"epoch_{epoch + 1:04d}"
 
 
 def _images(path: Path) -> int:

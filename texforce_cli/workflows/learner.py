@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from texforce_cli.algorithms.base import EpochReport, Preflight, Progress
+from texforce_cli.algorithms.ddpo import Kept
 from texforce_cli.config import DIVERSITY, TrainConfig
 from texforce_cli.devices import claim, same_bits
 from texforce_cli.diffusion.models import fingerprint, load_pipeline, resolve_model
@@ -51,7 +52,7 @@ def _together(method: Callable[Concatenate[Learner, P], R]) -> Callable[Concaten
 
 
 class Learner:
-    """The model, its adapter, the algorithm and the held-out pairs of one process. Writes nothing."""
+    """The model, its adapter, the algorithm and the held-out pairs of one process. Writes drafts at most."""
 
     def __init__(
         self,
@@ -63,7 +64,7 @@ class Learner:
         progress: Progress,
         begin: bool,
         warn: Callable[[str], None] = lambda text: None,
-        drafts: Drafts | None = None,
+        drafts: Kept | None = None,
     ) -> None:
         """`begin`: a new run, whose adapter takes over `--init-lora`. `warn` hears what a measurement has to say."""
         self.team = team
@@ -75,8 +76,9 @@ class Learner:
         self.policy = make_policy(pipeline, config, self.adapter)
         self.policy.passed = team.get_on
         self.optimisation = make_optimisation(config, self.adapter, team)
+        self.drafts = drafts or Kept()
         self.algorithm = make_algorithm(
-            config, self.policy, scoring.rewards, self.optimisation, prompts.seen, progress, team, drafts
+            config, self.policy, scoring.rewards, self.optimisation, prompts.seen, progress, team, self.drafts
         )
         self.heldout = HeldOut(
             prompts,
@@ -107,8 +109,12 @@ class Learner:
 
     @_together
     def epoch(self, index: int) -> EpochReport:
-        """Learn from one epoch."""
-        return self.algorithm.run_epoch(index)
+        """Learn from one epoch; what it has drawn outlives its being broken off."""
+        try:
+            return self.algorithm.run_epoch(index)
+        except Exception:
+            self.drafts.save()
+            raise
 
     @_together
     def measure_base(self) -> None:
@@ -158,10 +164,10 @@ def memory_full(config: TrainConfig, error: torch.OutOfMemoryError) -> Unsuited:
     )
 
 
-def lead(team: Team, config: TrainConfig, prompts: PromptSet, scoring: Scoring) -> None:
+def lead(team: Team, folder: RunFolder, config: TrainConfig, prompts: PromptSet, scoring: Scoring) -> None:
     """Tell the others which run it is, and lend those of this machine the reward workers."""
     if isinstance(team, Processes):
-        team.of_leader((asdict(config), prompts, fingerprint(resolve_model(config.model)), scoring.packages))
+        team.of_leader((folder, asdict(config), prompts, fingerprint(resolve_model(config.model)), scoring.packages))
         team.each(machine())
         team.each(scoring.lend())
         team.compute(config.device, config.process_timeout)
@@ -174,7 +180,7 @@ def follow(team: Processes) -> Any:
         TexforceError: as `texforce train`, and the leader is told; the leader ended, or has told.
     """
     try:
-        values, prompts, made_of, scored_by = team.of_leader()
+        folder, values, prompts, made_of, scored_by = team.of_leader()
         config = TrainConfig(**values)
         stop = StopRequest(config.save_within)
         claim(team.device(config.device))  # before the rewards, which choose a GPU too
@@ -200,11 +206,12 @@ def follow(team: Processes) -> Any:
                 team=team,
                 progress=progress,
                 begin=False,
+                drafts=Drafts(folder, config.draft_every, team.device(config.device)),
             )
             return learner.follow()
     except (Unsuited, torch.OutOfMemoryError) as error:
         unsuited = error if isinstance(error, Unsuited) else memory_full(config, error)
-        told = RunFolder(Path("RUN")).anew(unsuited)  # the leader's: here it may have another path
+        told = folder.anew(unsuited)
         team.leave(told)
         raise told from error
     except BaseException as error:

@@ -8,8 +8,9 @@ import json
 import platform
 import re
 import shutil
+import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ class RunFolder:
     """Paths inside one run."""
 
     path: Path
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    """Stays the same when the run goes on; the folder may be removed and taken by another run meanwhile."""
 
     @property
     def record(self) -> Path:
@@ -125,7 +128,7 @@ class RunFolder:
             raise UsageError(
                 f"'{path}' is no run folder (there is no run.json)", "give the folder of a run, such as runs/a"
             )
-        return folder
+        return replace(folder, id=folder.run_id() or folder.id)
 
     def refuse_taken(self) -> None:
         """Raise UsageError where something is there that a new run would overwrite."""

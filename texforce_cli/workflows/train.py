@@ -60,7 +60,7 @@ def train(
             folder.refuse_taken()
             folder.remove_leftovers()
             try:
-                with _leading(made, scoring) as team:
+                with _leading(folder, made, scoring) as team:
                     run = TrainingRun(folder, made, scoring, listener, team=team)
                     write_text(folder.prompts, made.prompts.to_jsonl())
                     run.write_record(status="running")
@@ -115,7 +115,10 @@ def _resumed(folder: RunFolder, wanted: dict[str, Any], listener: Listener) -> T
     if launched()[1] > 1 and "num_processes" not in wanted:  # the launcher's number counts, not the recorded one
         made = replace(made, config=replace(made.config, num_processes=1))
     claim(made.config.device)
-    with contextlib.closing(make_scoring(made.config, made.registry)) as scoring, _leading(made, scoring) as team:
+    with (
+        contextlib.closing(make_scoring(made.config, made.registry)) as scoring,
+        _leading(folder, made, scoring) as team,
+    ):
         for sentence in made.of_this_machine():
             listener(Warned(sentence))
         _warn_of_other_versions(made.config, scoring, record, listener)  # the processes of a team share the threads
@@ -130,7 +133,7 @@ _FREE = (
 
 
 @contextlib.contextmanager
-def _leading(made: Plan, scoring: Scoring) -> Iterator[Team]:
+def _leading(folder: RunFolder, made: Plan, scoring: Scoring) -> Iterator[Team]:
     """The team of the run, told which run it is; it hears what goes wrong within the block."""
     config = made.config
     with team_of(config.num_processes, config.device, follow) as team:
@@ -141,7 +144,7 @@ def _leading(made: Plan, scoring: Scoring) -> Iterator[Team]:
                     f"{team.size} processes are more than the {fewest} images of an update",
                     "give fewer, or larger updates",
                 )
-            lead(team, config, made.prompts, scoring)
+            lead(team, folder, config, made.prompts, scoring)
             yield team
         except BaseException as error:
             team.leave(error)

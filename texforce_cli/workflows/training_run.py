@@ -7,7 +7,6 @@ import dataclasses
 import math
 import os
 import time
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,15 +79,13 @@ class TrainingRun:
         checkpoint: Checkpoint | None = None,
     ) -> None:
         self.folder, self.plan, self.config = folder, made, made.config
-        self.id = folder.run_id() or uuid.uuid4().hex
-        """Stays the same when the run goes on; the folder may be removed and taken by another run meanwhile."""
         self.rewards, self.listener, self.team = scoring.rewards, listener, team
         self._packages = scoring.packages
         self.stop = StopRequest(self.config.save_within)
         team.shield, team.heed = self.stop.shielded, self.stop.heed
         self._begun, self._saving = 0.0, 0.0
         """When the epoch under way began, and the seconds that saving the last one took."""
-        self.drafts = Drafts(folder.drawn, self.config.draft_every, _made_by(self.config.device, self.id), self._warn)
+        self.drafts = Drafts(folder, self.config.draft_every, self.config.device)
         self.learner = Learner(
             self.config,
             made.prompts,
@@ -97,15 +94,13 @@ class TrainingRun:
             progress=self._progress,
             begin=checkpoint is None,
             warn=self._warn,
-            drafts=self.drafts if team.size == 1 else None,
+            drafts=self.drafts,
         )
         self.heldout = self.learner.heldout
         if made.source.family == "sd":
             listener(Note("the safety checker is off while training"))
         self.rows: list[dict[str, Any]] = []
         self.epoch, self.flat_epochs = 0, 0
-        self._drawn = 0
-        """Images of the next epoch that are kept."""
         self.preflight: Preflight | None = None
         if checkpoint is not None:
             self._restore(checkpoint)
@@ -141,7 +136,8 @@ class TrainingRun:
             if lost := self._lost():
                 raise Interrupted(f"stopped; {lost}", "begin again", exit_code=stop.exit_code) from None
             self._record_end("interrupted")
-            more = f" and {self._drawn} images of the next" if self._drawn else ""
+            drawn, others = self.drafts.count(), self.team.size > 1  # which may still be writing theirs
+            more = f" and {'at least ' if others else ''}{drawn} images of the next" if drawn else ""
             text = f"stopped; {self.epoch} of {total} epochs{more} are saved in '{self.folder.path}'"
             raise Interrupted(text, f"go on with: {self._resuming}", exit_code=stop.exit_code) from None
         except NotWritten as error:  # "run the command again" would begin another run
@@ -184,7 +180,7 @@ class TrainingRun:
         return f"'{self.folder.path}' was removed, and another run works there now" if self._is_of_another() else ""
 
     def _is_of_another(self) -> bool:
-        return self.folder.run_id() not in (None, self.id)
+        return self.folder.run_id() not in (None, self.folder.id)
 
     def _refuse_another(self) -> None:
         """Raise where another run would be written over."""
@@ -243,7 +239,7 @@ class TrainingRun:
         self.folder.write_record(
             {
                 "texforce_run": 1,
-                "id": self.id,
+                "id": self.folder.id,
                 "status": status,
                 **({"reason": reason} if reason else {}),
                 "epochs_done": self.epoch,
@@ -308,10 +304,9 @@ class TrainingRun:
         self._begun = time.monotonic()
         try:
             report = self.learner.epoch(self.epoch)
-        except Exception:
-            if not self._lost():
-                self._drawn = self.drafts.save()
-            raise
+        finally:
+            for text in self.drafts.warnings():
+                self._warn(text)
         for text in report.warnings:
             self.listener(Warned(f"epoch {self.epoch + 1}: {text}"))
         self.flat_epochs = self.flat_epochs + 1 if report.flat else 0
@@ -458,15 +453,6 @@ class TrainingRun:
             return math.inf
         last: float = self.rows[-1]["seconds_total"]
         return max(0.0, last - (time.monotonic() - self._begun)) + self._saving
-
-
-def _made_by(device: str, run_id: str) -> dict[str, str]:
-    """Whose pictures they are, and what their last bits depend on beside the model and its settings."""
-    return {
-        "run": run_id,
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
-    }
 
 
 def _watched_point(evaluation: Evaluation, name: str) -> dict[str, float]:
