@@ -521,7 +521,8 @@ def test_a_full_memory_in_a_process_that_follows_is_a_sentence_there_and_for_the
 
 def test_a_machine_whose_rewards_are_of_another_version_takes_no_part(monkeypatch: pytest.MonkeyPatch) -> None:
     made, store = plan({"reward": ["brightness"], "model": "tiny", "device": "cpu"}), Missing()
-    store.kept["1/0"] = pickle.dumps((asdict(made.config), made.prompts, fingerprint(made.source), {"texforce": "0.0"}))
+    about = (RunFolder(Path("run")), asdict(made.config), made.prompts, fingerprint(made.source), {"texforce": "0.0"})
+    store.kept["1/0"] = pickle.dumps(about)
     scoring = make_scoring(made.config, made.registry)
     monkeypatch.setattr("texforce_cli.workflows.learner._scoring_beside", lambda *about: scoring)
     monkeypatch.setattr(Processes, "compute", None)  # what comes next
