@@ -182,7 +182,7 @@ def test_the_gpu_of_a_run_is_claimed_before_its_rewards_choose_one(
         rank, size = 1, 2
 
         def of_leader(self, value: Any = None) -> Any:
-            return RunFolder(Path("a")), {"device": "cuda"}, made.prompts, {}
+            return RunFolder(Path("a")), {"device": "cuda"}, made.prompts, {}, {}
 
         def device(self, name: str) -> str:
             return "cuda:3"

@@ -1344,6 +1344,8 @@ def test_of_a_launchers_processes_the_first_scores_reports_and_speaks(
         def part(self) -> None:
             """Go."""
 
+        close = part
+
     monkeypatch.setattr(sharing, "joined", Apart)
     monkeypatch.setattr(sharing, "draw_share", lambda request, shard, listener: shares.append(shard))
     monkeypatch.setenv("WORLD_SIZE", "2")
