@@ -16,12 +16,18 @@ BASE = {"a": [1.0, 2.0], "b": [3.0, 5.0], "c": [0.0, 0.0]}
 
 
 def test_the_same_values_give_no_difference_and_p_one() -> None:
-    same = compare(BASE, BASE)
+    same = compare(BASE, BASE, identical=True)
     assert (same.difference.mean, same.difference.low, same.difference.high) == (0, 0, 0)
     assert (same.p, same.win_rate, same.effect, same.detectable) == (1.0, 0.5, 0.0, 0.0)
     many = {str(i): [float(i)] for i in range(50)}
-    assert compare(many, many).difference.half_width == 0
+    assert compare(many, many, identical=True).difference.half_width == 0
     assert compare(many, many).p == 1.0
+
+
+def test_other_pictures_that_score_the_same_do_not_tell_how_they_vary() -> None:
+    tied = compare({"a": [0.5], "b": [0.5]}, {"a": [0.5], "b": [0.5]})  # two votes, both undecided
+    assert (tied.difference.mean, tied.difference.half_width, tied.p) == (0, math.inf, 1)
+    assert math.isnan(tied.detectable)
 
 
 def test_prompts_are_counted_and_not_pictures() -> None:
@@ -63,7 +69,7 @@ def test_what_rounding_leaves_is_nothing() -> None:
     assert found.difference.mean == pytest.approx(25 / 255)
     assert interval(unit_means(dark).tolist()).half_width == math.inf
     stray = {p: [x + 5e-17 * (int(p) % 3) for x in row] for p, row in dark.items()}
-    same = compare(stray, dark)
+    same = compare(stray, dark, identical=True)
     assert (same.difference.mean, same.difference.half_width, same.p, same.win_rate, same.effect) == (0, 0, 1, 0.5, 0)
     assert win_matrix({"a": stray, "b": dark})["a"]["b"] == 0.5
 

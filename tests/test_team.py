@@ -503,6 +503,23 @@ def test_who_waits_for_a_reward_gets_on_and_hears_a_signal(waits: str, monkeypat
             learner.epoch(0) if waits == "rewards" else learner.measure_base()
 
 
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_a_wait_that_may_have_no_end_is_no_getting_on(elsewhere: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(terms, "_SLICE", 0.001)
+    monkeypatch.setattr(terms._Term, "elsewhere", elsewhere)
+    made, scores = plan({"reward": ["brightness"], "model": "tiny", "device": "cpu"}), Future[Any]()
+    looks, steps = list[int](), list[int]()
+
+    def meanwhile() -> None:
+        looks.append(len(steps))
+        if len(looks) == 3:
+            scores.set_result({})
+
+    with contextlib.closing(make_scoring(made.config, made.registry)) as scoring:
+        assert scoring.rewards.awaited(scores, meanwhile, lambda: steps.append(1)) == {}
+    assert (looks, len(steps)) == (([0, 1, 2], 4) if elsewhere else ([0, 0, 0], 1))
+
+
 def test_a_full_memory_in_a_process_that_follows_is_a_sentence_there_and_for_the_leader(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

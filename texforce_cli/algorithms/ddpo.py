@@ -31,7 +31,7 @@ from texforce_cli.devices import full_memory, if_room, release
 from texforce_cli.diffusion.policy import Embeddings, Policy
 from texforce_cli.diffusion.sampler import Trajectory, rollout, too_full
 from texforce_cli.prompts import Prompt
-from texforce_cli.rewards.terms import RewardSet, Scores, awaited
+from texforce_cli.rewards.terms import RewardSet, Scores
 from texforce_cli.team import Team
 
 R = TypeVar("R")
@@ -355,7 +355,8 @@ class DDPO:
 
         def collect() -> None:
             with self._timed("rewards"):
-                for name, values in awaited(pending.popleft(), tell).items():
+                scored = self.rewards.awaited(pending.popleft(), tell, self.team.get_on)
+                for name, values in scored.items():
                     terms[name].append(values)
             so_far = self.rewards.weighted({name: np.concatenate(values) for name, values in terms.items()})
             tell(float(so_far.mean()))

@@ -97,9 +97,11 @@ def expanded_tail(n: int) -> float:
     return float(stats.norm.cdf(-math.sqrt(n / (n - 1)) * stats.t.ppf(0.975, n - 1)))
 
 
-def compare(values: ByPrompt, baseline: ByPrompt, *, higher_is_better: bool = True) -> Comparison:
-    """A variant against the baseline; both have the same prompts, and of each the same seeds in the same order. Where not a
-    picture differs, as of the same model twice, the difference is 0, from 0 to 0.
+def compare(
+    values: ByPrompt, baseline: ByPrompt, *, higher_is_better: bool = True, identical: bool = False
+) -> Comparison:
+    """A variant against the baseline; both have the same prompts, and of each the same seeds in the same order. Of `identical`
+    pictures, as of the same model twice, the difference is 0, from 0 to 0; other pictures that score the same do not tell how they vary.
 
     Raises:
         ValueError: they do not belong together.
@@ -110,7 +112,7 @@ def compare(values: ByPrompt, baseline: ByPrompt, *, higher_is_better: bool = Tr
     units = _without_dust(unit_means({p: row.tolist() for p, row in pairs.items()}), scale)
     sign = 1.0 if higher_is_better else -1.0
     won = unit_means({p: ((np.sign(sign * row) + 1) / 2).tolist() for p, row in pairs.items()})
-    n, same = len(units), not any(row.any() for row in pairs.values())
+    n, same = len(units), identical and not units.any()
     difference = Interval(0.0, 0.0, 0.0, n) if same and n > 1 else interval(units.tolist())
     spread = 0.0 if np.ptp(units) == 0 else float(units.std(ddof=1))
     mean = difference.mean

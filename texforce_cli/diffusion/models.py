@@ -347,7 +347,7 @@ def hub_index(source: ModelSource) -> Path:
     """The index of a model of the Hub, fetched where it is not in the cache; it tells the commit of a branch.
 
     Raises:
-        OSError: what huggingface_hub says of a repository, a revision or a network that is not there.
+        TexforceError: the repository, the revision or the network is not there.
     """
     from huggingface_hub import hf_hub_download
 

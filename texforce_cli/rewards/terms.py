@@ -210,6 +210,27 @@ class RewardSet:
         """
         return self.submit(images, prompts, metadata).result()
 
+    def awaited(
+        self,
+        scores: Future[dict[str, NDArray[np.float64]]],
+        meanwhile: Callable[[], None],
+        get_on: Callable[[], None],
+    ) -> dict[str, NDArray[np.float64]]:
+        """What `submit` has begun. Other processes may take many minutes to find a picture at which a reward hangs: all the while
+        `meanwhile` is called, which may raise to go. `get_on` says that this is no hanging: when all are scored, and meanwhile
+        where the wait has an end, which a reward of this process may not have.
+
+        Raises:
+            TexforceError: as `score`.
+        """
+        bounded = all(term.elsewhere for term in self._terms)
+        while wait([scores], _SLICE).not_done:
+            meanwhile()
+            if bounded:
+                get_on()
+        get_on()
+        return scores.result()
+
     def total(self, terms: Mapping[str, NDArray[np.float64]]) -> Scores:
         """Sum the terms of a whole epoch, each standardised over it with `normalize`: what is trained on."""
         if not self.normalize:
@@ -342,20 +363,6 @@ def finished(scores: dict[str, NDArray[np.float64]]) -> Future[dict[str, NDArray
 
 _SLICE = 1.0
 """Seconds that waiting for rewards keeps a signal from being heard, at most."""
-
-
-def awaited(
-    scores: Future[dict[str, NDArray[np.float64]]], meanwhile: Callable[[], None]
-) -> dict[str, NDArray[np.float64]]:
-    """What `submit` has begun. A picture that hangs takes many minutes to be found: all the while `meanwhile` is called, which
-    may raise to go.
-
-    Raises:
-        TexforceError: as `RewardSet.score`.
-    """
-    while wait([scores], _SLICE).not_done:
-        meanwhile()
-    return scores.result()
 
 
 def find(spec: TermSpec, registry: Registry) -> RewardInfo:

@@ -142,7 +142,6 @@ class Processes(Team):
         self._steps += 1
 
     def look(self) -> None:
-        self._steps += 1
         try:
             self._see_who_left()
             silent = self._felt_no_pulse()

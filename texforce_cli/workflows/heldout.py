@@ -21,7 +21,7 @@ from texforce_cli.errors import TexforceError
 from texforce_cli.prompts import PromptSet
 from texforce_cli.prompts.heldout import heldout_pairs, repeated
 from texforce_cli.report.pictures import before_after, save_png
-from texforce_cli.rewards.terms import RewardSet, awaited
+from texforce_cli.rewards.terms import RewardSet
 from texforce_cli.team import Team
 from texforce_cli.workflows.events import Evaluation, Watched
 
@@ -152,7 +152,10 @@ class HeldOut:
             images = self._pictures(texts[part], self.seeds[part])
             batch = images, texts[part], [prompt.metadata for prompt in self.prompts[part]]
             waiting = functools.partial(progress, start - self.team.rank * self.batch, total)
-            scored = {name: one.weighted(awaited(one.submit(*batch), waiting)) for name, one in sets.items()}
+            scored = {
+                name: one.weighted(one.awaited(one.submit(*batch), waiting, self.team.get_on))
+                for name, one in sets.items()
+            }
             parts[start] = images, scored
             progress(min(total, start + (self.team.size - self.team.rank) * self.batch), total)
         found = {start: batch for shared in self.team.each(parts) for start, batch in shared.items()}

@@ -128,7 +128,8 @@ def evaluate(request: EvalRequest, listener: Listener = silent, *, beforehand: D
             v.name: sorted(with_negations(n for text in v.loras for n in trained[text])) for v in request.variants
         }
         about = _about(request, prompts, in_sample)
-        summary = summarise(baseline, items, shared, unseen, values, missing.entries, about)
+        identical = _identical(found, baseline, shared)
+        summary = summarise(baseline, items, shared, unseen, values, missing.entries, about, identical)
         page = _page(request, summary, prompts, items, found, values, in_sample)
         if votes := _votes(request, page, listener):
             summary = _with_votes(summary, tuple(found), votes, items)
@@ -263,6 +264,15 @@ def _about(request: EvalRequest, prompts: PromptSet, in_sample: Mapping[str, Seq
         "prompts": {"name": prompts.name, "sha256": prompts.sha256},
         "seeds": list(request.seeds),
         "variants": variants,
+    }
+
+
+def _identical(found: Pictures, baseline: str, items: Sequence[Item]) -> set[str]:
+    """The variants of which each picture is the baseline's."""
+    return {
+        name
+        for name, pictures in found.items()
+        if all(pictures[item].pixels == found[baseline][item].pixels for item in items)
     }
 
 

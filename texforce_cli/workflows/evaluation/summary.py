@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -76,9 +76,10 @@ def summarise(
     values: Sequence[tuple[MetricAbout, Values]],
     missing: Sequence[Mapping[str, Any]],
     about: Mapping[str, Any],
+    identical: Collection[str] = (),
 ) -> Summary:
     """Compare every variant with the baseline by every metric, over all prompts and over each group of them. Of `items` every
-    variant has those that are `drawn`."""
+    variant has those that are `drawn`; those of the variants `identical` are the baseline's."""
     rows: list[Row] = []
     wins: dict[str, dict[str, dict[str, float]]] = {}
     unpaired: dict[str, int] = {}
@@ -98,7 +99,7 @@ def summarise(
             if cells:
                 texts = {item.text for item in cells}
                 pictures = cells if metric.by_picture else [item for item in drawn if item.text in texts]
-                rows += _rows(group, metric, by_variant, baseline, cells, len(pictures))
+                rows += _rows(group, metric, by_variant, baseline, cells, len(pictures), identical)
     return Summary(
         baseline, variants, tuple(m for m, _ in values), tuple(adjusted(rows)), wins, unpaired, tuple(missing), about
     )
@@ -170,17 +171,38 @@ def _by_prompt(found: Mapping[Item, float], cells: Sequence[Item]) -> dict[str, 
 
 
 def _rows(
-    group: str, metric: MetricAbout, values: Values, baseline: str, cells: Sequence[Item], pictures: int
+    group: str,
+    metric: MetricAbout,
+    values: Values,
+    baseline: str,
+    cells: Sequence[Item],
+    pictures: int,
+    identical: Collection[str],
 ) -> list[Row]:
     own = {variant: _by_prompt(found, cells) for variant, found in values.items()}
     return [
-        row_of(group, variant, metric, found, None if variant == baseline else own[baseline], pictures)
+        row_of(
+            group,
+            variant,
+            metric,
+            found,
+            None if variant == baseline else own[baseline],
+            pictures,
+            identical=variant in identical,
+        )
         for variant, found in own.items()
     ]
 
 
 def row_of(
-    group: str, variant: str, metric: MetricAbout, values: ByPrompt, baseline: ByPrompt | None, pictures: int
+    group: str,
+    variant: str,
+    metric: MetricAbout,
+    values: ByPrompt,
+    baseline: ByPrompt | None,
+    pictures: int,
+    *,
+    identical: bool = False,
 ) -> Row:
     """The mean of a variant's values, and how it compares to the baseline's; None: it is the baseline."""
     mean = interval(unit_means(values).tolist())
@@ -197,7 +219,7 @@ def row_of(
     )
     if baseline is None:
         return row
-    against = compare(values, baseline, higher_is_better=metric.higher_is_better)
+    against = compare(values, baseline, higher_is_better=metric.higher_is_better, identical=identical)
     return replace(
         row,
         difference=against.difference.mean,
