@@ -12,7 +12,7 @@ the same options, the seeds in it are not repeated.
 The figure has the means of the seeds against images and against seconds. `default` is exact: its gradient is the reference's.
 The others are approximations: `window-of-3` draws noise in the first three steps alone and learns from them, `six-steps` draws in six steps
 instead of ten, `groups-of-8` compares eight pictures of a prompt instead of sixteen, and `fast` is that preset: the window of three,
-a budget of 15 epochs instead of 25, and bf16 where the processor multiplies in it. Seeds 20 and 100 to 103 were looked at while it was sought.
+a budget of 20 epochs instead of 25, and bf16 where the processor multiplies in it. Seeds 20 and 100 to 103 were looked at while it was sought.
 """
 
 from __future__ import annotations

@@ -383,6 +383,7 @@ def test_a_picture_that_cannot_be_drawn_is_missing_and_the_others_are_drawn(
         assert sizes == [8, 4, 2, 1, 1, 2, 1, 1]
         assert evaluate(prompts, "--variant", "base=tiny", "--json") == 3
         assert sizes[8:] == [1, 1, 1]  # none of its neighbours
+        assert {file.read_text() for file in Path("out").rglob("*.failed")} == {"not finite; use --precision fp32\n"}
     document = json.loads(capsys.readouterr().out)
     reason = "it could not be drawn (not finite; use --precision fp32)"
     lacking = [("a red car", seed, reason) for seed in range(3)]
@@ -390,6 +391,7 @@ def test_a_picture_that_cannot_be_drawn_is_missing_and_the_others_are_drawn(
     assert row(document, "base", "brightness")["pictures"] == 9
     assert evaluate(prompts, "--variant", "base=tiny") == 0  # what failed is tried again
     assert row(summary(), "base", "brightness")["pictures"] == 12
+    assert not list(Path("out").rglob("*.failed"))
 
 
 def test_where_the_memory_is_full_fewer_pictures_are_drawn_at_once(
@@ -1180,7 +1182,7 @@ def test_constant_scores_and_a_constant_difference_are_numbers_or_null(capsys: A
     shown = capsys.readouterr().out
     assert re.search(r"brightness +b +0\.4 +\+0\.2 +none +100%", shown) and "inf" not in shown
     page = Path("out/report/index.html").read_text()
-    assert page.count('class="verdict same"') == 3 and 'class="verdict better"' not in page
+    assert page.count('class="verdict same"') == 2 and 'class="verdict better"' not in page
     assert "inf" not in Path("out/summary.csv").read_text()
     assert compared(*BRIGHT, prompts=written("x\n"), seeds="0") == 0
     shown = capsys.readouterr().out
@@ -1408,6 +1410,11 @@ def test_a_folder_keeps_its_prompts_and_votes(capsys: Any) -> None:
     assert compared(*BRIGHT, "--votes", "votes.json", prompts="p.jsonl") == 0
     whole = [Path("out", name).read_bytes() for name in ("summary.json", "report/index.html")]
     Path("p.jsonl").unlink()
+    about_others = [{**cast, "pictures": pictures[::-1]}]  # the page of another evaluation makes a votes.json, too
+    written(json.dumps({"texforce_votes": 1, "data": "", "votes": about_others}), "votes.json")
+    assert run(["eval", "--out", "out", "--report-only"]) == 0
+    assert run(["eval", "--out", "out", "--report-only", "--votes", "votes.json"]) == 2
+    assert [Path("out", name).read_bytes() for name in ("summary.json", "report/index.html")] == whole
     Path("votes.json").unlink()
     capsys.readouterr()
     for _ in range(2):

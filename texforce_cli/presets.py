@@ -3,7 +3,7 @@
 `tiny` was found by experiment on the embedded model; what it gives is in docs/results.md. `phrase`, `many`, `face` and `hand` are the
 paper's settings for Stable Diffusion 1.4, 1.5 and 2.1 (sec. 3 and supplement; DDPO's where it is silent: two updates an
 epoch); nobody has measured them with texforce yet. `fast` is the automatic one with noise in the first steps alone, which are trained:
-on the embedded model with three fifths of the images, and in bf16 on a CPU that has it (what that gives is in docs/results.md);
+on the embedded model with four fifths of the images, and in bf16 on a CPU that has it (what that gives is in docs/results.md);
 on Stable Diffusion in 20 steps with a kept unconditional branch, which was not tried.
 """
 
@@ -36,7 +36,7 @@ _TINY = {
 _PAPER = {"epochs": 50, "samples_per_epoch": 512, "grad_accum": 32}
 
 _FAST: Mapping[Family, Mapping[str, Any]] = {
-    "tiny": {"train_steps": "window:3", "images": 3840, "precision": "bf16"},
+    "tiny": {"train_steps": "window:3", "images": 5120, "precision": "bf16"},
     "sd": {
         "steps": 20,
         "train_steps": "window:4",

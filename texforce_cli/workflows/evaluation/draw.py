@@ -16,7 +16,14 @@ from texforce_cli.diffusion.sampler import too_full
 from texforce_cli.errors import Interrupted, TexforceError, UsageError
 from texforce_cli.team import launched
 from texforce_cli.workflows.drawing import DrawingOptions
-from texforce_cli.workflows.evaluation.layout import Layout, note_failed, read_layout, read_layouts, write_layout
+from texforce_cli.workflows.evaluation.layout import (
+    Layout,
+    note_drawn,
+    note_failed,
+    read_layout,
+    read_layouts,
+    write_layout,
+)
 from texforce_cli.workflows.evaluation.pictures import Item, items_of, save_pictures
 from texforce_cli.workflows.evaluation.request import EvalRequest, prompts_of
 from texforce_cli.workflows.evaluation.variants import Variant, placed
@@ -210,9 +217,8 @@ def _laid_out(request: EvalRequest, made: Sequence[Recipe], items: Sequence[Item
     others = read_layouts(request.out)
     laid_out = []
     for recipe, earlier, mine in zip(made, kept, own):
-        settings, failed = (mine.settings, mine.failed) if mine else (recipe.settings, ())
-        wished = Layout(_asked(request, recipe.variant), settings, request.batch, failed=failed)
-        layout = wished.covering(items, mine, *own, *others)
+        settings = mine.settings if mine else recipe.settings
+        layout = Layout(_asked(request, recipe.variant), settings, request.batch).covering(items, mine, *own, *others)
         if layout != earlier:
             write_layout(request.out, recipe.variant.name, layout)
         laid_out.append((replace(recipe, settings=settings), layout))
@@ -260,11 +266,12 @@ def _draw_variant(
     done = len(items) - sum(map(len, todo))
     for part, drawn in _drawn(policy, request, todo, listener, stop):
         if isinstance(drawn, _Failure):
-            note_failed(request.out, variant.name, part)
+            note_failed(request.out, variant.name, part, drawn.why)
             for item in part:
                 failed(variant.name, item, f"it could not be drawn ({drawn.why})")
         else:
             save_pictures(request.out, variant.name, part, drawn, recipe.settings, by)
+            note_drawn(request.out, variant.name, part)
         done += len(part)
         listener(Progressed(f"drawing {variant.name}", done, len(items)))
 

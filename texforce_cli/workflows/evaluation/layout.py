@@ -9,7 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from texforce_cli.files import read_json, write_json
+from texforce_cli.files import read_json, write_json, write_text
 from texforce_cli.workflows.evaluation.pictures import Item, is_drawn, picture_key, picture_path
 
 _FILE = "drawing.json"
@@ -17,20 +17,18 @@ _FILE = "drawing.json"
 
 @dataclass(frozen=True)
 class Layout:
-    """`asked` stands for the words that were asked with, `settings` for what they came to; `batches` hold names of items, `failed`
-    those that could not be drawn.
+    """`asked` stands for the words that were asked with, `settings` for what they came to; `batches` hold names of items.
 
     The last bits of a picture depend on its neighbours. An evaluation that was stopped, shared among processes or given more
     seeds shall be the same as one that was not, and a model drawn twice be equal to itself: so a batch once laid out stays, also
-    for the variants that come later, and new items make batches of their own. What failed is tried again alone, where its
-    neighbours are there.
+    for the variants that come later, and new items make batches of their own. What could not be drawn (a file beside the
+    pictures says so) is tried again alone, where its neighbours are there.
     """
 
     asked: str
     settings: Mapping[str, Any]
     batch: int
     batches: tuple[tuple[str, ...], ...] = ()
-    failed: tuple[str, ...] = ()
 
     def makes(self, settings: Mapping[str, Any]) -> bool:
         """Whether pictures of these settings are the same as of one's own. What a LoRA's file is called makes no picture; and
@@ -61,7 +59,7 @@ class Layout:
         wanted = []
         for part in parts:
             lacking = [item for item in part if not self._is_drawn(folder, variant, item)]
-            if len(lacking) < len(part) and all(item.name in self.failed for item in lacking):
+            if len(lacking) < len(part) and all(_mark(folder, variant, item).exists() for item in lacking):
                 wanted += [[item] for item in lacking]
             elif lacking:
                 wanted.append(part)
@@ -76,8 +74,7 @@ def read_layout(folder: Path, variant: str) -> Layout | None:
     try:
         stored = read_json(_place(folder, variant))
         batches = tuple(tuple(map(str, batch)) for batch in stored["batches"])
-        failed = tuple(map(str, stored.get("failed", ())))  # earlier versions of texforce wrote none
-        return Layout(str(stored["asked"]), dict(stored["settings"]), int(stored["batch"]), batches, failed)
+        return Layout(str(stored["asked"]), dict(stored["settings"]), int(stored["batch"]), batches)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -97,15 +94,24 @@ def write_layout(folder: Path, variant: str, layout: Layout) -> None:
     write_json(_place(folder, variant), asdict(layout))
 
 
-def note_failed(folder: Path, variant: str, items: Sequence[Item]) -> None:
-    """Keep that `items` of a variant could not be drawn.
+def note_failed(folder: Path, variant: str, items: Sequence[Item], why: str) -> None:
+    """Keep that `items` of a variant could not be drawn: a file each, for several processes draw one variant.
 
     Raises:
         TexforceError: the folder cannot be written.
     """
-    if layout := read_layout(folder, variant):
-        failed = dict.fromkeys([*layout.failed, *(item.name for item in items)])
-        write_layout(folder, variant, replace(layout, failed=tuple(failed)))
+    for item in items:
+        write_text(_mark(folder, variant, item), why + "\n")
+
+
+def note_drawn(folder: Path, variant: str, items: Sequence[Item]) -> None:
+    """What was kept of failures of `items` no longer holds."""
+    for item in items:
+        _mark(folder, variant, item).unlink(missing_ok=True)
+
+
+def _mark(folder: Path, variant: str, item: Item) -> Path:
+    return picture_path(folder, variant, item).with_suffix(".failed")
 
 
 def _place(folder: Path, variant: str) -> Path:

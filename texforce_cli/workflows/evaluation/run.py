@@ -43,7 +43,7 @@ from texforce_cli.workflows.evaluation.summary import (
     write_summary,
 )
 from texforce_cli.workflows.evaluation.variants import check_variants
-from texforce_cli.workflows.evaluation.votes import check_votes, count_votes, keep_votes, votes_of
+from texforce_cli.workflows.evaluation.votes import check_votes, count_votes, votes_about
 from texforce_cli.workflows.events import Listener, Note, Progressed, Warned, silent
 from texforce_cli.workflows.stopping import StopRequest
 
@@ -102,7 +102,6 @@ def evaluate(request: EvalRequest, listener: Listener = silent, *, beforehand: D
         scores = ScoreFile(request.out / "scores.jsonl")
         check_metrics(metrics, registry, scores, make=request.stage == "all")
         if request.recorded:
-            keep_votes(request)
             record(request, trained, prompts)
         for sentence in dict.fromkeys(text for one in to_draw for text in not_obeyed(request, one.trainings)):
             listener(Warned(sentence))
@@ -282,18 +281,15 @@ def _votes(request: EvalRequest, page: Page, listener: Listener) -> list[Vote]:
     votes: list[Vote] = []
     for path in request.votes:
         try:
-            cast = votes_of(request, path)
-            about = cast.about(pictures, data)
-            if cast.votes and not about:
-                raise UsageError(f"the votes in '{path}' are about other pictures", "vote again on the present page")
+            about, lost = votes_about(request, path, pictures, data)
         except UsageError as error:
             if "votes" in request.given:
                 raise
             listener(Warned(f"{error.message}; they are left out"))
             continue
-        if lost := len(cast.votes) - len(about):
+        if lost:
             listener(
-                Warned(f"{lost} of {len(cast.votes)} votes in '{path}' are about other pictures; they are left out")
+                Warned(f"{lost} of {lost + len(about)} votes in '{path}' are about other pictures; they are left out")
             )
         votes += about
     return votes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,7 +11,7 @@ from statistics import fmean
 from texforce_cli.core.comparison import unit_means
 from texforce_cli.errors import UsageError
 from texforce_cli.files import user_path, write_bytes
-from texforce_cli.judging.votes import Vote, Votes, read_votes
+from texforce_cli.judging.votes import Vote, read_votes
 from texforce_cli.report.page import Row
 from texforce_cli.workflows.evaluation.pictures import Item
 from texforce_cli.workflows.evaluation.request import EvalRequest
@@ -34,26 +33,26 @@ def check_votes(request: EvalRequest) -> None:
         read_votes(file)
 
 
-def keep_votes(request: EvalRequest) -> None:
-    """Copy each file of votes that can be read into the folder.
+def votes_about(
+    request: EvalRequest, path: str, pictures: Mapping[tuple[str, str, int], str], data: str
+) -> tuple[list[Vote], int]:
+    """The votes of a file that are about these pictures, and how many are not. The folder keeps a copy, which counts where the
+    file is no longer at its place, or holds votes about other pictures by now, as the next `votes.json` does.
 
     Raises:
+        UsageError: as `read_votes`; there are votes, and all are about other pictures.
         TexforceError: the folder cannot be written.
     """
-    for path in request.votes:
-        with contextlib.suppress(UsageError):
-            read_votes(file := user_path(path))
-            write_bytes(_kept(request, path), file.read_bytes())
-
-
-def votes_of(request: EvalRequest, path: str) -> Votes:
-    """The votes of a file; of one that is no longer at its place, as the folder keeps it.
-
-    Raises:
-        UsageError: as `read_votes`.
-    """
-    kept = _kept(request, path)
-    return read_votes(kept if kept.is_file() and not placed(path) else user_path(path))
+    file, kept = user_path(path), _kept(request, path)
+    places = [file] if "votes" in request.given or not kept.is_file() else [file, kept] if placed(path) else [kept]
+    for place in places:
+        cast = read_votes(place)
+        about = cast.about(pictures, data)
+        if about and place == file:
+            write_bytes(kept, file.read_bytes())
+        if about or not cast.votes:
+            return about, len(cast.votes) - len(about)
+    raise UsageError(f"the votes in '{path}' are about other pictures", "vote again on the present page")
 
 
 def _kept(request: EvalRequest, path: str) -> Path:
