@@ -125,7 +125,7 @@ def test_the_fast_preset_changes_the_automatic_one_and_is_known_with_the_model(f
     fast = resolve({"preset": "fast", "train": train}, family=family)
     assert fast.config.lr == usual.lr
     found = (fast.config.train_steps, fast.config.steps, fast.config.total_epochs)
-    assert found == (("window:3", 10, 15) if family == "tiny" else ("window:4", 20, usual.total_epochs))
+    assert found == (("window:3", 10, 20) if family == "tiny" else ("window:4", 20, usual.total_epochs))
     assert fast.origins["train_steps"] == "preset fast"
     unknown = resolve({"preset": "fast"}).config  # before the model is known: no values and no mistakes
     assert unknown.steps == TrainConfig().steps
