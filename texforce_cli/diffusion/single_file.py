@@ -1,7 +1,7 @@
 """One-file checkpoints in the original Stable Diffusion layout: what is in them, and a pipeline from them.
 
-The file's header tells SD 1.x from SD 2.x, and one of its weights what SD 2.x predicts; the configs come from a folder beside the file or from this package. Nothing
-is fetched.
+The file's header tells SD 1.x from SD 2.x, and one of its weights what SD 2.x predicts; the configs come from a folder beside
+the file or from this package. Nothing is fetched.
 """
 
 from __future__ import annotations
