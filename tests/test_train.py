@@ -1065,7 +1065,7 @@ def test_a_watched_reward_has_its_options() -> None:
 
 
 def test_what_can_end_no_run_is_told() -> None:
-    asked = {"reward": ["brightness"], "model": "tiny", "preset": "fast", "watch": ["tiny-judge"], "watch_patience": 3}
+    asked = {"reward": ["brightness"], "model": "tiny", "epochs": 15, "watch": ["tiny-judge"], "watch_patience": 3}
     [said] = [line for line in plan.plan(asked).advice() if "--watch" in line]
     assert said == (
         "--watch-patience 3 never ends this run: of its 15 epochs 2 before the last are measured; give --eval-every 4 or less"
