@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -116,6 +116,17 @@ def draw_pictures(policy: Policy, scheduler: str, pairs: Sequence[tuple[str, int
         return _with_scheduler(policy, scheduler, pairs)
     prompts, seeds = [prompt for prompt, _ in pairs], [seed for _, seed in pairs]
     return [Image.fromarray(image) for image in draw(policy, prompts, seeds, batch=len(pairs))]
+
+
+def too_long(policy: Policy, prompts: Iterable[str]) -> list[str]:
+    """What there is to say of prompts, and of the negative one, of which the model does not see the end: of the first three, and how many
+    more there are."""
+    texts = dict.fromkeys([policy.denoising.negative_prompt, *prompts])
+    cut = [(text, tokens) for text in texts if (tokens := policy.too_long(text))]
+    said = [
+        f"{tokens} tokens of the prompt '{text[:60]}' are beyond the limit and are not seen" for text, tokens in cut[:3]
+    ]
+    return [*said, f"so are some of {len(cut) - 3} more prompts"] if len(cut) > 3 else said
 
 
 def _with_scheduler(policy: Policy, scheduler: str, pairs: Sequence[tuple[str, int]]) -> list[Image.Image]:

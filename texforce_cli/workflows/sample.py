@@ -35,6 +35,7 @@ from texforce_cli.workflows.drawing import (
     not_obeyed,
     policy_for,
     source_for,
+    too_long,
 )
 from texforce_cli.workflows.events import Listener, Note, Progressed, Warned, silent
 from texforce_cli.workflows.loras import LoadedLora, load_lora, put_weights
@@ -155,10 +156,8 @@ def _pairs(request: SampleRequest, source: ModelSource) -> list[tuple[str, int]]
 
 
 def _warn_of_long_prompts(policy: Policy, pairs: Sequence[tuple[str, int]], listener: Listener) -> None:
-    for prompt in dict.fromkeys([policy.denoising.negative_prompt, *(prompt for prompt, _ in pairs)]):
-        cut = policy.too_long(prompt)
-        if cut:
-            listener(Warned(f"{cut} tokens of the prompt '{prompt[:60]}' are beyond the limit and are not seen"))
+    for sentence in too_long(policy, (prompt for prompt, _ in pairs)):
+        listener(Warned(sentence))
 
 
 def _made(

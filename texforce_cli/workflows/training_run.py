@@ -26,6 +26,7 @@ from texforce_cli.workflows import model_card
 from texforce_cli.workflows.assembly import Scoring
 from texforce_cli.workflows.checkpoint import Checkpoint
 from texforce_cli.workflows.drafts import Drafts
+from texforce_cli.workflows.drawing import too_long
 from texforce_cli.workflows.events import (
     Checked,
     EpochDone,
@@ -267,13 +268,9 @@ class TrainingRun:
         )
 
     def _warn_of_long_prompts(self) -> None:
-        prompts = [prompt.text for prompt in (*self.plan.prompts.seen, *self.plan.prompts.unseen)]
-        texts = [self.config.negative_prompt, *prompts]
-        cut = [(text, tokens) for text in texts if (tokens := self.learner.policy.too_long(text))]
-        for text, tokens in cut[:3]:
-            self.listener(Warned(f"{tokens} tokens of the prompt '{text[:60]}' are beyond the limit and are not seen"))
-        if len(cut) > 3:
-            self.listener(Warned(f"so are some of {len(cut) - 3} more prompts"))
+        prompts = (prompt.text for prompt in (*self.plan.prompts.seen, *self.plan.prompts.unseen))
+        for sentence in too_long(self.learner.policy, prompts):
+            self.listener(Warned(sentence))
 
     def _check_preflight(self) -> None:
         uncompiled = f"go on with: {self._resuming} --no-compile"

@@ -354,7 +354,7 @@ def gpu_of(process: int, count: int, environment: Mapping[str, str] = os.environ
 
 
 def _warn_of_long_prompts(policy: Any, items: Sequence[Item], listener: Listener) -> None:
-    texts = dict.fromkeys([policy.denoising.negative_prompt, *(item.text for item in items)])
-    cut = [text for text in texts if policy.too_long(text)]
-    if cut:
-        listener(Warned(f"{len(cut)} prompts are longer than the model reads, the first: '{cut[0][:60]}...'"))
+    from texforce_cli.workflows.drawing import too_long
+
+    for sentence in too_long(policy, (item.text for item in items)):
+        listener(Warned(sentence))
