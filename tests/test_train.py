@@ -95,6 +95,28 @@ def test_the_same_command_gives_the_same_bits_and_another_seed_others() -> None:
     assert adapter("a") != adapter("c")
 
 
+def test_several_threads_give_the_same_bits_each_time() -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "texforce_cli",
+        "train",
+        "--reward",
+        "brightness",
+        "--model",
+        "tiny",
+        "--steps",
+        "4",
+    ]
+    command += (
+        "--samples-per-epoch 32 --micro-batch 32 --grad-accum 1 --timestep-batch 2 --epochs 3 --eval-images 0".split()
+    )
+    for name in ("a", "b"):
+        subprocess.run([*command, "--out", name], env={**os.environ, "OMP_NUM_THREADS": "2"}, check=True)
+    assert adapter("a") == adapter("b")
+    assert without_seconds("a") == without_seconds("b")
+
+
 def test_batch_size_does_not_change_which_noise_an_image_gets(monkeypatch: pytest.MonkeyPatch) -> None:
     from texforce_cli.diffusion.sampler import Trajectory
 

@@ -55,8 +55,8 @@ def claimed() -> str:
 
 
 def same_bits() -> None:
-    """The same command, the same bits, as far as CUDA has kernels for it that cost little: the gradient of fused attention
-    has none.
+    """The same command, the same bits, on a CPU too, where several threads may sum in an order of chance; on CUDA as far as
+    it has kernels for it that cost little: the gradient of fused attention has none.
     """
     import torch
 

@@ -44,7 +44,7 @@ class Embeddings:
 
     def conditional(self) -> Tensor:
         """One embedding an image, [N, L, D]."""
-        return self.table[self.rows]
+        return self.table.index_select(0, self.rows)  # not table[rows]: threads sum its gradient in an order of chance
 
     def repeat(self, times: int) -> Embeddings:
         """Those of the same images so many times over, which share their gradients."""

@@ -68,8 +68,7 @@ class Learner:
         """`begin`: a new run, whose adapter takes over `--init-lora`. `warn` hears what a measurement has to say."""
         self.team = team
         device = torch.device(team.device(config.device))
-        if device.type == "cuda":
-            same_bits()
+        same_bits()
         pipeline = load_pipeline(resolve_model(config.model), device=device, precision=config.precision)
         self.adapter = make_adapter(pipeline, config, begin=begin)
         self.policy = make_policy(pipeline, config, self.adapter)
