@@ -238,7 +238,7 @@ def test_diffusers_out_has_text_model_and_nothing_that_scales_again(tmp_path: Pa
         out = tmp_path / f"{name}.safetensors"
         fused(out, FORMATS[name](tmp_path / name)[0])
         file = TensorFile.open(out)
-        assert "lora_adapter_metadata" not in file.metadata
+        assert {module.scale for module in read_lora(str(out)).modules.values()} == {1.0}
         for key in file.entries:
             assert key.endswith((".lora_A.weight", ".lora_B.weight"))
             assert key.startswith(("text_encoder.text_model.", "text_encoder_2.text_model.", "unet."))
@@ -1108,7 +1108,7 @@ def test_a_text_encoder_that_diffusers_does_not_load_in_kohyas_form_is_told(tmp_
 
 
 @pytest.mark.parametrize(("others", "warned"), [((4, 4, 2), False), ((4, 2, 2), True), ((), True)])
-def test_a_text_projection_that_diffusers_does_not_load_is_told(
+def test_a_text_projection_that_diffusers_does_not_load_in_kohyas_form_is_told(
     tmp_path: Path, others: tuple[int, ...], warned: bool
 ) -> None:
     """It takes the rank that most of the layers have which it counts; alone nothing is counted."""
@@ -1118,8 +1118,8 @@ def test_a_text_projection_that_diffusers_does_not_load_is_told(
         key = f"text_encoder_2.text_model.encoder.layers.0.self_attn.{name}"
         made.add(key, *(f"{key}.lora_{x}.weight" for x in "AB"), rank=rank)
     source = str(made.save(tmp_path / "a.safetensors"))
-    plan = plan_fuse(FuseRequest([source], out=tmp_path / "b.safetensors"))
-    assert any("text_encoder_2.text_projection only beside" in text for text in plan.warnings) is warned
+    plan = plan_fuse(FuseRequest([source], out=tmp_path / "b.safetensors", format="kohya"))
+    assert any("text_encoder_2.text_projection in kohya's form only" in text for text in plan.warnings) is warned
 
 
 def tiny_sdxl() -> StableDiffusionXLPipeline:
@@ -1165,8 +1165,8 @@ def level(component: str, name: str) -> str:
     return f"text_model.{name.removeprefix('text_model.')}" if inside else name
 
 
-@pytest.mark.parametrize("form", ["diffusers", "kohya", "peft"])
-def test_both_encoders_and_the_unet_of_sdxl_load_with_the_exact_effect(tmp_path: Path, form: Any) -> None:
+@pytest.mark.parametrize(("form", "ranks"), [("diffusers", 1), ("diffusers", 5), ("kohya", 1), ("peft", 5)])
+def test_both_encoders_and_the_unet_of_sdxl_load_with_the_exact_effect(tmp_path: Path, form: Any, ranks: int) -> None:
     pipeline, made, base = tiny_sdxl(), Made(), tiny_sdxl()
     parts = {name: getattr(pipeline, name) for name in ("text_encoder", "text_encoder_2", "unet")}
     for component, part in parts.items():
@@ -1176,7 +1176,8 @@ def test_both_encoders_and_the_unet_of_sdxl_load_with_the_exact_effect(tmp_path:
             path = level(component, name)
             shape, kernel = layer.weight.shape[:2], tuple(layer.weight.shape[2:])
             keys = [f"{component}.{path}.lora_{x}.weight" for x in "AB"]
-            made.add(f"{component}.{path}", *keys, rank=2, shape=tuple(shape), kernel=kernel)
+            rank = 2 + len(made.wanted) % ranks
+            made.add(f"{component}.{path}", *keys, rank=rank, shape=tuple(shape), kernel=kernel)
     made.tensors = {key: 0.03 * value for key, value in made.tensors.items()}
     source = made.save(tmp_path / "a.safetensors")
     out = tmp_path / ("out" if form == "peft" else "out.safetensors")

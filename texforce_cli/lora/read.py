@@ -20,6 +20,8 @@ from texforce_cli.tensorfile import Entry, TensorFile, shown
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
 PEFT_NAME, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+ADAPTER_METADATA = "lora_adapter_metadata"
+"""Where the header of diffusers' form has what PEFT's config says."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _FILES = (FILE_NAME, f"adapter/{FILE_NAME}", PEFT_NAME, "pytorch_lora_weights.bin", "adapter_model.bin")
 _FULL = (
@@ -128,10 +130,10 @@ class _Scales:
 
     @classmethod
     def of(cls, file: Path, metadata: Mapping[str, str], config: Mapping[str, Any]) -> _Scales:
-        """The config beside a file, or in the header that diffusers writes (`lora_adapter_metadata`): of a pipeline with the
-        component before each name (`unet.lora_alpha`), of one model without."""
+        """The config beside a file, or in the header that diffusers writes: of a pipeline with the component before each
+        name (`unet.lora_alpha`), of one model without."""
         configs = {"": config} if config else {}
-        for key, value in told(metadata, "lora_adapter_metadata").items():
+        for key, value in told(metadata, ADAPTER_METADATA).items():
             component, _, name = key.rpartition(".")
             configs[component] = {**configs.get(component, {}), name: value}
         for found in configs.values():

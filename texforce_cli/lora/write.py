@@ -22,7 +22,7 @@ from texforce_cli.core.lora_algebra import Pair, balance
 from texforce_cli.errors import TexforceError
 from texforce_cli.files import appeared, atomic_path, flush, parents_of, patiently, settle, write_error, write_text
 from texforce_cli.lora.names import COMPONENTS, kohya_name, peft_name
-from texforce_cli.lora.read import PEFT_CONFIG, PEFT_NAME
+from texforce_cli.lora.read import ADAPTER_METADATA, PEFT_CONFIG, PEFT_NAME
 from texforce_cli.tensorfile import Array, TensorWriter, write_tensors
 
 Format = Literal["diffusers", "kohya", "peft"]
@@ -35,6 +35,9 @@ DTYPES: dict[str, np.dtype[Any]] = {
 }
 STORAGE_ERROR = {"fp32": 1e-6, "fp16": 1e-3, "bf16": 5e-3}
 """The relative error (Frobenius) that storing in each precision may bring; measured: 3e-8, 3e-4, 2.4e-3."""
+_ABOVE_ANY_RANK = 10**6
+_Ranks = dict[str, dict[str, int]]
+"""The rank of each module that was written, by component and by its name in the model."""
 
 
 @dataclass(frozen=True)
@@ -118,24 +121,27 @@ class Layout:
         """What diffusers does not load of it."""
         ranks: dict[str, dict[str, int]] = {}
         for slot in slots:
-            if slot.component != "unet" and self.format != "peft":
+            if slot.component != "unet" and self.format == "kohya":
                 ranks.setdefault(slot.component, {})[slot.path] = slot.rank
         said = []
         for component, own in ranks.items():
             attention = [path for path in own if ".self_attn." in path]
-            if self.format == "kohya" and attention and not any(path.endswith(".out_proj") for path in attention):
-                said.append(
-                    f"diffusers does not load the attention of {component} in kohya's form without an out_proj; "
-                    "write --format diffusers for it"
-                )
+            if attention and not any(path.endswith(".out_proj") for path in attention):
+                said.append(f"diffusers does not load the attention of {component} in kohya's form without an out_proj")
             projection = own.pop("text_projection", None)
             if projection and [projection] != [rank for rank, _ in Counter(own.values()).most_common(1)]:
-                said.append(f"diffusers loads {component}.text_projection only beside other layers of its rank")
-        return said
+                said.append(
+                    f"diffusers loads {component}.text_projection in kohya's form only beside other layers of its rank"
+                )
+        return [f"{text}; write --format diffusers for it" for text in said]
 
     def peft_name(self, slot: Slot) -> str:
         """The module's name in a PEFT folder."""
         return peft_name(slot.component, slot.path, level=self.level)
+
+    def live_name(self, slot: Slot) -> str:
+        """The module's name in the model, by which a config of PEFT finds it, also a level further down."""
+        return self.peft_name(slot).removeprefix("base_model.model.")
 
     def _keys(self, slot: Slot) -> tuple[str, str, str | None]:
         if self.format == "kohya":
@@ -206,13 +212,20 @@ def write_lora(
     The metadata may grow by 4 KB from what it is at the beginning. `place` is a file, or an empty folder for PEFT's form.
     `slots` have one component after the other.
     """
+    ranks: _Ranks = {}
+
+    def counted() -> Iterator[Pair]:
+        for slot, pair in zip(slots, pairs):
+            ranks.setdefault(slot.component, {})[layout.live_name(slot)] = len(pair[0])
+            yield pair
+
     with ExitStack() as files:
         if layout.format == "peft":
-            writers = _peft_folders(files, place, layout, slots, pairs, metadata)
+            writers = _peft_folders(files, place, layout, slots, counted(), metadata, ranks)
         else:
-            writers = [_tensors(files.enter_context(place.open("wb")), layout, slots, pairs, metadata)]
+            writers = [_tensors(files.enter_context(place.open("wb")), layout, slots, counted(), metadata)]
         for writer in writers:  # when every module is made, so that each file tells of the whole
-            writer.finish({"format": "pt", **metadata()})
+            writer.finish({"format": "pt", **metadata(), **_told(layout, ranks)})
 
 
 def _peft_folders(
@@ -222,6 +235,7 @@ def _peft_folders(
     slots: Sequence[Slot],
     pairs: Iterator[Pair],
     metadata: Callable[[], Mapping[str, str]],
+    ranks: _Ranks,
 ) -> list[TensorWriter]:
     components = list(dict.fromkeys(slot.component for slot in slots))
     writers = []
@@ -230,16 +244,9 @@ def _peft_folders(
         folder = place if alone else place / component
         folder.mkdir(exist_ok=True)
         own = [slot for slot in slots if slot.component == component]
-        ranks: dict[str, int] = {}
-
-        def counted(own: Sequence[Slot] = own, ranks: dict[str, int] = ranks) -> Iterator[Pair]:
-            for slot, pair in zip(own, pairs):
-                ranks[layout.peft_name(slot).removeprefix("base_model.model.")] = len(pair[0])
-                yield pair
-
         handle = files.enter_context((folder / PEFT_NAME).open("wb"))
-        writers.append(_tensors(handle, layout, own, counted(), metadata))
-        write_text(folder / PEFT_CONFIG, json.dumps(_peft_config(ranks), indent=2) + "\n")
+        writers.append(_tensors(handle, layout, own, pairs, metadata))
+        write_text(folder / PEFT_CONFIG, json.dumps(_peft_config(ranks[component]), indent=2) + "\n")
     return writers
 
 
@@ -250,7 +257,11 @@ def _tensors(
     pairs: Iterator[Pair],
     metadata: Callable[[], Mapping[str, str]],
 ) -> TensorWriter:
-    writer = TensorWriter(handle, layout.planned(slots), {"format": "pt", **metadata(), "room": " " * 4096})
+    all_differ: _Ranks = {}
+    for index, slot in enumerate(slots):
+        all_differ.setdefault(slot.component, {})[layout.live_name(slot)] = _ABOVE_ANY_RANK + index
+    room = {**_told(layout, all_differ), "room": " " * 4096}
+    writer = TensorWriter(handle, layout.planned(slots), {"format": "pt", **metadata(), **room})
     for slot in slots:
         try:
             with np.errstate(over="ignore", invalid="ignore"):  # what does not fit is told once, by the layout
@@ -259,6 +270,17 @@ def _tensors(
         except np.linalg.LinAlgError as error:  # a decomposition that met infinity
             raise TexforceError(f"'{slot.name}' holds numbers that are too large", "use smaller weights") from error
     return writer
+
+
+def _told(layout: Layout, ranks: _Ranks) -> dict[str, str]:
+    """What the header says of the ranks where they differ within a component, or a text_projection has one: diffusers before
+    0.40 else takes the first for the alpha of all, and every diffusers the most common for the rank of text_projection."""
+    if layout.format != "diffusers" or all(
+        len({*own.values()}) == 1 and "text_projection" not in own for own in ranks.values()
+    ):
+        return {}
+    about = {f"{part}.{key}": value for part, own in ranks.items() for key, value in _peft_config(own).items()}
+    return {ADAPTER_METADATA: json.dumps(about, sort_keys=True)}
 
 
 def _has_level() -> bool:
