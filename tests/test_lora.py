@@ -564,6 +564,15 @@ def test_alpha_may_be_an_integer_and_its_absence_is_told(tmp_path: Path) -> None
     assert "its alpha is not known" in lora.warnings[0]
 
 
+def test_the_config_of_a_peft_adapter_counts_among_its_files(tmp_path: Path) -> None:
+    """Pictures of another alpha are others."""
+    folder, _ = peft_folder(tmp_path)
+    weights, config = read_lora(str(folder)).sha256()
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 16, "lora_alpha": 40}')
+    again, changed = read_lora(str(folder)).sha256()
+    assert again == weights and changed != config
+
+
 def test_a_file_that_has_gone_while_it_was_to_be_hashed_is_one_sentence(tmp_path: Path) -> None:
     path, _ = kohya(tmp_path / "x")
     lora = read_lora(str(path))

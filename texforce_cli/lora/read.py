@@ -80,12 +80,12 @@ def read_lora(source: str, *, allow_pickle: bool = False) -> Lora:
         UsageError: no such file, or a pickle that was not allowed.
         TexforceError: damaged, incomplete, or something that is no LoRA; the sentence names the file and the key.
     """
-    files = find_lora(source)
+    files: list[Path] = []
     modules: dict[str, LoraModule] = {}
     formats: Counter[str] = Counter()
     metadata: dict[str, str] = {}
     warnings: list[str] = []
-    for file in files:
+    for file in find_lora(source):
         tensors: Tensors
         if file.suffix in PICKLES:
             if not allow_pickle:
@@ -98,7 +98,9 @@ def read_lora(source: str, *, allow_pickle: bool = False) -> Lora:
         else:
             opened = TensorFile.open(file)
             tensors, about = opened, opened.metadata
-        config = _adapter_config(file)
+        beside = _config_beside(file)
+        config = _adapter_config(beside) if beside else {}
+        files += [file, beside] if beside else [file]
         component = file.parent.name if file.parent.name in COMPONENTS else None
         scales = _Scales.of(file, about, config)
         own = _modules(tensors, scales, component)
@@ -248,11 +250,13 @@ def _refuse_kinds(file: Path, keys: Mapping[str, object]) -> None:
         raise TexforceError(f"'{file}' is no LoRA (key '{shown(next(iter(keys)))}')", _FULL)
 
 
-def _adapter_config(file: Path) -> dict[str, Any]:
-    """PEFT's adapter_config.json beside its weights; {} elsewhere."""
+def _config_beside(file: Path) -> Path | None:
+    """PEFT's adapter_config.json beside its weights."""
     path = file.parent / PEFT_CONFIG
-    if not file.name.startswith("adapter_model.") or not path.is_file():
-        return {}
+    return path if file.name.startswith("adapter_model.") and path.is_file() else None
+
+
+def _adapter_config(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _LONGEST_CONFIG:
             raise ValueError("it is too long")
