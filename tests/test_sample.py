@@ -102,6 +102,25 @@ def test_a_lora_brings_its_model_and_settings_and_compare_puts_the_base_beside_i
     assert np.array_equal(pixels("q/000-a-cat-seed0.png"), pixels("p/000-a-cat-seed0-base.png"))
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "sample a-cat --model tiny --steps 1 --out p --lora LORA",
+        "eval --prompts p.txt --variant x=tiny+LORA --images-only --steps 1 --seeds 0 --size 64 --out p",
+        "train --reward brightness --model tiny --dry-run --init-lora LORA",
+    ],
+)
+def test_what_may_be_wrong_with_a_lora_is_told_wherever_it_is_used(lora: str, command: str, capsys: Any) -> None:
+    Path("p.txt").write_text("a cat\n")
+    assert run(["fuse", lora, "--format", "peft", "--out", "l"]) == 0
+    Path("l/adapter_config.json").unlink()
+    capsys.readouterr()
+    assert run(command.replace("LORA", "l:unet=0.3").split()) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "its alpha is not known" in said
+    assert "' has no component for unet; it has text_encoder" in said
+
+
 def test_a_lora_of_weight_zero_is_the_base(lora: str) -> None:
     assert run(["sample", "a cat", "--lora", f"{lora}:0", "--out", "p"]) == 0
     assert run(["sample", "a cat", "--model", "tiny", "--steps", "4", "--guidance", "1", "--out", "q"]) == 0

@@ -14,6 +14,7 @@ from texforce_cli.diffusion.policy import PIXELS, Denoising, Policy, latent_side
 from texforce_cli.diffusion.sampler import draw
 from texforce_cli.errors import UsageError
 from texforce_cli.presets import Family
+from texforce_cli.workflows.loras import LoadedLora
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,9 +75,11 @@ def denoising_for(options: DrawingOptions, trained: Mapping[str, Any], family: F
     return Denoising(int(values["steps"]), values["guidance"], values["eta"], options.size, values["negative_prompt"])
 
 
-def not_obeyed(options: DrawingOptions, trained: Sequence[Mapping[str, Any]]) -> list[str]:
-    """In sentences, what was asked for, or what LoRAs were `trained` with, that their pictures are drawn without."""
-    said, kept = [], {about.get("uncond_embedding") == "base" for about in trained if about}
+def caveats(options: DrawingOptions, loras: Sequence[LoadedLora]) -> list[str]:
+    """In sentences, what may be wrong with LoRAs, and what was asked for, or they were trained with, that their pictures are
+    drawn without."""
+    said = [text for lora in loras for text in lora.warnings]
+    kept = {lora.trained.get("uncond_embedding") == "base" for lora in loras if lora.trained}
     if options.scheduler != "ddim" and options.eta is not None:
         said.append(f"--eta {options.eta:g} is for --scheduler ddim; {options.scheduler} does not look at it")
     if options.scheduler != "ddim" and True in kept:

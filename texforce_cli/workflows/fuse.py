@@ -43,7 +43,7 @@ from texforce_cli.lora.spec import LoraSpec, parse_lora, telling
 from texforce_cli.lora.write import STORAGE_ERROR, Format, Layout, Precision, Slot, new_lora, size_of, write_lora
 from texforce_cli.threads import ahead, beside
 from texforce_cli.workflows.events import Listener, Progressed, Warned, silent
-from texforce_cli.workflows.loras import rewards_in
+from texforce_cli.workflows.loras import LoadedLora, rewards_in
 from texforce_cli.workflows.stopping import StopRequest
 
 Method = Literal["cat", "svd"]
@@ -93,7 +93,7 @@ class FusePlan:
     @property
     def warnings(self) -> list[str]:
         """What may be wrong with it."""
-        said = [text for _, lora in self.loras for text in lora.warnings]
+        said = [text for spec, lora in self.loras for text in LoadedLora(spec, lora, {}).warnings]
         unsure = [lora for _, lora in self.loras if len(lora.bases) > 1]
         if unsure and (len(unsure) < len(self.loras) or len(self.bases) > 1):
             names = ", ".join(f"'{lora.source}'" for lora in unsure)
@@ -101,11 +101,6 @@ class FusePlan:
             said.append(
                 f"nothing in {names} tells whether it is for {unsure[0].base}, which have the same shapes{taken}"
             )
-        for spec, lora in self.loras:
-            if idle := spec.idle(lora.components):
-                said.append(
-                    f"'{lora.source}' has no component for {', '.join(idle)}; it has {', '.join(lora.components)}"
-                )
         return said + self.layout.warnings(self.slots)
 
     def about(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from texforce_cli.diffusion.models import replace_weights
@@ -30,6 +30,13 @@ class LoadedLora:
         return told(self.lora.metadata, "texforce")
 
     @property
+    def warnings(self) -> list[str]:
+        """What may be wrong with it, or with its weights."""
+        lora, idle = self.lora, self.spec.idle(self.lora.components)
+        unused = f"'{lora.source}' has no component for {', '.join(idle)}; it has {', '.join(lora.components)}"
+        return [*lora.warnings, *([unused] if idle else [])]
+
+    @property
     def about(self) -> dict[str, Any]:
         """What a picture's record says of it: file names, hashes, weights; no path of this machine."""
         names, hashes = [file.name for file in self.lora.files], self.lora.sha256()
@@ -47,9 +54,18 @@ def load_lora(text: str, *, allow_pickle: bool = False) -> LoadedLora:
     Raises:
         UsageError, TexforceError: as `parse_lora` and `read_lora`; NaN or infinite values.
     """
+    found = open_lora(text, allow_pickle=allow_pickle)
+    return replace(found, arrays=found.lora.arrays(found.spec.weight_of))
+
+
+def open_lora(text: str, *, allow_pickle: bool = False) -> LoadedLora:
+    """As `load_lora`, from the header alone: without `arrays`.
+
+    Raises:
+        UsageError, TexforceError: as `parse_lora` and `read_lora`.
+    """
     spec = parse_lora(text)
-    lora = read_lora(spec.source, allow_pickle=allow_pickle)
-    return LoadedLora(spec, lora, lora.arrays(spec.weight_of))
+    return LoadedLora(spec, read_lora(spec.source, allow_pickle=allow_pickle), {})
 
 
 def training_of(text: str, *, allow_pickle: bool = False) -> dict[str, Any]:
@@ -58,7 +74,7 @@ def training_of(text: str, *, allow_pickle: bool = False) -> dict[str, Any]:
     Raises:
         UsageError, TexforceError: as `read_lora`.
     """
-    return told(_metadata(text, allow_pickle), "texforce")
+    return open_lora(text, allow_pickle=allow_pickle).trained
 
 
 def trained_on(text: str, *, allow_pickle: bool = False) -> set[str]:
@@ -67,12 +83,8 @@ def trained_on(text: str, *, allow_pickle: bool = False) -> set[str]:
     Raises:
         UsageError, TexforceError: as `read_lora`.
     """
-    metadata = _metadata(text, allow_pickle)
+    metadata = open_lora(text, allow_pickle=allow_pickle).lora.metadata
     return rewards_in([told(metadata, "texforce"), told(metadata, "texforce.fuse")])
-
-
-def _metadata(text: str, allow_pickle: bool) -> Mapping[str, str]:
-    return read_lora(parse_lora(text).source, allow_pickle=allow_pickle).metadata
 
 
 def rewards_in(about: Any) -> set[str]:

@@ -27,6 +27,7 @@ from texforce_cli.rewards.registry import Registry, RewardInfo, load_registry
 from texforce_cli.rewards.terms import find, parse_hosts, parse_terms
 from texforce_cli.team import sharing
 from texforce_cli.workflows.cost import computed_hours, computed_petaflop, memory_of
+from texforce_cli.workflows.loras import open_lora
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,10 @@ class Plan:
         return replace(self, source=source, config=replace(self.config, model=source.reference))
 
     def advice(self) -> list[str]:
-        """What is worth saying before a run: prompts that were chosen, rewards that are strangers to drawings, memory."""
+        """What is worth saying before a run: of its LoRA, prompts that were chosen, rewards that are strangers to drawings, memory."""
         said = self.of_this_machine()
+        if self.config.init_lora:
+            said += open_lora(self.config.init_lora).warnings
         if self.origins.get("prompts", "").startswith("reward "):
             said.append(
                 f"prompts: '{self.config.prompts}', which go with {self.origins['prompts']}; others with --prompts"

@@ -30,9 +30,9 @@ from texforce_cli.prompts import load_prompts
 from texforce_cli.report.pictures import picture_grid, save_png
 from texforce_cli.workflows.drawing import (
     DrawingOptions,
+    caveats,
     denoising_for,
     draw_pictures,
-    not_obeyed,
     policy_for,
     source_for,
     too_long,
@@ -97,7 +97,7 @@ def sample(request: SampleRequest, listener: Listener = silent) -> SampleResult:
     _refuse_to_overwrite(request, [*chain.from_iterable(paths.values()), *([grid_path] if grid_path else [])])
 
     listener(Note(f"model: {source.name} ({source.reason})"))
-    for sentence in not_obeyed(request, [lora.trained for lora in loras]):
+    for sentence in caveats(request, loras):
         listener(Warned(sentence))
     device = resolve_device(request.device)
     pipeline = load_pipeline(source, device=device, precision=request.precision, safety_checker=request.safety_checker)

@@ -28,7 +28,7 @@ from texforce_cli.workflows.evaluation.pictures import Item, items_of, save_pict
 from texforce_cli.workflows.evaluation.request import EvalRequest, prompts_of
 from texforce_cli.workflows.evaluation.variants import Variant, placed
 from texforce_cli.workflows.events import Listener, Progressed, Warned
-from texforce_cli.workflows.loras import LoadedLora
+from texforce_cli.workflows.loras import LoadedLora, open_lora
 from texforce_cli.workflows.stopping import StopRequest
 
 if TYPE_CHECKING:
@@ -57,11 +57,6 @@ class Recipe:
     source: ModelSource
     denoising: Denoising
     settings: Mapping[str, Any]
-
-    @property
-    def trainings(self) -> list[Mapping[str, Any]]:
-        """What each of its LoRAs says of its training."""
-        return [lora.trained for lora in self.loras]
 
 
 def recipes(request: EvalRequest, *, to_draw: bool = False) -> list[Recipe]:
@@ -162,11 +157,7 @@ def _if_there(otherwise: Any, find: Callable[..., Any], *what: Any) -> Any:
 
 
 def _lora_now(text: str, pickle: bool) -> dict[str, Any]:
-    from texforce_cli.lora.read import read_lora
-    from texforce_cli.lora.spec import parse_lora
-
-    spec = parse_lora(text)
-    return LoadedLora(spec, read_lora(spec.source, allow_pickle=pickle), {}).about
+    return open_lora(text, allow_pickle=pickle).about
 
 
 def _local_model(name: str) -> dict[str, Any]:

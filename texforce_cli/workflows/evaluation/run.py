@@ -19,7 +19,7 @@ from texforce_cli.rewards.builtin import with_negations
 from texforce_cli.rewards.isolation import WorkerSettings
 from texforce_cli.rewards.registry import Registry, load_registry
 from texforce_cli.rewards.terms import parse_terms
-from texforce_cli.workflows.drawing import not_obeyed
+from texforce_cli.workflows.drawing import caveats
 from texforce_cli.workflows.evaluation.draw import draw, recipes, settings_of
 from texforce_cli.workflows.evaluation.pictures import Found, Item, collect, comparability, items_of
 from texforce_cli.workflows.evaluation.request import EvalRequest, prompts_of, recalled, record, rewards_trained_on
@@ -103,7 +103,7 @@ def evaluate(request: EvalRequest, listener: Listener = silent, *, beforehand: D
         check_metrics(metrics, registry, scores, make=request.stage == "all")
         if request.recorded:
             record(request, trained, prompts)
-        for sentence in dict.fromkeys(text for one in to_draw for text in not_obeyed(request, one.trainings)):
+        for sentence in dict.fromkeys(text for one in to_draw for text in caveats(request, one.loras)):
             listener(Warned(sentence))
         if draws:
             if beforehand:
