@@ -139,6 +139,7 @@ OTHERS = {  # names in use beside those of the whole files above
     "lora_te1_encoder_layers_1_mlp_fc1.lora_down.weight": f"text_encoder.{FC1}",
     **{f"{KEY.replace('q_proj', f'to_{x}_lora')}.up.weight": KEY.replace("q_proj", f"{x}_proj") for x in "qkv"},
     f"unet.{UNET}.to_q_lora.down.weight": f"unet.{UNET}.to_q",
+    **{f"unet.unet.{UNET}.{x}.down.weight": f"unet.{UNET}.to_v" for x in ("processor.to_v_lora", "to_v.lora")},
     "lora_te2_text_projection.lora_down.weight": "text_encoder_2.text_projection",
     f"text_encoders.clip_h.transformer.{TEXT}.lora_up.weight": f"text_encoder.{TEXT}",
     f"text_encoders.clip_g.transformer.{TEXT}.lora_up.weight": f"text_encoder_2.{TEXT}",

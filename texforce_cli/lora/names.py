@@ -32,6 +32,7 @@ _KOHYA = {
     "lycoris_": "unet",  # as SimpleTuner writes it
 }
 _PREFIXES = {
+    "unet.unet.": "unet",  # as the training scripts of diffusers 0.23 wrote it
     **{f"{component}.": component for component in COMPONENTS},
     "model.diffusion_model.": "unet",
     "diffusion_model.": "unet",
