@@ -574,6 +574,16 @@ def test_the_config_of_a_peft_adapter_counts_among_its_files(tmp_path: Path) -> 
     assert again == weights and changed != config
 
 
+def test_a_peft_adapter_that_was_renamed_keeps_its_config_while_that_can_be_of_no_other(tmp_path: Path) -> None:
+    folder, wanted = peft_folder(tmp_path / "x")
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 16, "lora_alpha": 64}')
+    file = (folder / "adapter_model.safetensors").rename(folder / "style.safetensors")
+    for source in (folder, file):
+        assert close(deltas(source), {name: 4 * delta for name, delta in wanted.items()})
+    (folder / "other.safetensors").write_bytes(file.read_bytes())
+    assert "comes without its adapter_config.json" in read_lora(str(file)).warnings[0]
+
+
 def test_a_file_that_has_gone_while_it_was_to_be_hashed_is_one_sentence(tmp_path: Path) -> None:
     path, _ = kohya(tmp_path / "x")
     lora = read_lora(str(path))

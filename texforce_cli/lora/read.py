@@ -55,8 +55,7 @@ def find_lora(source: str) -> list[Path]:
                 return [path / name]
         parts = [[path / part / name for name in (PEFT_NAME, "adapter_model.bin")] for part in COMPONENTS]
         found = [next(file for file in files if file.is_file()) for files in parts if any(f.is_file() for f in files)]
-        files = [file for file in path.glob("*.safetensors") if not file.name.startswith(".")]  # of macOS, or half made
-        found = found or sorted(file for file in files if file.is_file())
+        found = found or _weights_in(path)
     except (OSError, RuntimeError, ValueError) as error:
         raise no_place(source, error) from error
     if not found:
@@ -65,6 +64,11 @@ def find_lora(source: str) -> list[Path]:
         names = ", ".join(part.name for part in found[:5])
         raise UsageError(f"the folder '{source}' holds several files ({names})", "name one of them")
     return found
+
+
+def _weights_in(folder: Path) -> list[Path]:
+    files = [file for file in folder.glob("*.safetensors") if not file.name.startswith(".")]  # of macOS, or half made
+    return sorted(file for file in files if file.is_file())
 
 
 def no_place(source: str, error: Exception) -> UsageError:
@@ -98,7 +102,7 @@ def read_lora(source: str, *, allow_pickle: bool = False) -> Lora:
         else:
             opened = TensorFile.open(file)
             tensors, about = opened, opened.metadata
-        beside = _config_beside(file)
+        beside = _config_of(tensors)
         config = _adapter_config(beside) if beside else {}
         files += [file, beside] if beside else [file]
         component = file.parent.name if file.parent.name in COMPONENTS else None
@@ -113,7 +117,9 @@ def read_lora(source: str, *, allow_pickle: bool = False) -> Lora:
                 )
             formats[format] += 1
         if not scales.configs and any(format == "PEFT" for _, format in own):
-            warnings.append(f"'{file}' has no {PEFT_CONFIG} beside it: its alpha is not known and taken to be its rank")
+            warnings.append(
+                f"'{file}' comes without its {PEFT_CONFIG}: its alpha is not known and taken to be its rank"
+            )
         metadata.update(about)
         if isinstance(config.get("base_model_name_or_path"), str):
             metadata["base_model_name_or_path"] = config["base_model_name_or_path"]
@@ -250,10 +256,14 @@ def _refuse_kinds(file: Path, keys: Mapping[str, object]) -> None:
         raise TexforceError(f"'{file}' is no LoRA (key '{shown(next(iter(keys)))}')", _FULL)
 
 
-def _config_beside(file: Path) -> Path | None:
-    """PEFT's adapter_config.json beside its weights."""
-    path = file.parent / PEFT_CONFIG
-    return path if file.name.startswith("adapter_model.") and path.is_file() else None
+def _config_of(tensors: Tensors) -> Path | None:
+    """The adapter_config.json beside PEFT's weights: beside their name, or the only weights that it can be of."""
+    file, path = tensors.path, tensors.path.parent / PEFT_CONFIG
+    if not path.is_file():
+        return None
+    its_keys = any(key.startswith("base_model.model.") for key in tensors.entries)
+    own = file.name.startswith("adapter_model.") or (its_keys and _weights_in(file.parent) == [file])
+    return path if own else None
 
 
 def _adapter_config(path: Path) -> dict[str, Any]:
