@@ -270,7 +270,7 @@ REFUSED: list[tuple[dict[str, torch.Tensor], str]] = [
     ({f"{STEM}.alpha": torch.tensor(1.0)}, "without its lora_A .down. and lora_B"),
     ({"model.diffusion_model.input_blocks.0.0.weight": ONE}, "is no LoRA .key 'model.diffusion.*--unet"),
     ({"text_model.encoder.layers.0.self_attn.q_proj.weight": ONE}, "is no LoRA"),
-    ({**PAIR, "transformer.blocks.0.attn.lora_A.weight": ONE}, "is of no LoRA of Stable Diffusion"),
+    ({**PAIR, "transformer.blocks.0.attn.lora_A.weight": ONE}, "is of no LoRA of SD 1.x.*are read, whole"),
     ({**PAIR, "something": ONE}, "holds 'something', which"),
     ({**PAIR, f"text_encoder.{TEXT}.lora_linear_layer.down.weight": ONE}, "which are the same"),
     ({f"{STEM}.hada_w1_a": ONE}, "is a LoHa"),
@@ -290,13 +290,16 @@ REFUSED: list[tuple[dict[str, torch.Tensor], str]] = [
     ({"emb_params": ONE}, "is a textual inversion"),
     ({"<cat-toy>": ONE}, "is a textual inversion"),  # as diffusers writes it
     ({"clip_g": ONE, "clip_l": ONE}, "is a textual inversion"),  # of SDXL
+    ({"a-token": ONE}, "is no LoRA .key 'a-token'.*SDXL are read"),  # an inversion in diffusers' form, of another name
+    ({"unet:0:up": ONE, "unet:0:down": ONE}, "have numbers for names"),
+    ({"conv_in.weight": ONE, "controlnet_mid_block.weight": ONE}, "is a ControlNet"),
     ({"bundle_emb.x.string_to_param.*": ONE, **PAIR}, "with textual inversions in it"),
-    ({"lora_te2_encoder_block_0_layer_0_SelfAttention_q.lora_down.weight": ONE}, "of no LoRA of Stable"),
+    ({"lora_te2_encoder_block_0_layer_0_SelfAttention_q.lora_down.weight": ONE}, "of no LoRA of SD 1.x"),
     (
         {
             "down_blocks.0.motion_modules.0.temporal_transformer.transformer_blocks.0.attention_blocks.0.processor.to_q_lora.down.weight": ONE
         },
-        "of no LoRA of Stable",
+        "of no LoRA of SD 1.x",
     ),
     ({f"{KEY}.lora_A.weight": torch.ones(2, 3), f"{KEY}.lora_B.weight": torch.ones(3, 4)}, "cannot be multiplied"),
     ({f"{KEY}.lora_A.weight": torch.ones(0, 3), f"{KEY}.lora_B.weight": torch.ones(3, 0)}, "cannot be multiplied"),
@@ -307,8 +310,8 @@ REFUSED: list[tuple[dict[str, torch.Tensor], str]] = [
     ),
     ({f"{STEM}.lora_down.weight": ONE, f"{STEM}.lora_up.weight": ONE, f"{STEM}.alpha": ONE}, "alpha is one number"),
     ({f"{STEM}.lora_down.weight": ONE, f"{STEM}.lora_up.weight": ONE, f"{STEM}.alpha": torch.tensor(math.nan)}, "NaN"),
-    ({"lora_unet_nowhere_3.lora_down.weight": ONE, "lora_unet_nowhere_3.lora_up.weight": ONE}, "of no LoRA of Stable"),
-    ({"lora_unet_input_blocks_1_0_nothing.lora_down.weight": ONE}, "of no LoRA of Stable"),
+    ({"lora_unet_nowhere_3.lora_down.weight": ONE, "lora_unet_nowhere_3.lora_up.weight": ONE}, "of no LoRA of SD 1.x"),
+    ({"lora_unet_input_blocks_1_0_nothing.lora_down.weight": ONE}, "of no LoRA of SD 1.x"),
 ]
 
 

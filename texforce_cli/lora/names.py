@@ -115,6 +115,8 @@ REFUSED = (
     (re.compile(r"\.lora_embedding_[AB]"), "a LoRA of an embedding"),
     (re.compile(r"\.lora_(B|up)(\.[^.]+)?\.bias$"), "a LoRA with a bias (lora_bias)"),
     (re.compile(r"^(emb_params|clip_[lg]|<.*>)$"), "a textual inversion"),
+    (re.compile(r"^(unet|text_encoder):\d+:(up|down)$"), "a LoRA whose layers have numbers for names (cloneofsimo's)"),
+    (re.compile(r"^(controlnet_|control_model\.)"), "a ControlNet"),
     (re.compile(r"^bundle_emb\."), "a LoRA with textual inversions in it (bundle_emb)"),
 )
 """What cannot be merged as a LoRA, by its keys."""

@@ -14,7 +14,7 @@ from texforce_cli.errors import TexforceError, UsageError, first_line
 from texforce_cli.files import user_path
 from texforce_cli.lora.header import told
 from texforce_cli.lora.lora import Lora, LoraModule, Tensors, bases_of, of_second_encoder
-from texforce_cli.lora.names import COMPONENTS, REFUSED, Place, is_convolution, parse_key
+from texforce_cli.lora.names import COMPONENTS, REFUSED, Place, is_convolution, locate, parse_key
 from texforce_cli.lora.pickles import read_pickle
 from texforce_cli.tensorfile import Entry, TensorFile, shown
 
@@ -28,6 +28,7 @@ _FULL = (
     "it holds whole weights, not a LoRA: use it with --unet or --text-encoder of `texforce sample`, or make a LoRA of it "
     "with `texforce fuse --extract BASE TUNED`"
 )
+_KNOWN = "LoRAs of SD 1.x, SD 2.x and SDXL are read, whole or not at all"
 _LONGEST_CONFIG = 1_000_000
 _LARGEST_ALPHA = 1e30
 _PEFT_ALPHA = 8
@@ -170,9 +171,7 @@ def _modules(tensors: Tensors, scales: _Scales, component: str | None) -> list[t
     component = component or ("text_encoder_2" if _is_second_encoder(places, entries) else None)
     for key, place in places.items():
         if place is None:
-            raise TexforceError(
-                f"'{file}' holds '{shown(key)}', which is of no LoRA of Stable Diffusion", "it cannot be used whole"
-            )
+            raise TexforceError(f"'{file}' holds '{shown(key)}', which is of no LoRA of SD 1.x, SD 2.x or SDXL", _KNOWN)
         if place.bare and place.component == "text_encoder" and component == "text_encoder_2":
             place = replace(place, component=component)
         if place.bare and component and place.component != component:
@@ -253,7 +252,8 @@ def _refuse_kinds(file: Path, keys: Mapping[str, object]) -> None:
                 "use it by itself in a tool that knows it, or merge it into a model there and use --extract",
             )
     if not any("lora" in key.lower() for key in keys):
-        raise TexforceError(f"'{file}' is no LoRA (key '{shown(next(iter(keys)))}')", _FULL)
+        whole = any(locate(key.rpartition(".")[0]) for key in keys)
+        raise TexforceError(f"'{file}' is no LoRA (key '{shown(next(iter(keys)))}')", _FULL if whole else _KNOWN)
 
 
 def _config_of(tensors: Tensors) -> Path | None:
