@@ -463,7 +463,7 @@ def test_a_held_out_picture_that_a_watched_reward_cannot_score_is_named_and_left
 ) -> None:
     poison = heldout_pairs(load_prompts("color", "tiny"), 4)[0][1].text
     one = make(f"if {poison!r} in prompts: raise ValueError('no')\n" + MEAN)._workers[0]
-    environment = mock.Mock(place=one.place, in_use=contextlib.nullcontext)
+    environment = mock.Mock(place=one.place, sites=[], in_use=contextlib.nullcontext)
     registry = load_registry()
     registry.rewards["r", ""] = RewardInfo("r", one._start["factory"], "x", "1", environment=environment)
     monkeypatch.setattr(plan, "load_registry", lambda: registry)

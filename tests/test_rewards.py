@@ -21,6 +21,8 @@ from PIL import Image
 
 from texforce_cli.cli.app import run
 from texforce_cli.errors import TexforceError, UsageError
+from texforce_cli.judging.offline import ClipJudge
+from texforce_cli.rewards.environments import Environment
 from texforce_cli.rewards.hookspecs import hookimpl
 from texforce_cli.rewards.isolation import WorkerSettings
 from texforce_cli.rewards.places import Place
@@ -28,6 +30,7 @@ from texforce_cli.rewards.registry import Registry, RewardInfo, load_registry
 from texforce_cli.rewards.terms import RewardSet, TermSpec, parse_hosts, parse_terms
 from texforce_cli.workflows import assembly
 from texforce_cli.workflows.check_reward import check_reward
+from texforce_cli.workflows.evaluation.scores import Metric, ScoreFile
 from texforce_cli.workflows.plan import plan
 from texforce_cli.workflows.run_folder import RunFolder
 
@@ -258,6 +261,30 @@ def test_a_second_folder_of_one_distribution_is_passed_over(monkeypatch: pytest.
         (tmp_path / folder / "entry_points.txt").write_text("[texforce]\ntwice = json\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     assert load_registry().broken == {}
+
+
+def test_code_that_its_author_changes_is_another_version(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    site = tmp_path / "env" / "lib" / "python3" / "site-packages"
+    folder = site / "made_by_hand"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(str(site))
+    somewhere = Environment("hand", "0.1.0", tmp_path / "env", ())
+    said = set()
+    for code in ("1", "2"):
+        (folder / "reward.py").write_text(f"class R:\n    def score(self, *batch):\n        return [{code}]\n")
+        here, away = (
+            RewardInfo("glow", "made_by_hand.reward:R", "hand", "0.1.0", environment=e) for e in (None, somewhere)
+        )
+        registry = Registry({("glow", ""): here})
+        monkeypatch.setattr("texforce_cli.judging.offline.load_registry", lambda registry=registry: registry)
+        judge = ClipJudge("glow")
+        judge.prepare([], "")
+        exact = RewardSet([TermSpec("glow")], registry).packages["hand"]
+        assert exact.startswith("0.1.0+") and exact in judge.identity and exact == away.exact_version
+        assert Metric(TermSpec("glow"), here).version(ScoreFile(tmp_path / "none")) == f"hand {exact}"
+        said.add(exact)
+    assert len(said) == 2
 
 
 @pytest.mark.parametrize("problem", [RuntimeError("out of luck"), SystemExit(0), KeyError("x")])

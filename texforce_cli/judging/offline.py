@@ -56,7 +56,7 @@ class ClipJudge:
         self._sign = 1.0 if info.higher_is_better else -1.0
         if not info.range:
             self.modes = ("pairwise", "listwise")  # a score from 1 to 10 needs to know the reward's ends
-        made_with = [info.origin, info.version, *map(contents_hash, self._options.values())]
+        made_with = [info.origin, info.exact_version, *map(contents_hash, self._options.values())]
         self.identity = json.dumps(["clip", 1, self._name, *made_with])
         self.setting = json.dumps(["clip", self._name, *self._options.values()])
         self._make = lambda: RewardSet([spec], registry)  # when it is asked first: a dry run loads nothing

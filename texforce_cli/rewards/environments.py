@@ -60,6 +60,11 @@ class Environment:
         return _python(self.folder)
 
     @property
+    def sites(self) -> list[str]:
+        """Where its packages are."""
+        return [str(path) for pattern in ("*", "*/*") for path in self.folder.glob(f"[Ll]ib{pattern}/site-packages")]
+
+    @property
     def place(self) -> Place:
         """Where its workers run."""
         return Place(str(self.python))

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
+import importlib.machinery
 import importlib.metadata
+import importlib.util
 import os
 import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
 import pluggy
@@ -113,6 +117,13 @@ class RewardInfo(Registered):
         """`built in`, `isolated`, or `here`: beside texforce, in its environment."""
         return "isolated" if self.environment else "built in" if self.origin == "texforce" else "here"
 
+    @functools.cached_property
+    def exact_version(self) -> str:
+        """The version of its package and a hash of its code, which its author changes without a new version; of one that is
+        built in, texforce's."""
+        code = "" if self.state == "built in" else _code_hash(self.factory, self.environment)
+        return f"{self.version}+{code}" if code else self.version
+
     def create(
         self, options: Mapping[str, str], workers: WorkerSettings | None = None, places: Sequence[Place] = ()
     ) -> Reward:
@@ -180,6 +191,26 @@ class RewardInfo(Registered):
         except BaseException:
             held.close()
             raise
+
+
+def _code_hash(factory: str, environment: Environment | None) -> str:
+    """Of the Python files of the package that `factory` is in, where it would be imported; "" where there are none."""
+    import hashlib  # loads OpenSSL, which the list of rewards does without
+
+    package = factory.partition(":")[0].partition(".")[0]
+    find = importlib.util.find_spec
+    try:
+        spec = importlib.machinery.PathFinder.find_spec(package, environment.sites) if environment else find(package)
+        if spec is None:
+            return ""
+        folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
+        files = {path.relative_to(folder).as_posix(): path for folder in folders for path in folder.rglob("*.py")}
+        if not folders and spec.origin:
+            files = {"": Path(spec.origin)}
+        code = [(name, path.read_bytes()) for name, path in sorted(files.items())]
+    except (ImportError, ValueError, OSError):
+        return ""
+    return hashlib.sha256(repr(code).encode()).hexdigest()[:8] if code else ""
 
 
 def to_stderr() -> contextlib.AbstractContextManager[Any]:

@@ -166,8 +166,8 @@ class RewardSet:
 
     @property
     def packages(self) -> dict[str, str]:
-        """What the rewards come from, with its version."""
-        return {term.info.origin: term.info.version for term in self._terms}
+        """What the rewards come from, with its exact version."""
+        return {term.info.origin: term.info.exact_version for term in self._terms}
 
     @property
     def unit(self) -> str:

@@ -49,7 +49,7 @@ class Metric:
         return self.spec.name
 
     def version(self, scores: ScoreFile, *, installed: bool = True) -> str:
-        """What its values depend on: the version of its package, its options, and the contents of files that these name.
+        """What its values depend on: the version of its package and code, its options, and the contents of files that these name.
 
         Where these files are gone, it is the version that was scored with last; so it is where nothing was scored with the
         package that is `installed`, and that is not asked for.
@@ -60,10 +60,10 @@ class Metric:
         contents = [contents_hash(value) for _, value in sorted(self.spec.options.items())]
         files = f" [{_hash(contents)}]" if any(contents) else ""
         known = scores.versions(self.name)
-        exact = f"{self.info.origin} {self.info.version}{options}{files}"
+        exact = f"{self.info.origin} {self.info.exact_version}{options}{files}"
         if exact in known:
             return exact
-        package = re.escape(self.info.version) if installed else r"\S*"
+        package = re.escape(self.info.exact_version) if installed else r"\S*"
         like = rf"{re.escape(self.info.origin)} {package}{re.escape(options)}"
         like += re.escape(files) or r"( \[[0-9a-f]{16}\])?"
         return next((version for version in reversed(known) if re.fullmatch(like, version)), exact)
