@@ -46,9 +46,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Missing:
-    """No verdict: the judge refused, never answered in a usable form, or was not (or not often enough) asked."""
+    """No verdict: the judge refused, was cut off before it, never answered in a usable form, or was not (or not often enough)
+    asked."""
 
-    reason: Literal["refused", "unusable", "unanswered"]
+    reason: Literal["refused", "cut", "unusable", "unanswered"]
 
 
 def verdicts(
@@ -203,6 +204,8 @@ class _Run:
                 self.journal.append(entry_of(key, attempt, question, reply))
                 with self._lock:
                     self.replied.add(key)
+            if state == Missing("cut"):
+                return Failed("the answer was cut off before its verdict", retry=False)
         except _Stopped:
             pass
         except (Hopeless, Exhausted) as error:
@@ -303,5 +306,7 @@ def _state(
         try:
             return parse(entry.text, question, criteria)
         except Unusable as error:
-            failed.append(Repair(entry.text, "it was cut off before its end" if entry.cut else str(error)))
+            failed.append(Repair(entry.text, str(error)))
+    if entries and entries[-1].cut:  # a repair has the same limit
+        return Missing("cut")
     return Missing("unusable") if len(failed) > repairs else tuple(failed)

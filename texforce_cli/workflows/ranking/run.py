@@ -399,7 +399,7 @@ def _summary(work: _Work, journal: Journal, found: _Found) -> dict[str, Any]:
     if price:
         spent["usd"] = round(float(Budget(price=price).cost(spent["input_tokens"], spent["output_tokens"])), 6)
     answered = sum(not isinstance(one, Missing) for _, one in found)
-    said = warnings(results)
+    said = [*warnings(results), *_cut_off(judge, found)]
     if work.request.protocol == "paper":
         said.append("the protocol is a reconstruction: the paper's prompt, order and scale were never published")
     return cast(
@@ -427,6 +427,16 @@ def _summary(work: _Work, journal: Journal, found: _Found) -> dict[str, Any]:
             }
         ),
     )
+
+
+def _cut_off(judge: Judge, found: _Found) -> list[str]:
+    cut = [question for question, one in found if one == Missing("cut")]
+    if not cut:
+        return []
+    if not isinstance(judge, Metered):
+        return [f"{len(cut)} answers were cut off before their verdict: let the judge give longer ones"]
+    most = judge.size(cut[0]).output_tokens
+    return [f"{len(cut)} answers were cut at {most} tokens, before their verdict; give --max-output-tokens {4 * most}"]
 
 
 def _verdict_rows(questions: _Found) -> list[dict[str, Any]]:
