@@ -355,6 +355,8 @@ def test_a_judge_of_a_plugin_is_asked_and_a_broken_plugin_is_named(
     shown = capsys.readouterr()
     assert json.loads(shown.out)["judge"] == "fair" and "hello" in shown.err  # what plugins print is not data
     assert ranking(judge="fair")["results"]["manners"]["position"]["first_shown_won"] == 0
+    assert run([*command, "winner=B", "--placebos", "0", "--json", "--dry-run"]) == 0
+    assert json.loads(capsys.readouterr().out)["plan"]["criteria"] == ["manners"]
     assert run([*command, "colour=red"]) == 2
     assert "colour" in capsys.readouterr().err
     assert run(["gpt4v-rank", "out", *pictures, "--judge", "fairr"]) == 2
@@ -389,7 +391,14 @@ class Fair:
         self.identity = f"fair {winner}"
         self._winner = winner
 
+    def prepare(self, cases, data):
+        print("hello")
+
+    def close(self):
+        print("hello")
+
     def ask(self, question, repairs=()):
+        print("hello")
         return Reply(json.dumps({"manners": {"reason": "so", "winner": self._winner}}))
 """
 

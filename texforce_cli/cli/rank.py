@@ -92,6 +92,7 @@ def rank(
     from texforce_cli.cli.console import note, warn, write_json
     from texforce_cli.cli.live import View
     from texforce_cli.errors import UsageError
+    from texforce_cli.rewards.registry import to_stderr
     from texforce_cli.workflows.ranking.run import RankRequest, plan_ranking, rank_pictures
 
     if not judge:
@@ -119,9 +120,11 @@ def rank(
         single_file=single_file,
     )
     if dry_run:
-        _show_plan(plan_ranking(request), json)
+        with to_stderr():
+            plan = plan_ranking(request)
+        _show_plan(plan, json)
         return
-    with View() as view:
+    with to_stderr(), View() as view:  # around all of it: one redirection for every thread that asks the judge
         result = rank_pictures(request, view)
     if json:
         write_json(dict(result.summary))
