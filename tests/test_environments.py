@@ -180,7 +180,8 @@ def test_an_environment_that_was_replaced_stays_while_a_run_uses_it() -> None:
     ("asked", "sentence"),
     [
         ("face-iqua", "unknown reward 'face-iqua'; did you mean 'face-iqa'"),
-        ("texforce-handd", "did you mean 'texforce-hand'"),
+        ("texforce-handd", "did you mean 'hand'.*: texforce-handd==1.0"),
+        ("texforce-exampl", "did you mean 'texforce-example'"),
         ("clipscore", "did you mean 'clip-score'"),
         ("pickscore", "'pickscore' is built in, there is nothing to install"),
         ("Tiny_CLIP", "'Tiny_CLIP' is built in"),
@@ -204,7 +205,15 @@ def test_names_of_ours_come_from_the_table_and_strangers_are_strangers(tmp_path:
     ):
         assert Path(environments.resolve(spelt).requirement).name == package
     assert Path(environments.resolve("texforce-example").requirement).name == "texforce-example"
-    assert not environments.resolve("somebodys-reward>=2").ours
+    for stranger in (
+        "somebodys-reward>=2",
+        "texforce-sharpness",
+        "texforce-anime",
+        "texforce-text",
+        "hpsv3",
+        "handd==1.0",
+    ):
+        assert not environments.resolve(stranger).ours
     folder = write_plugin("sharp-edges", tmp_path / "p")
     assert environments.resolve(str(folder)) == environments.Source(str(folder), False, "p")
 

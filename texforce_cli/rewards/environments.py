@@ -42,6 +42,8 @@ OURS: Mapping[str, str] = {
 # compiled where they are used: the list of rewards needs none of them
 _NAME = r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?"
 _PACKAGE = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?(?:\[[^]]*\])?(?:[=<>!~].*)?"
+_PREFIX = "texforce-"
+_NEAR_MISS = 0.85
 Variant = Literal["cpu", "cuda"]
 
 
@@ -146,8 +148,14 @@ def resolve(asked: str) -> Source:
                 f"'{asked}' holds no Python package", "give a folder with a pyproject.toml, or a .whl file"
             )
         return Source(str(path.resolve()), False, path.resolve().name)
-    if close := difflib.get_close_matches(normal(asked), [*OURS, *OURS.values(), *built_in], n=1, cutoff=0.75):
-        raise UsageError(f"unknown reward '{asked}'", f"did you mean '{close[0]}'? Of ours there are {', '.join(OURS)}")
+    # without what the packages of all rewards begin with: it makes strangers alike
+    named = {name.removeprefix(_PREFIX): name for name in (*OURS.values(), *OURS, *built_in)}
+    if close := difflib.get_close_matches(normal(asked).removeprefix(_PREFIX), named, n=1, cutoff=_NEAR_MISS):
+        raise UsageError(
+            f"unknown reward '{asked}'",
+            f"did you mean '{named[close[0]]}'? Of ours there are {', '.join(OURS)}; of somebody's package, give the version "
+            f"too: {asked}==1.0",
+        )
     if not re.fullmatch(_PACKAGE, asked):
         raise UsageError(f"'{asked}' is no name of a package", f"give a path, a package, or one of {', '.join(OURS)}")
     return Source(asked, False, f"{asked} of the package index")
