@@ -14,12 +14,12 @@ import sys
 import textwrap
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Optional
 from unittest import mock
 
 import numpy as np
@@ -627,6 +627,20 @@ def test_a_worker_that_is_fed_nonsense_ends(make: Make) -> None:
     for data in (b"", b"nonsense, not a frame", frame({"type": "score"})[:9]):
         done = subprocess.run([python, "-I", worker.__file__], input=data, capture_output=True, timeout=20, check=False)
         assert (done.returncode, done.stdout) == (0, b"")
+
+
+def test_an_option_has_the_type_of_its_annotation_or_is_refused() -> None:
+    def factory(
+        top: int | None = None, share: Optional[float] = None, names: Sequence[str] | str = "",
+        how: Literal["a", "b"] = "a", size: tuple[int, int] = (1, 2), plain=1,
+    ) -> None: ...  # fmt: skip
+
+    given = {"top": "3", "share": "0.5", "names": "x,y", "how": "b", "plain": "1"}
+    assert worker.typed_options(factory, given) == {"top": 3, "share": 0.5, "names": "x,y", "how": "b", "plain": "1"}
+    assert [option["type"] for option in worker.list_options(factory)][:3] == ["int", "float", "str"]
+    for key, text, why in (("top", "x", "give a int"), ("how", "c", "give a .*'b'"), ("size", "1", "no text can be")):
+        with pytest.raises(ValueError, match=why):
+            worker.typed_options(factory, {key: text})
 
 
 def test_the_worker_is_one_file_of_the_standard_library(tmp_path: Path) -> None:

@@ -21,8 +21,8 @@ and nothing of ours:
     differentiable    whether the class has `score_tensor`
     backend           a name for this way to compute it, where there are several under one reward name
 
-The class gets its options as keyword arguments, converted to the types of their annotations (bool, int, float, str); none may be
-called `backend`, which chooses among the classes of one name. It has
+The class gets its options as keyword arguments, converted to the types of their annotations (bool, int, float, str, also as
+`int | None`); none may be called `backend`, which chooses among the classes of one name. It has
 
     score(images, prompts, metadata) -> sequence of floats, one an image, in order
 

@@ -21,6 +21,8 @@ import sys
 import threading
 import time
 import traceback
+import types
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -114,14 +116,31 @@ def typed_options(factory: Any, options: Mapping[str, str]) -> dict[str, Any]:
     for key, text in options.items():
         if key not in known:
             raise ValueError("it has no option '{}'; its options: {}".format(key, ", ".join(known) or "none"))
-        kind = known[key].annotation
-        kind = {"bool": bool, "int": int, "float": float, "str": str}.get(kind, kind) if isinstance(kind, str) else kind
+        kind = _kind(known[key])
         try:
             typed[key] = _convert(text, kind)
+        except TypeError as error:
+            raise ValueError(f"its option '{key}' is of the type {_named(kind)}, which no text can be") from error
         except ValueError as error:
-            name = getattr(kind, "__name__", kind)
-            raise ValueError(f"'{text}' is no value for its option '{key}'; give a {name}") from error
+            raise ValueError(f"'{text}' is no value for its option '{key}'; give a {_named(kind)}") from error
     return typed
+
+
+def _kind(option: inspect.Parameter) -> Any:
+    """The type of an option: of `X | None` it is X, and where a text will do, str."""
+    kind = option.annotation
+    if isinstance(kind, str):  # before Python 3.10
+        known = {"bool": bool, "int": int, "float": float, "str": str}
+        kinds = [known.get(one, one) for one in kind.split(" | ") if one != "None"]
+    elif typing.get_origin(kind) in (typing.Union, getattr(types, "UnionType", typing.Union)):
+        kinds = [one for one in typing.get_args(kind) if one is not type(None)]
+    else:
+        kinds = [kind]
+    return str if str in kinds else kinds[0] if len(kinds) == 1 else kind
+
+
+def _named(kind: Any) -> str:
+    return kind.__name__ if isinstance(kind, type) else str(kind)
 
 
 def _convert(text: str, kind: Any) -> Any:
@@ -129,7 +148,15 @@ def _convert(text: str, kind: Any) -> Any:
         if text.lower() not in ("true", "false"):
             raise ValueError(text)
         return text.lower() == "true"
-    return kind(text) if kind in (int, float) else text
+    if typing.get_origin(kind) is typing.Literal:
+        if text not in typing.get_args(kind):
+            raise ValueError(text)
+        return text
+    if kind in (int, float):
+        return kind(text)
+    if kind not in (str, typing.Any, inspect.Parameter.empty):
+        raise TypeError(kind)
+    return text
 
 
 def score(reward: Any, images: Any, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> list[float]:
@@ -248,9 +275,8 @@ def list_options(factory: Any) -> list[dict[str, str]]:
     """Name, type and default of each option of a reward class."""
     listed = []
     for name, parameter in parameters(factory).items():
-        kind = parameter.annotation
         default = "" if parameter.default is parameter.empty else repr(parameter.default)
-        listed.append({"name": name, "type": getattr(kind, "__name__", str(kind)), "default": default})
+        listed.append({"name": name, "type": _named(_kind(parameter)), "default": default})
     return listed
 
 
