@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import multiprocessing
 import os
+import pickle
 import shutil
 import signal
 import struct
@@ -720,6 +722,21 @@ class Slow:
     def score(self, images: Any, prompts: Any, metadata: Any) -> list[float]:
         time.sleep(self.seconds)
         return [1.0] * len(images)
+
+
+def test_workers_are_lent_where_a_socket_below_the_temporary_folder_would_have_too_long_a_path(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    deep = tmp_path / ("x" * 120)
+    deep.mkdir()
+    monkeypatch.setitem(multiprocessing.current_process()._config, "tempdir", str(deep))  # type: ignore[attr-defined]
+    lender = Lender({"r": Slow(0)})  # type: ignore[dict-item]
+    borrower = Lent("r", pickle.loads(pickle.dumps(lender.address)), timeout=5)
+    assert borrower.score(images(1), ["p"], [{}]) == [1.0]
+    with pytest.raises(AuthenticationError):
+        Client(lender.address.place, authkey=b"another")
+    borrower.close()
+    lender.close()
 
 
 @pytest.mark.parametrize("manner", ["broken", "silent"])

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 class Address(NamedTuple):
     """Where the workers of this machine are lent, and the key that only its training processes know."""
 
-    place: str
+    place: str | tuple[str, int]
     key: bytes
 
 
@@ -37,8 +37,11 @@ class Lender:
     def __init__(self, rewards: Mapping[str, IsolatedReward]) -> None:
         self._rewards = rewards
         self._closed = False
-        self._listener = Listener()
-        self.address = Address(str(self._listener.address), secrets.token_bytes(32))
+        try:
+            self._listener = Listener()
+        except OSError:  # a socket below TMPDIR, whose path may be too long for one; the key protects this one too
+            self._listener = Listener(("127.0.0.1", 0))
+        self.address = Address(self._listener.address, secrets.token_bytes(32))
         threading.Thread(target=self._accept, name="texforce-lender", daemon=True).start()
 
     def close(self) -> None:
