@@ -120,6 +120,7 @@ class JudgeServer:
         text = json.dumps(verdict)
         errors = {
             "401": lambda: _error(401, f"Incorrect API key provided: {seen.key}", "invalid_api_key"),
+            "400 key": lambda: JSONResponse([{"error": {"code": 400, "message": "API key not valid."}}], 400),
             "404": lambda: _error(404, "no such model", "model_not_found"),
             "429": lambda: _error(429, "slow down", "rate_limit_exceeded", {"retry-after": "0"}),
             "quota": lambda: _error(429, "no credit", "insufficient_quota"),

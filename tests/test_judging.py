@@ -690,7 +690,10 @@ def test_so_many_requests_at_once_as_there_are_workers(tmp_path: Path) -> None:
     assert server.most_at_once == 3 and len(server.seen) == 6
 
 
-@pytest.mark.parametrize(("how", "code"), [("401", "not let us in"), ("404", "no such model"), ("quota", "no credit")])
+@pytest.mark.parametrize(
+    ("how", "code"),
+    [("401", "not let us in"), ("404", "no such model"), ("quota", "no credit"), ("400 key", "API key not valid")],
+)
 def test_what_is_hopeless_costs_one_request(tmp_path: Path, how: str, code: str) -> None:
     with JudgeServer(how) as server:
         outcome, found, _ = put(judge_of(server), asked(tmp_path / "p"), tmp_path / "j", workers=8)
@@ -1070,6 +1073,7 @@ def test_of_two_answers_none_is_chosen() -> None:
     [
         ('{"error": {"message": "no such thing"}}', "no such thing"),
         ('{"error": "no such thing"}', "no such thing"),
+        ('[{"error": {"message": "no such thing"}}]', "no such thing"),
         ('{"detail": "no such thing"}', "no such thing"),
         ('{"detail": [{"loc": ["body", "response_format"]}]}', "response_format"),
         ("response_format is unknown", "response_format"),

@@ -18,6 +18,7 @@ _MODERATION = re.compile(
     r"\bmoderation\b|\bflagged\b|\bcontent.policy\b|\busage.policy\b|\bsafety.system\b", re.IGNORECASE
 )
 _ACCOUNT = re.compile(r"\b(account|access|organi[sz]ation|project|key|user)\b", re.IGNORECASE)
+_KEY = re.compile(r"\bapi[ _-]?key\b", re.IGNORECASE)
 _LOST = (408, 502, 504)
 """A gateway that gave up waiting: the answer may have been made and charged."""
 _LONGEST_SAID = 500
@@ -32,7 +33,7 @@ class TurnedDown(Exception):
         self.status, self.headers = status, headers
         self.body: Any = None
         with contextlib.suppress(ValueError, RecursionError):
-            self.body = json.loads(content)
+            self.body = _alone(json.loads(content))
         moved = f"it has moved to {headers.get('location', 'nowhere')}" if 300 <= status < 400 else ""
         message = moved or message_of(self.body) or (_plain(content) if self.body is None else "")
         self.said = f"Error code: {status}" + (f" - {message}" if message else "")
@@ -49,6 +50,11 @@ def message_of(body: Any) -> str:
     return next((message for message in messages if isinstance(message, str)), "")
 
 
+def _alone(body: Any) -> Any:
+    """Gemini sends its errors in a list of one."""
+    return body[0] if isinstance(body, list) and len(body) == 1 else body
+
+
 def _plain(content: bytes) -> str:
     """The beginning of a body that is text; nothing of a page."""
     text = content.decode("utf-8", "replace").strip()
@@ -57,7 +63,7 @@ def _plain(content: bytes) -> str:
 
 def of_status(status: int, headers: Mapping[str, str], body: Any, said: str) -> Busy | Failed | Hopeless:
     """The meaning of an HTTP status; `said` is the server's own sentence."""
-    if status in (401, 403):
+    if status in (401, 403) or (status == 400 and _KEY.search(said)):
         return Hopeless(f"the judge does not let us in ({said})", "set OPENAI_API_KEY to a key that may use the model")
     if status == 402 or (status == 429 and "insufficient_quota" in _codes(body)):
         return Hopeless(f"the account has no credit left ({said})")
