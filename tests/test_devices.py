@@ -269,11 +269,15 @@ def test_rewards_score_in_a_thread_of_their_own_beside_cuda_alone(
     assert given["ahead"] is ahead
 
 
-def test_a_sum_of_gpus_that_fails_is_an_error_of_this_process(gpus: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    zeros, begun = torch.zeros, []
+@pytest.mark.parametrize(("nccl", "backend", "summed_on"), [(True, "nccl", "cuda"), (False, "gloo", "cpu")])
+def test_a_sum_of_gpus_that_fails_is_an_error_of_this_process(
+    gpus: list[str], monkeypatch: pytest.MonkeyPatch, nccl: bool, backend: str, summed_on: str
+) -> None:
+    zeros, begun, devices = torch.zeros, [], []
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: nccl)
     monkeypatch.setenv("TORCH_NCCL_BLOCKING_WAIT", "")  # what is set from here on is forgotten after the test
     monkeypatch.delenv("TORCH_NCCL_BLOCKING_WAIT")
-    monkeypatch.setattr(torch, "zeros", lambda size, device=None: zeros(size))
+    monkeypatch.setattr(torch, "zeros", lambda size, device=None: devices.append(device) or zeros(size))
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **about: begun.append((backend, dict(os.environ))))
     monkeypatch.setattr(dist, "all_reduce", lambda tensor: None)
     with contextlib.closing(alone_with(Missing())) as ours:
@@ -283,8 +287,11 @@ def test_a_sum_of_gpus_that_fails_is_an_error_of_this_process(gpus: list[str], m
             ours.compute("cuda", 60.0)
         monkeypatch.setattr(ours, "each", lambda value: [value, "another"])
         ours.compute("cuda", 60.0)
-    [(backend, environment)] = begun
-    assert (backend, environment["TORCH_NCCL_BLOCKING_WAIT"]) == ("nccl", "1")
+        monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: devices.append("moved to the cpu") or tensor)
+        ours.total([torch.ones(1)])
+    [(taken, environment)] = begun
+    assert (taken, environment["TORCH_NCCL_BLOCKING_WAIT"]) == (backend, "1")
+    assert devices == [summed_on, *([] if nccl else ["moved to the cpu"])]
 
 
 def test_what_is_known_of_attention_is_not_told_in_every_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,6 +56,8 @@ class Processes(Team):
         self._ended = ended
         self._patience = START
         self._turn, self._steps = 0, 0
+        self._nccl = False
+        """Whether NCCL sums, on the GPUs; gloo sums on the CPU."""
         self._over = False
         """Whether the leader has left."""
         self._pulses: dict[int, str] = {}
@@ -80,15 +82,18 @@ class Processes(Team):
         gpus = self.each(_uuid(self.device(device)) if cuda else self.rank)
         if len(set(gpus)) < len(gpus):
             raise UsageError(f"{len(gpus)} processes share {len(set(gpus))} GPUs", "give fewer processes")
+        self._nccl = cuda and dist.is_nccl_available()  # torch for Windows has none
         try:
             dist.init_process_group(
-                "nccl" if cuda else "gloo",
+                "nccl" if self._nccl else "gloo",
                 store=self._sums(),
                 rank=self.rank,
                 world_size=self.size,
                 timeout=timedelta(seconds=max(60.0, seconds)),
             )
-            dist.all_reduce(torch.zeros(1, device="cuda" if cuda else "cpu"))  # NCCL takes its memory at the first sum
+            dist.all_reduce(
+                torch.zeros(1, device="cuda" if self._nccl else "cpu")
+            )  # NCCL takes its memory at the first sum
         except (RuntimeError, ValueError) as error:
             raise TexforceError(
                 f"process {self.rank} cannot exchange gradients with the others ({first_line(error)})",
@@ -113,6 +118,7 @@ class Processes(Team):
         import torch.distributed as dist
 
         flat = torch.cat([tensor.flatten() for tensor in tensors])
+        flat = flat if self._nccl else flat.cpu()
         self.each(None)
         with self.shield():  # the others count on this process from here on
             self.each(None)
