@@ -20,7 +20,10 @@ LAYERS = [
     {"core"},
     {"errors"},
 ]
-NEIGHBOURS = {("config", "presets")}  # the configuration is built from the presets
+NEIGHBOURS = {
+    ("config", "presets"),  # the configuration is built from the presets
+    ("team", "files"),  # the processes of a machine meet in a folder
+}
 HEAVY = {"torch", "diffusers", "transformers", "peft", "matplotlib", "numpy", "PIL", "safetensors"}
 FILES = sorted(ROOT.rglob("*.py"))
 

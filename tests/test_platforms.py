@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from texforce_cli.lora.write import lora_bytes
 from texforce_cli.rewards import environments, isolation, worker
 from texforce_cli.rewards.places import Place
 from texforce_cli.team import start
+from texforce_cli.team.store import Folder
 from texforce_cli.workflows import checkpoint
 from texforce_cli.workflows.evaluation.pictures import foreign_pictures
 from texforce_cli.workflows.evaluation.variants import Variant, check_variants, parse_variant, read_variants
@@ -61,18 +63,20 @@ def test_a_command_to_paste_is_quoted_as_the_shell_wants_it(
 
 @pytest.fixture
 def busy(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of files that are in use when they are next replaced."""
+    """Names of files that are in use when they are next replaced, read or removed."""
     names: list[str] = []
 
-    original = Path.replace
+    def once_busy(step: Callable[..., Any]) -> Callable[..., Any]:
+        def tried(self: Path, *target: Path, **how: bool) -> Any:
+            if (name := (*target, self)[0].name) in names:
+                names.remove(name)
+                raise PermissionError(13, "it is in use", name)
+            return step(self, *target, **how)
 
-    def replace(self: Path, target: Path) -> Path:
-        if target.name in names:
-            names.remove(target.name)
-            raise PermissionError(13, "it is in use", str(target))
-        return original(self, target)
+        return tried
 
-    monkeypatch.setattr(Path, "replace", replace)
+    for step in ("replace", "read_bytes", "unlink"):
+        monkeypatch.setattr(Path, step, once_busy(getattr(Path, step)))
     monkeypatch.setattr(files, "_PAUSES", (0, 0))
     return names
 
@@ -86,6 +90,18 @@ def test_a_file_that_is_in_use_for_a_moment_is_replaced_all_the_same(tmp_path: P
     with pytest.raises(files.NotWritten):
         files.write_text(tmp_path / "run.json", "newer")
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_a_word_that_another_process_has_open_for_a_moment_is_said_heard_and_forgotten(
+    tmp_path: Path, busy: list[str]
+) -> None:
+    store = Folder(tmp_path)
+    busy += ["pulse-1"]
+    store.set("pulse/1", b"2 0")
+    busy += ["pulse-1"]
+    assert store.get("pulse/1") == b"2 0"
+    busy += ["pulse-1"]
+    assert store.delete_key("pulse/1") and not store.check(["pulse/1"]) and not busy
 
 
 @pytest.mark.parametrize("number", [5, 32])

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from texforce_cli.errors import TexforceError
+from texforce_cli.files import patiently
 
 
 class Store(Protocol):
@@ -40,7 +41,7 @@ class Folder:
         new = place.with_suffix(f".{threading.get_ident()}.new")
         try:
             new.write_bytes(value)
-            new.replace(place)
+            patiently(lambda: new.replace(place))
         except OSError as error:
             if os.path.lexists(self.path):  # no process has gone: the disk is full
                 raise TexforceError(
@@ -52,7 +53,7 @@ class Folder:
     def get(self, key: str) -> bytes:
         """What stands there."""
         try:
-            return self._place(key).read_bytes()
+            return patiently(self._place(key).read_bytes)
         except OSError as error:
             raise RuntimeError(f"nothing is known of {key}") from error
 
@@ -75,7 +76,7 @@ class Folder:
 
     def delete_key(self, key: str) -> bool:
         """Forget it."""
-        self._place(key).unlink(missing_ok=True)
+        patiently(lambda: self._place(key).unlink(missing_ok=True))
         return True
 
     def _place(self, key: str) -> Path:
