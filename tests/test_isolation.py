@@ -250,13 +250,13 @@ def test_an_entry_point_may_name_an_object_of_a_module(make: Make, tmp_path: Pat
     info = tmp_path / "site" / "third-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: third\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[texforce]\nthird = third:plugin\n")
+    (info / "entry_points.txt").write_text("[texforce]\nthird = third:plugin\nagain = third:plugin\n")
     (tmp_path / "site" / "third.py").write_text(
         "class Plugin:\n    def texforce_register_rewards(self, register):\n        register('glow', 'x:Y', api_version=1)\n"
         "plugin = Plugin()\n"
     )
     found = ask_once(place, {"type": "describe"})["rewards"]
-    assert {"name": "glow", "factory": "x:Y", "distribution": "third", "api_version": 1} in found
+    assert found.count({"name": "glow", "factory": "x:Y", "distribution": "third", "api_version": 1}) == 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS")

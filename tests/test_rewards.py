@@ -135,7 +135,7 @@ def plugins(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
 
     class Entry:
         def __init__(self, name: str, load: Callable[[], Any]) -> None:
-            self.name, self.load = name, load
+            self.name, self.value, self.load = name, name, load
             self.dist = types.SimpleNamespace(metadata={"Name": name, "Version": "1.0"})
 
     def install(name: str, hook: Callable[..., None] | Exception, attribute: str = "texforce_register_rewards") -> None:
@@ -261,6 +261,15 @@ def test_a_second_folder_of_one_distribution_is_passed_over(monkeypatch: pytest.
         (tmp_path / folder / "entry_points.txt").write_text("[texforce]\ntwice = json\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     assert load_registry().broken == {}
+
+
+def test_a_module_with_two_entry_points_registers_once(plugins: Callable[..., None]) -> None:
+    for name in ("glow", "shine"):
+        plugins(name, registers("glow"))
+    for entry in importlib.metadata.entry_points(group="texforce"):
+        entry.value, entry.dist.metadata = "both", {"Name": "both", "Version": "1.0"}  # type: ignore[misc]
+    registry = load_registry()
+    assert registry.broken == {} and registry.find("glow").origin == "both"
 
 
 def test_code_that_its_author_changes_is_another_version(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -861,7 +861,7 @@ def test_a_broken_plugin_is_imported_once_and_named_once(
         raise ImportError("no module named moon")
 
     entry = types.SimpleNamespace(
-        name="p", load=load, dist=types.SimpleNamespace(metadata={"Name": "moon-rewards", "Version": "1"})
+        name="p", value="p", load=load, dist=types.SimpleNamespace(metadata={"Name": "moon-rewards", "Version": "1"})
     )
     real = importlib.metadata.entry_points
     monkeypatch.setattr(

@@ -404,6 +404,7 @@ class _Unreadable:
     name: str
     dist: importlib.metadata.Distribution
     why: str
+    value: str = ""
 
     def load(self) -> Any:
         raise ValueError(f"whether it is a plugin cannot be read, its entry_points.txt is damaged: {self.why}")
@@ -411,14 +412,18 @@ class _Unreadable:
 
 def plugins() -> list[Plugin]:
     """The entry points of the group `texforce`, without those that TEXFORCE_BLOCK_PLUGINS names."""
-    found: dict[tuple[str, str], Plugin] = {}
+    found: list[Plugin] = []
+    seen: set[tuple[str, str]] = set()
     for entry in _entries():
         origin, version = _distribution(entry)
         if {normal(entry.name), origin} & _blocked():
             continue
-        # an interrupted uninstall leaves a second folder of one distribution
-        found.setdefault((origin, entry.name), Plugin(origin, version, entry))
-    return list(found.values())
+        # an interrupted uninstall leaves a second folder of one distribution; and one module may have several names
+        ways = {(origin, entry.name), (origin, f"= {entry.value}")}
+        if not ways & seen:
+            found.append(Plugin(origin, version, entry))
+        seen |= ways
+    return found
 
 
 def _entries() -> Sequence[importlib.metadata.EntryPoint | _Unreadable]:

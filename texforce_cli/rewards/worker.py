@@ -294,11 +294,14 @@ def registered() -> dict[str, Any]:
 
         return register
 
+    seen: set[tuple[str, str]] = set()
     for point in group:
+        distribution = getattr(point, "dist", None)
+        origin = distribution.name if distribution else point.name
         hook = getattr(point.load(), "texforce_register_rewards", None)
-        if hook is not None:
-            distribution = getattr(point, "dist", None)
-            hook(register=record(distribution.name if distribution else point.name))
+        if hook is not None and (origin, point.value) not in seen:  # one module may have several names
+            hook(register=record(origin))
+        seen.add((origin, point.value))
     return {"rewards": calls, "python": sys.version.split()[0]}
 
 
