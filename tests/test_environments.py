@@ -487,6 +487,28 @@ def test_a_package_without_a_reward_is_refused(tmp_path: Path) -> None:
     assert not list(environments.root().glob("*"))
 
 
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (
+            {"rewards": []},
+            r"registers no reward; .*texforce_register_rewards; .*texforce_register_judges.* with --here",
+        ),
+        (
+            isolation.RewardFailure("ModuleNotFoundError: No module named 'texforce_cli'"),
+            "imports texforce: add --here",
+        ),
+        (isolation.RewardFailure("RuntimeError: moon"), "see its author"),
+    ],
+)
+def test_a_package_of_judges_is_told_where_it_belongs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: object, says: str
+) -> None:
+    monkeypatch.setattr(isolation, "ask_once", mock.Mock(side_effect=[answer]))
+    with pytest.raises(TexforceError, match=says):
+        environments._adopt(tmp_path, "")
+
+
 def test_the_written_plugin_passes_its_own_tests(tmp_path: Path) -> None:
     folder = write_plugin("sharp-edges", tmp_path / "texforce-sharp-edges")
     done = subprocess.run(

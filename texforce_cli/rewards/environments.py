@@ -26,7 +26,16 @@ from texforce_cli.errors import TexforceError, UsageError
 from texforce_cli.files import patiently, user_folder, user_path, write_error, write_json
 from texforce_cli.rewards import builtin
 from texforce_cli.rewards.places import Place
-from texforce_cli.rewards.registry import REWARDS, Registry, RewardInfo, normal, plugin_calls, plugin_manager, plugins
+from texforce_cli.rewards.registry import (
+    JUDGES,
+    REWARDS,
+    Registry,
+    RewardInfo,
+    normal,
+    plugin_calls,
+    plugin_manager,
+    plugins,
+)
 
 MANIFEST_VERSION = 1
 OURS: Mapping[str, str] = {
@@ -243,12 +252,16 @@ def _adopt(folder: Path, lock: str) -> Environment:
     try:
         told = ask_once(Place(str(_python(folder))), {"type": "describe"})
     except (WorkerFailure, RewardFailure) as error:
-        raise TexforceError(
-            f"the package was installed, but its registration fails: {error}", "see its author"
-        ) from error
+        remedy = (
+            "it imports texforce: add --here" if "No module named 'texforce_cli" in str(error) else "see its author"
+        )
+        raise TexforceError(f"the package was installed, but its registration fails: {error}", remedy) from error
     rewards = told["rewards"]
     if not rewards:
-        raise UsageError("the package registers no reward", "it needs an entry point in the group 'texforce'")
+        raise UsageError(
+            "the package registers no reward",
+            f"its entry point in the group 'texforce' needs a hook {REWARDS}; judges ({JUDGES}) are installed with --here",
+        )
     package = normal(str(rewards[0]["distribution"]))
     if not re.fullmatch(_NAME, package):
         raise UsageError(f"the package calls itself {package!r}", "see its author")
