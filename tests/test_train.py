@@ -19,6 +19,7 @@ import pytest
 import safetensors.torch
 import torch
 from PIL import Image
+from small_models import small_pipeline
 
 from texforce_cli import tiny
 from texforce_cli.cli.app import run
@@ -761,6 +762,25 @@ def test_one_command_begins_a_run_and_goes_on_with_it(capsys: pytest.CaptureFixt
     assert "'a' had finished" in capsys.readouterr().err
     train(*auto, "--out", "a", "--rank", "4", code=2)
     assert "begun with other options: rank (2 -> 4)" in capsys.readouterr().err
+
+
+def test_one_command_goes_on_with_a_run_whose_micro_batch_was_chosen(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "machine_memory_gb", lambda: 0.0)
+    small_pipeline().save_pretrained("small")
+    command = (
+        "train --reward brightness --model small --out a --auto-resume --size 16 --steps 2 --eval-images 0 --epochs 1"
+    )
+    command += " --samples-per-epoch 2 --preset auto --micro-batch auto --grad-accum"
+    assert run([*command.split(), "2"]) == 0
+    recorded = json.loads(Path("a/run.json").read_text())["config"]
+    assert (recorded["micro_batch"], recorded["grad_accum"]) == (1, 16)
+    capsys.readouterr()
+    assert run([*command.split(), "2"]) == 0
+    assert "'a' had finished" in capsys.readouterr().err
+    assert run([*command.split(), "4"]) == 2
+    assert "begun with other options: grad_accum (16 -> 4)" in capsys.readouterr().err
 
 
 def test_the_command_that_a_run_on_a_folder_ends_with_draws(capsys: pytest.CaptureFixture[str]) -> None:

@@ -191,7 +191,7 @@ def recorded_plan(folder: RunFolder, wanted: Mapping[str, Any]) -> Plan:
         prompts = replace(read_prompts(folder.prompts), name=about["name"], source=about["source"])
     except (KeyError, TypeError) as error:
         raise folder.damaged(error) from error
-    wanted = _unchanging(folder, config, wanted)
+    wanted = _unchanging(folder, config, origins, wanted)
     # an option that is younger than the run has its default
     origins = {**dict.fromkeys(FIELDS, "default"), **origins, **dict.fromkeys(wanted, "resume")}
     config = replace(config, **wanted)
@@ -203,7 +203,9 @@ def recorded_plan(folder: RunFolder, wanted: Mapping[str, Any]) -> Plan:
     return Plan(config, origins, replace(resolve_model(config.model), reason=reason), prompts, registry, infos)
 
 
-def _unchanging(folder: RunFolder, config: TrainConfig, wanted: Mapping[str, Any]) -> dict[str, Any]:
+def _unchanging(
+    folder: RunFolder, config: TrainConfig, origins: Mapping[str, str], wanted: Mapping[str, Any]
+) -> dict[str, Any]:
     """Those of the options `wanted` that may change; the others must be as they were."""
     asked, free = dict(wanted), set(_FREE)
     device = resolve_device(asked.get("device", config.device))
@@ -223,6 +225,11 @@ def _unchanging(folder: RunFolder, config: TrainConfig, wanted: Mapping[str, Any
         asked.pop("fit_micro_batch", None)  # there --micro-batch auto is the preset's
     if device.type != "cuda" and asked.get("timestep_batch") == 0:  # auto
         del asked["timestep_batch"]
+    if asked.get("preset") == "auto":
+        del asked["preset"]
+    divided = "micro_batch" not in asked and origins["micro_batch"] == "default, resolved"
+    if divided and asked.get("grad_accum", 0) * TrainConfig.micro_batch == config.update_batch:
+        del asked["grad_accum"]  # of the default micro-batches: the same update
     recorded = dataclasses.asdict(config)
     changed = differences(recorded, {**recorded, **asked}, ignore=("out", "init_lora", *free))
     if changed:
