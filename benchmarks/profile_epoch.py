@@ -3,7 +3,7 @@
 python benchmarks/profile_epoch.py --guidance 1 --out FILE.json
 
 The epoch is that of `texforce train` with the tiny preset; the floor runs in turns with it. FLOPs are PyTorch's own count (matrix
-products, convolutions and attention), those of the epoch counted in one more that is not timed. Options are those of train_speed.py.
+products, convolutions and attention), those of the epoch counted in one more that is not timed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file, from any folder
 
-from benchmarks.train_speed import TexforceArm, arguments, cpu_model, floor_of, texforce_plan
+from benchmarks.train_speed import TexforceArm, cpu_model, floor_of, parsed, parser, texforce_plan
 from texforce_cli.files import write_json
 from texforce_cli.workflows.run_folder import versions
 
@@ -44,7 +44,7 @@ def gigaflop_of(arm: TexforceArm) -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
-    a = arguments(argv)
+    a = parsed(parser(__doc__), argv)
     torch.set_num_threads(a.threads)
     arm = TexforceArm(texforce_plan(a))
     floor = floor_of(a, arm.algorithm.policy)

@@ -166,25 +166,37 @@ class Result:
         return statistics.median(self.seconds(phase))
 
 
-def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--guidance", type=float, default=1.0, help="of every arm, in sampling and training (1)")
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The options of an epoch that is measured."""
+    p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--guidance", type=float, default=1.0, help="in sampling and training (1)")
     p.add_argument("--rounds", type=int, default=5, help="measured rounds, after one that warms up (5)")
     p.add_argument("--images", type=int, default=256, help="in an epoch (256)")
     p.add_argument("--steps", type=int, default=10, help="denoising steps (10)")
     p.add_argument("--trained-steps", type=int, default=4, help="how many of them are trained, the first ones (4)")
     p.add_argument("--micro-batch", type=int, default=32, help="images in one pass, sampling and training (32)")
-    p.add_argument("--threads", type=int, default=2, help="of every arm (2)")
+    p.add_argument("--threads", type=int, default=2, help="of torch (2)")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--trl-python", type=Path, help="python of TRL's environment; without it the trl arm is left out")
-    p.add_argument("--trl-arguments", default="", help="more for the trl arm, such as '--lr 1e-2'")
     p.add_argument("--out", type=Path, help="JSON file for everything that was measured")
+    return p
+
+
+def parsed(p: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line, where it can be measured; else the parser ends the program."""
     a = p.parse_args(argv)
     if a.guidance < 1 or a.rounds < 1 or a.threads < 1:
         p.error("--guidance, --rounds and --threads must be 1 or more")
     if a.images < 1 or a.micro_batch < 1 or a.images % (a.micro_batch * UPDATES):
         p.error(f"--images must be a multiple of {UPDATES} times --micro-batch")
+    return a
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    p = parser(__doc__)
+    p.add_argument("--trl-python", type=Path, help="python of TRL's environment; without it the trl arm is left out")
+    p.add_argument("--trl-arguments", default="", help="more for the trl arm, such as '--lr 1e-2'")
+    a = parsed(p, argv)
     if a.trl_python and not a.trl_python.is_file():
         p.error(f"there is no file '{a.trl_python}'")
     return a

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import profile_epoch
 from texforce_cli.devices import cpu_computes_bf16
 
 pytestmark = pytest.mark.slow
@@ -31,6 +32,13 @@ def test_the_profile_of_an_epoch_counts_every_phase(tmp_path: Path) -> None:
     assert counted["sampling"] > floor["sampling"] > 0  # decoding and the text encoder are on top
     assert counted["training"] == pytest.approx(floor["training"], rel=0.1)
     assert counted["rewards"] == 0  # a JPEG file is no product of matrices
+
+
+def test_the_help_of_the_profile_is_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        profile_epoch.main(["--help"])
+    said = capsys.readouterr().out
+    assert "how near it is to the floor" in said and "--trl-python" not in said
 
 
 def test_the_arms_of_an_epoch_take_turns(tmp_path: Path) -> None:
