@@ -203,7 +203,8 @@ def test_auto_is_the_micro_batch_of_the_preset_and_is_fitted_on_a_gpu_alone(monk
     flags = {"reward": ["brightness"], "model": "tiny", "micro_batch": "auto"}
     resolved = resolve(flags, family="tiny")
     assert (resolved.config.micro_batch, resolved.config.fit_micro_batch) == (32, True)
-    assert plan({**flags, "device": "cpu"}).config.fit_micro_batch is False
+    made = plan({**flags, "device": "cpu"})
+    assert made.config.fit_micro_batch is False and "on cpu it is --micro-batch 32" in made.advice()[0]
     assert plan({**flags, "timestep_batch": "auto"}).config.timestep_batch == 1  # on a CPU
     assert plan({**flags, "timestep_batch": "3"}).config.timestep_batch == 3
     monkeypatch.setenv("TEXFORCE_MICRO_BATCH", "auto")
@@ -211,6 +212,7 @@ def test_auto_is_the_micro_batch_of_the_preset_and_is_fitted_on_a_gpu_alone(monk
     assert (numbered.micro_batch, numbered.fit_micro_batch) == (8, False)
     monkeypatch.setenv("TEXFORCE_MICRO_BATCH", "8")
     monkeypatch.setattr("texforce_cli.workflows.plan.resolve_device", torch.device)
+    assert plan({**flags, "micro_batch": "auto", "device": "mps"}).config.fit_micro_batch is False
     monkeypatch.setattr("texforce_cli.workflows.plan.device_memory_gb", lambda device: 24.0)
     monkeypatch.setattr("texforce_cli.workflows.plan.gpu_precision", lambda: "bf16")
     made = plan({**flags, "device": "cuda"}).config

@@ -94,8 +94,8 @@ class TrainConfig:
     precision: Literal["fp32", "bf16", "fp16"] = option(
         "fp32",
         MODEL,
-        "Of the frozen weights; steps and LoRA stay fp32. Stable Diffusion on a GPU takes bf16 or fp16, --preset fast bf16 on a "
-        "CPU that multiplies in it.",
+        "Of the frozen weights; steps and LoRA stay fp32. Stable Diffusion on a CUDA or ROCm GPU takes bf16 or fp16, --preset "
+        "fast bf16 on a CPU that multiplies in it.",
     )
     gradient_checkpointing: bool = option(False, MODEL, "Less memory, more time.")
     compile: bool = option(
@@ -143,7 +143,7 @@ class TrainConfig:
     micro_batch: int = option(
         8,
         LEARNING,
-        "Images in one pass through the U-Net; auto (the default for Stable Diffusion on a GPU): what fits.",
+        "Images in one pass through the U-Net; auto (the default for Stable Diffusion on a CUDA or ROCm GPU): what fits.",
         _positive,
     )
     fit_micro_batch: bool = option(
@@ -152,7 +152,7 @@ class TrainConfig:
     timestep_batch: int = option(
         0,
         LEARNING,
-        "Steps of an image in one pass of training; auto (the default): on a GPU as many as fit, else 1.",
+        "Steps of an image in one pass of training; auto (the default): on a CUDA or ROCm GPU as many as fit, else 1.",
         _not_negative,
     )
     grad_accum: int = option(32, LEARNING, "Micro-batches in one update.", _positive)

@@ -86,6 +86,11 @@ class Plan:
                 "the GPU gets filled: as many images and denoising steps as fit are taken together, which --dry-run does not count; "
                 "--micro-batch N and --timestep-batch N limit it"
             )
+        if self.origins["fit_micro_batch"].endswith("resolved") and not self.config.fit_micro_batch:
+            said.append(
+                f"--micro-batch auto fills the memory of a CUDA or ROCm GPU alone: on {self.config.device} it is --micro-batch "
+                f"{self.config.micro_batch}"
+            )
         here = sharing(self.config.num_processes)[1]
         needed = here * self.cost().get("computed_memory_gb", 0.0) if self.config.device == "cpu" else 0.0
         if needed and needed > (there := machine_memory_gb()):
@@ -187,9 +192,8 @@ def _chosen(config: TrainConfig, origins: Mapping[str, str], source: ModelSource
         spec = parse_lora(config.init_lora)
         read_lora(spec.source)  # what cannot be begun with is told now, not when the model is loaded
         chosen["init_lora"] = str(replace(spec, source=_absolute(spec.source)))
-    if device.type == "cpu":  # whose memory is never full: it swaps
+    if device.type != "cuda":  # the memory is the machine's own, which swaps before it is full
         chosen["fit_micro_batch"] = False
-    if device.type != "cuda":
         chosen["timestep_batch"] = config.timestep_batch or 1
     if origins["precision"] == "preset fast" and not (device.type == "cpu" and cpu_computes_bf16()):
         chosen["precision"] = "fp32"
@@ -203,7 +207,7 @@ def _chosen(config: TrainConfig, origins: Mapping[str, str], source: ModelSource
             fits = memory_of(made, config.size or native_size(source)).micro_batch(room)
             chosen["micro_batch"] = fits
             chosen["grad_accum"] = config.update_batch // fits
-            chosen["fit_micro_batch"] = memory is not None  # one that is the machine's own swaps before it is full
+            chosen["fit_micro_batch"] = memory is not None
     return chosen
 
 

@@ -221,10 +221,10 @@ def _unchanging(
         asked["device"] = str(device)
     if device.type != config.device.partition(":")[0]:
         free.remove("device")  # another GPU of the kind gives the same result, another kind does not
-    if device.type == "cpu":
-        asked.pop("fit_micro_batch", None)  # there --micro-batch auto is the preset's
-    if device.type != "cuda" and asked.get("timestep_batch") == 0:  # auto
-        del asked["timestep_batch"]
+    if device.type != "cuda":  # where auto is the preset's micro-batch, and one step
+        asked.pop("fit_micro_batch", None)
+        if asked.get("timestep_batch") == 0:
+            del asked["timestep_batch"]
     if asked.get("preset") == "auto":
         del asked["preset"]
     divided = "micro_batch" not in asked and origins["micro_batch"] == "default, resolved"
