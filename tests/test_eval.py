@@ -977,7 +977,7 @@ def test_pictures_of_other_versions_devices_or_noise_are_told(
         "nothing tells that the pictures of 'other' were drawn with the noise",
     )
     assert not any(sentence in capsys.readouterr().err for sentence in said)
-    monkeypatch.setattr("texforce_cli.workflows.run_folder.versions", lambda: {"torch": "9"})
+    monkeypatch.setattr("texforce_cli.workflows.drawing.versions", lambda: {"torch": "9"})
     arguments = ["--variant", "one=tiny", "--variant", "later=tiny", "--images", "other=other"]
     assert evaluate(prompts, *arguments) == 3
     told = " ".join(capsys.readouterr().err.split())

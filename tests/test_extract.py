@@ -122,7 +122,9 @@ def test_a_change_of_low_rank_is_found_whole_and_draws_the_same(tmp_path: Path, 
     assert np.abs(a - b).max() <= 2
     assert np.abs(a - base).max() > 20
     with Image.open(next((tmp_path / "a").glob("*.png"))) as image:
-        assert image.info["unet"] == "tuned"
+        about = image.info
+    assert about["unet"] == "tuned" and about["precision"] == "fp32" and about["drawn_by"].endswith(" on cpu")
+    assert json.loads(about["weights"]) == {"unet": [hashlib.sha256((tuned / UNET.name).read_bytes()).hexdigest()]}
 
 
 @pytest.mark.slow

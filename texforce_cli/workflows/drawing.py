@@ -15,6 +15,7 @@ from texforce_cli.diffusion.sampler import draw
 from texforce_cli.errors import UsageError
 from texforce_cli.presets import Family
 from texforce_cli.workflows.loras import LoadedLora
+from texforce_cli.workflows.run_folder import versions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +120,13 @@ def draw_pictures(policy: Policy, scheduler: str, pairs: Sequence[tuple[str, int
         return _with_scheduler(policy, scheduler, pairs)
     prompts, seeds = [prompt for prompt, _ in pairs], [seed for _, seed in pairs]
     return [Image.fromarray(image) for image in draw(policy, prompts, seeds, batch=len(pairs))]
+
+
+def drawn_by(device: torch.device) -> str:
+    """The versions and the kind of device that what is drawn depends on, in its last bits and beyond."""
+    found = versions()
+    packages = ", ".join(f"{n} {found[n]}" for n in ("texforce", "torch", "diffusers", "transformers") if n in found)
+    return f"{packages} on {torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type}"
 
 
 def too_long(policy: Policy, prompts: Iterable[str]) -> list[str]:

@@ -113,6 +113,15 @@ def put_weights(pipeline: Any, component: str, source: str, *, allow_pickle: boo
     replace_weights(pipeline, component, source, own, weights.read)
 
 
+def hashes_of(replaced: Mapping[str, str], *, allow_pickle: bool = False) -> dict[str, list[str]]:
+    """What a picture's record says of whole weights, by component: the hash of each file.
+
+    Raises:
+        UsageError, TexforceError: as `weights_of`.
+    """
+    return {name: weights_of(name, source, allow_pickle=allow_pickle).sha256() for name, source in replaced.items()}
+
+
 def weights_of(component: str, source: str, *, allow_pickle: bool = False) -> FullWeights:
     """What a folder or file holds of the U-Net or text encoder; nothing is read but names.
 

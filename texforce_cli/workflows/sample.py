@@ -33,12 +33,13 @@ from texforce_cli.workflows.drawing import (
     caveats,
     denoising_for,
     draw_pictures,
+    drawn_by,
     policy_for,
     source_for,
     too_long,
 )
 from texforce_cli.workflows.events import Listener, Note, Progressed, Warned, silent
-from texforce_cli.workflows.loras import LoadedLora, load_lora, put_weights
+from texforce_cli.workflows.loras import LoadedLora, hashes_of, load_lora, put_weights
 
 
 @dataclass(frozen=True)
@@ -108,10 +109,12 @@ def sample(request: SampleRequest, listener: Listener = silent) -> SampleResult:
     policy = policy_for(pipeline, denoising, trained)
     _warn_of_long_prompts(policy, pairs, listener)
     stack(pipeline, [(lora.lora.source, lora.arrays) for lora in loras])  # whether they fit, before anything is drawn
+    about = _about(source, denoising, request, policy.device)
     pictures: dict[str, list[Image.Image]] = {}
     withheld, room = 0, request.batch
     for variant in variants:
-        about = _about(source, denoising, request, loras if variant == "tuned" else [])
+        used = loras if variant == "tuned" else []
+        texts = {**about, "loras": json.dumps([lora.about for lora in used])}
         pictures[variant] = []
         with base_model(pipeline) if variant == "base" else contextlib.nullcontext():
             while len(pictures[variant]) < len(pairs):
@@ -125,7 +128,7 @@ def sample(request: SampleRequest, listener: Listener = silent) -> SampleResult:
                 drawn, blocked = made
                 for (prompt, seed), picture, path in zip(pairs[part], drawn, paths[variant][part]):
                     readable = _readable(prompt, seed, about)
-                    save_png(path, picture, {"prompt": prompt, "seed": str(seed), "parameters": readable, **about})
+                    save_png(path, picture, {"prompt": prompt, "seed": str(seed), "parameters": readable, **texts})
                 pictures[variant] += drawn
                 withheld += blocked
                 listener(Progressed(variant, len(pictures[variant]), len(pairs)))
@@ -205,24 +208,20 @@ def _refuse_to_overwrite(request: SampleRequest, paths: Sequence[Path]) -> None:
         raise UsageError(f"'{existing[0]}'{more} exists already", "choose another --out, or overwrite with --force")
 
 
-def _about(
-    source: ModelSource, denoising: Denoising, request: SampleRequest, loras: Sequence[LoadedLora]
-) -> dict[str, str]:
+def _about(source: ModelSource, denoising: Denoising, request: SampleRequest, device: torch.device) -> dict[str, str]:
     return {
         "model": source.location if source.kind == "hub" else source.name,
         "model_hash": json.dumps(fingerprint(source)),
-        "loras": json.dumps([lora.about for lora in loras]),
-        **{
-            name: Path(path).name
-            for name, path in (("unet", request.unet), ("text_encoder", request.text_encoder))
-            if path
-        },
+        **{name: Path(path).name for name, path in request.replaced.items()},
+        "weights": json.dumps(hashes_of(request.replaced, allow_pickle=request.allow_pickle)),
         "steps": str(denoising.steps),
         "guidance": f"{denoising.guidance:g}",
         "eta": f"{denoising.eta:g}",
         "scheduler": request.scheduler,
         "negative_prompt": denoising.negative_prompt,
+        "precision": request.precision,
         "software": f"texforce {__version__}",
+        "drawn_by": drawn_by(device),
     }
 
 

@@ -68,7 +68,7 @@ def recipes(request: EvalRequest, *, to_draw: bool = False) -> list[Recipe]:
     """
     from texforce_cli.diffusion.models import hub_index
     from texforce_cli.workflows.drawing import denoising_for, source_for
-    from texforce_cli.workflows.loras import load_lora, weights_of
+    from texforce_cli.workflows.loras import hashes_of, load_lora
 
     pickle = request.allow_pickle
     loaded = {v.name: [load_lora(text, allow_pickle=pickle) for text in v.loras] for v in request.variants}
@@ -84,9 +84,7 @@ def recipes(request: EvalRequest, *, to_draw: bool = False) -> list[Recipe]:
         denoising = denoising_for(request, first, source.family)
         settings = {
             **_of_model(source),
-            "weights": {
-                name: weights_of(name, path, allow_pickle=pickle).sha256() for name, path in variant.replaced.items()
-            },
+            "weights": hashes_of(variant.replaced, allow_pickle=pickle),
             "loras": [lora.about for lora in loras],
             "uncond_embedding": trained.get("uncond_embedding") == "base",
             "denoising": asdict(denoising),
@@ -241,7 +239,7 @@ def _draw_variant(
 ) -> None:
     from texforce_cli.diffusion.adapters import stack
     from texforce_cli.diffusion.models import load_pipeline
-    from texforce_cli.workflows.drawing import policy_for
+    from texforce_cli.workflows.drawing import drawn_by, policy_for
     from texforce_cli.workflows.loras import put_weights
 
     variant = recipe.variant
@@ -265,17 +263,6 @@ def _draw_variant(
             note_drawn(request.out, variant.name, part)
         done += len(part)
         listener(Progressed(f"drawing {variant.name}", done, len(items)))
-
-
-def drawn_by(device: torch.device) -> str:
-    """The versions and the kind of device that what is drawn depends on, in its last bits and beyond."""
-    import torch
-
-    from texforce_cli.workflows.run_folder import versions
-
-    found = versions()
-    packages = ", ".join(f"{n} {found[n]}" for n in ("texforce", "torch", "diffusers", "transformers") if n in found)
-    return f"{packages} on {torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type}"
 
 
 @dataclass(frozen=True)
