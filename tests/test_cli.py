@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import types
@@ -68,6 +69,21 @@ def test_no_arguments_prints_the_help(capsys: pytest.CaptureFixture[str]) -> Non
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--version"]) == 0
     assert capsys.readouterr().out.strip() == f"texforce {texforce_cli.__version__}"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_that_a_command_does_not_listen_for_is_a_sentence(
+    number: signal.Signals, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from texforce_cli.workflows import sample as workflow
+
+    before = signal.getsignal(number)
+    monkeypatch.setattr(workflow, "sample", lambda request, listener: signal.raise_signal(number))
+    assert run(["sample", "a cat"]) == run(["sample", "a cat", "--json"]) == code
+    said = capsys.readouterr()
+    assert said.err == "stopped: what was finished is kept\n" * 2
+    assert json.loads(said.out)["error"]["exit_code"] == code
+    assert signal.getsignal(number) == before
 
 
 def test_rewards_as_a_table_and_as_json(capsys: pytest.CaptureFixture[str]) -> None:

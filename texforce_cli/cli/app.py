@@ -5,16 +5,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import io
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from types import FrameType
 from typing import Any
 
 import typer
 
 from texforce_cli.cli.console import show_error
-from texforce_cli.errors import TexforceError, UsageError
+from texforce_cli.errors import Interrupted, TexforceError, UsageError
 
 _MODULES = {
     "train": "train",
@@ -74,8 +78,9 @@ def run(arguments: list[str]) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a pipe on Windows has few letters; stderr escapes others by itself
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        # the parser's own way of telling what it does not understand is for people
-        code = make_app(arguments)(args=arguments, prog_name="texforce", standalone_mode=not as_json)
+        with _terminable():
+            # the parser's own way of telling what it does not understand is for people
+            code = make_app(arguments)(args=arguments, prog_name="texforce", standalone_mode=not as_json)
     except _Misuse as error:
         show_error(
             UsageError(error.format_message().removesuffix("."), "add --help to see what there is"), as_json=True
@@ -87,8 +92,27 @@ def run(arguments: list[str]) -> int:
         show_error(error, as_json=as_json)
         return error.exit_code
     except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 1
+        code = stop.code if isinstance(stop.code, int) else 1
     except BrokenPipeError:
         sys.stderr.close()
         return 0
+    if code in (130, 143):  # at once, and not by a command that listens
+        show_error(Interrupted("stopped; what was finished is kept", exit_code=code), as_json=as_json)
     return code or 0
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Within this block SIGTERM ends what a command is doing as Ctrl-C does, where the command does not listen itself."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(143)
