@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pickle
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -71,6 +72,15 @@ def test_a_source_with_a_weight(text: str, source: str, weight: float) -> None:
 def test_what_looks_like_a_weight_and_is_none_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="is no LoRA with a weight"):
         parse_lora(text)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there these are no names of folders")
+def test_a_path_that_ends_as_if_with_a_weight_is_whole_where_it_alone_exists(tmp_path: Path) -> None:
+    for name in ("a+b=c:1", "nan:nan", "both", "both:2"):
+        (tmp_path / name).mkdir()
+    found = [parse_lora(f"{tmp_path}/{text}") for text in ("a+b=c:1", "a+b=c:1:0.5", "nan:nan", "both:2")]
+    names = [(Path(spec.source).name, spec.weight) for spec in found]
+    assert names == [("a+b=c:1", 1), ("a+b=c:1", 0.5), ("nan:nan", 1), ("both", 2)]
 
 
 @given(st.text(min_size=1), st.floats(-1e6, 1e6))

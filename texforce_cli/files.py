@@ -364,6 +364,15 @@ def user_path(text: str | Path) -> Path:
     return Path(os.path.expanduser(text))  # noqa: PTH111  pathlib's raises where nobody has it
 
 
+def placed(text: str) -> Path | None:
+    """The path that a text names, if something is there."""
+    try:
+        path = user_path(text)
+        return path if path.exists() else None
+    except OSError:  # longer than a name may be
+        return None
+
+
 def user_folder(kind: Literal["cache", "data"]) -> Path:
     """Where things are kept between runs: TEXFORCE_HOME, else the system's place for an application's cache or data."""
     home = os.environ.get("TEXFORCE_HOME")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from texforce_cli.errors import UsageError
+from texforce_cli.files import placed
 
 _NUMERIC = re.compile(r"[-+]?[\d.,]+(e[-+]?\d+)?|[-+]?(nan|inf|infinity)", re.IGNORECASE)
 _PARTS = re.compile(r"(te|te2|unet)=[^=,]*(,(te|te2|unet)=[^=,]*)*")
@@ -50,7 +51,7 @@ class LoraSpec:
 def parse_lora(text: str) -> LoraSpec:
     r"""Split at the last colon where weights follow: `a.safetensors:0.7`, `C:\loras\a:-0.3`, `a:te=0.7,unet=0.3`.
 
-    A component that is not named has the weight 1.
+    A component that is not named has the weight 1. A path that itself ends so, `runs/a:1`, is whole where it alone exists.
 
     Raises:
         UsageError: an empty source or weight, or a weight that looks like a number and is none (`nan`, `0,7`).
@@ -59,13 +60,15 @@ def parse_lora(text: str) -> LoraSpec:
     parts: dict[str, float] = {}
     weight = 1.0
     try:
-        if colon and _PARTS.fullmatch(tail):
+        if not colon or (placed(text) and not placed(source)):
+            source = text
+        elif _PARTS.fullmatch(tail):
             for part in tail.split(","):
                 name, _, value = part.partition("=")
                 if name in parts or not _NUMERIC.fullmatch(value):
                     raise ValueError("given twice, or no number")
                 parts[name] = float(value)
-        elif colon and (_NUMERIC.fullmatch(tail) or not tail):
+        elif _NUMERIC.fullmatch(tail) or not tail:
             weight = float(tail)
         else:
             source = text

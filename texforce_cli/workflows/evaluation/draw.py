@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from texforce_cli.diffusion.sampler import too_full
 from texforce_cli.errors import Interrupted, TexforceError, UsageError
+from texforce_cli.files import placed
 from texforce_cli.team import launched
 from texforce_cli.workflows.drawing import DrawingOptions
 from texforce_cli.workflows.evaluation.layout import (
@@ -26,7 +27,7 @@ from texforce_cli.workflows.evaluation.layout import (
 )
 from texforce_cli.workflows.evaluation.pictures import Item, items_of, save_pictures
 from texforce_cli.workflows.evaluation.request import EvalRequest, prompts_of
-from texforce_cli.workflows.evaluation.variants import Variant, placed
+from texforce_cli.workflows.evaluation.variants import Variant
 from texforce_cli.workflows.events import Listener, Progressed, Warned
 from texforce_cli.workflows.loras import LoadedLora, open_lora
 from texforce_cli.workflows.stopping import StopRequest

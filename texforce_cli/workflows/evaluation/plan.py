@@ -6,13 +6,14 @@ from typing import Any
 
 from texforce_cli.devices import resolve_device
 from texforce_cli.errors import UsageError
+from texforce_cli.files import placed
 from texforce_cli.prompts.fetched import NotFetched, least_count
 from texforce_cli.rewards.registry import load_registry
 from texforce_cli.rewards.terms import parse_terms
 from texforce_cli.workflows.drawing import denoising_for, source_for
 from texforce_cli.workflows.evaluation.request import EvalRequest, prompts_of, recalled
 from texforce_cli.workflows.evaluation.scores import metrics_of
-from texforce_cli.workflows.evaluation.variants import check_variants, placed
+from texforce_cli.workflows.evaluation.variants import check_variants
 from texforce_cli.workflows.evaluation.votes import check_votes
 from texforce_cli.workflows.loras import training_of, weights_of
 

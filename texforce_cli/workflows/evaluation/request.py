@@ -10,7 +10,7 @@ from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from texforce_cli.errors import TexforceError, UsageError
-from texforce_cli.files import read_json, write_json, write_text
+from texforce_cli.files import placed, read_json, write_json, write_text
 from texforce_cli.presets import Family
 from texforce_cli.prompts import PromptSet, load_prompts, read_prompts
 from texforce_cli.rewards.terms import parse_terms
@@ -20,7 +20,6 @@ from texforce_cli.workflows.evaluation.variants import (
     Variant,
     parse_images,
     parse_variant,
-    placed,
     read_variants,
     variants_of,
 )

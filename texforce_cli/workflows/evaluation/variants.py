@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from texforce_cli.errors import UsageError, first_line
-from texforce_cli.files import user_path
+from texforce_cli.files import placed
 from texforce_cli.lora.spec import parse_lora, telling
 
 _NAME = re.compile(r"(?!(?i:con|prn|aux|nul|com\d|lpt\d)(\.|$))[A-Za-z0-9]([\w.-]{0,58}[\w-])?")
@@ -155,19 +155,9 @@ def _checked(variant: Variant) -> Variant:
     return replace(variant, loras=tuple(map(_weighted, variant.loras)))
 
 
-def placed(text: str) -> Path | None:
-    """The path that a text names, if something is there."""
-    try:
-        path = user_path(text)
-        return path if path.exists() else None
-    except OSError:  # longer than a name may be
-        return None
-
-
 def _weighted(lora: str) -> str:
     """A LoRA in a path that itself ends as if with a weight, `runs/a:1`, has its weight written behind that."""
-    source = parse_lora(lora).source
-    return f"{lora}:1" if not placed(source) and placed(lora) else lora
+    return f"{lora}:1" if ":" in lora and parse_lora(lora).source == lora else lora
 
 
 def _divide(text: str) -> list[str]:
@@ -177,7 +167,7 @@ def _divide(text: str) -> list[str]:
         for count in range(len(parts), 0, -1):
             piece = "+".join(parts[:count])
             path = _component(piece)[1]
-            if count == 1 or placed(path) or placed(parse_lora(path).source):
+            if count == 1 or placed(parse_lora(path).source):
                 pieces.append(piece)
                 parts = parts[count:]
                 break
@@ -187,7 +177,7 @@ def _divide(text: str) -> list[str]:
 def _component(piece: str) -> tuple[str, str]:
     """Which component a part gives whole weights to ("" for a LoRA, also in a file that is called so), and the path that it names."""
     name, equals, path = piece.partition("=")
-    if not equals or name not in _COMPONENTS or placed(piece) or placed(parse_lora(piece).source):
+    if not equals or name not in _COMPONENTS or placed(parse_lora(piece).source):
         return "", piece
     return _COMPONENTS[name], path
 

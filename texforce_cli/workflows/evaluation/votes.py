@@ -10,13 +10,12 @@ from statistics import fmean
 
 from texforce_cli.core.comparison import unit_means
 from texforce_cli.errors import UsageError
-from texforce_cli.files import user_path, write_bytes
+from texforce_cli.files import placed, user_path, write_bytes
 from texforce_cli.judging.votes import Vote, read_votes
 from texforce_cli.report.page import Row
 from texforce_cli.workflows.evaluation.pictures import Item
 from texforce_cli.workflows.evaluation.request import EvalRequest
 from texforce_cli.workflows.evaluation.summary import MetricAbout, row_of
-from texforce_cli.workflows.evaluation.variants import placed
 
 VOTES = "votes"
 
