@@ -28,9 +28,12 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from PIL import Image
 
 from texforce_cli.cli.app import run
 from texforce_cli.errors import TexforceError, UsageError
+from texforce_cli.judging import offline
+from texforce_cli.judging.judge import Failed
 from texforce_cli.prompts import load_prompts
 from texforce_cli.prompts.heldout import heldout_pairs
 from texforce_cli.rewards import isolation, worker
@@ -38,7 +41,7 @@ from texforce_cli.rewards.isolation import IsolatedReward, RewardFailure, Worker
 from texforce_cli.rewards.places import Place
 from texforce_cli.rewards.registry import Registry, RewardInfo, load_registry
 from texforce_cli.rewards.sharing import Lender, Lent
-from texforce_cli.rewards.terms import RewardSet, TermSpec
+from texforce_cli.rewards.terms import RewardSet, TermSpec, parse_terms
 from texforce_cli.workflows import plan
 
 Make = Callable[..., IsolatedReward]
@@ -85,7 +88,7 @@ def images(*levels: int) -> np.ndarray:
     return np.stack([np.full((4, 6, 3), level, np.uint8) for level in levels])
 
 
-def ask(reward: IsolatedReward, *levels: int) -> list[float]:
+def ask(reward: IsolatedReward, *levels: int) -> list[Any]:
     return reward.score(images(*levels), [f"p{level}" for level in levels], [{"level": level} for level in levels])
 
 
@@ -175,10 +178,10 @@ def test_a_worker_that_dies_in_mid_batch_is_asked_again(make: Make, tmp_path: Pa
 @pytest.mark.parametrize("what", ["os._exit(9)", "raise ValueError('not this one')"])
 def test_one_poisoned_picture_costs_that_picture(make: Make, what: str) -> None:
     reward = make(f"if (images == 66).any(): {what}\n" + MEAN)
-    assert ask(reward, 5, 66, 4, 9, 8) == [5.0, 4.0, 4.0, 9.0, 8.0]
+    assert ask(reward, 5, 66, 4, 9, 8) == [5.0, None, 4.0, 9.0, 8.0]
     warnings = reward.warnings()
     assert "failed on a picture of the prompt 'p66'" in warnings[-1]
-    assert "worst score of its batch" in warnings[-1]
+    assert warnings[-1].endswith("it gets the worst score of the others")
     assert reward.warnings() == []
 
 
@@ -189,8 +192,6 @@ def test_a_reward_that_always_fails_ends_the_run_soon(make: Make, tmp_path: Path
     with pytest.raises(TexforceError, match=r"reward 'r' failed on a picture of the prompt 'p\d'.*no model"):
         ask(reward, *range(16))
     assert len((tmp_path / "mark").read_text()) < 12
-    with pytest.raises(TexforceError, match="no model"):
-        ask(reward, 1)
 
 
 def test_a_wrong_count_breaks_the_contract_and_is_named(make: Make) -> None:
@@ -262,7 +263,7 @@ def test_an_entry_point_may_name_an_object_of_a_module(make: Make, tmp_path: Pat
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS")
 def test_memory_that_grows_without_bounds_ends_in_an_error(make: Make) -> None:
     reward = make("if images.max() > 9: bytearray(3_000_000_000)\n" + MEAN, memory_gb=2.0)
-    assert ask(reward, 1, 10) == [1.0, 1.0]
+    assert ask(reward, 1, 10) == [1.0, None]
     assert "MemoryError" in reward.warnings()[-1]
 
 
@@ -347,7 +348,7 @@ def eventually_gone(pid: int) -> bool:
 
 @pytest.mark.parametrize("child", ["time.sleep(30)", "os.setsid(); time.sleep(15)"])
 def test_the_time_out_holds_when_the_reward_has_children(make: Make, child: str) -> None:
-    reward = make(f"if os.fork() == 0: {child}; os._exit(0)\ntime.sleep(30)", timeout=0.5)
+    reward = make(f"if os.fork() == 0: {child}; os._exit(0)\ntime.sleep(30)", timeout=0.5, failures=1)
     begun = time.monotonic()
     with pytest.raises(TexforceError, match=r"within 0.5 seconds"):
         ask(reward, 1)
@@ -426,12 +427,21 @@ def test_a_worker_that_dies_between_batches_is_started_again_and_said(make: Make
     assert "ended between two batches" in reward.warnings()[0]
 
 
-def test_where_less_is_better_the_picture_that_fails_gets_the_highest_score(make: Make) -> None:
-    one = make("if (images == 66).any(): os._exit(9)\n" + MEAN)._workers[0]
-    registry = Registry({("r", ""): RewardInfo("r", one._start["factory"], "x", "1", higher_is_better=False)})
-    rewards = RewardSet([TermSpec("r")], registry, hosts={"r": [one.place]})
+def test_a_picture_that_fails_gets_the_worst_score_of_the_epoch_whatever_its_batch(make: Make) -> None:
+    start = make("if (images == 66).any(): os._exit(9)\n" + MEAN)._workers[0]
+    factory, place = start._start["factory"], start.place
+    registry = Registry(
+        {(name, ""): RewardInfo(name, factory, "x", "1", higher_is_better=name != "less") for name in ("more", "less")}
+    )
+    terms = parse_terms(["more", "less"])
+    rewards = RewardSet(terms, registry, hosts={"more": [place], "less": [place]})
     try:
-        assert rewards.score(images(5, 66, 4), ["a"] * 3, [{}] * 3)["r"].tolist() == [5.0, 5.0, 4.0]
+        for batches in ([(66,), (5, 4), (8,)], [(66, 5, 4, 8)], [(66, 8), (4, 5)]):
+            scored = [rewards.score(images(*levels), ["a"] * len(levels), [{}] * len(levels)) for levels in batches]
+            found = rewards.total({name: np.concatenate([one[name] for one in scored]) for name in ("more", "less")})
+            assert (found.terms["more"][0], found.terms["less"][0], found.total[0]) == (4.0, 8.0, -4.0)
+        with pytest.raises(TexforceError, match="reward 'more' could score none of 1 pictures"):
+            rewards.total(rewards.score(images(66), ["a"], [{}]))
     finally:
         rewards.close()
 
@@ -454,32 +464,51 @@ def test_without_a_substitute_a_picture_that_fails_is_nan_and_named(make: Make) 
 
 def test_without_a_substitute_a_reward_that_answers_nan_is_named_too(make: Make) -> None:
     reward = make("return np.where(images.mean((1, 2, 3)) == 66, np.nan, 1.0)", substitute=False)
-    assert np.isnan(ask(reward, 5, 66)).tolist() == [False, True]
+    assert ask(reward, 5, 66) == [1.0, None]
     assert reward.warnings() == ["reward 'r' returned nan for the prompt 'p66'; it has no score"]
     with pytest.raises(TexforceError, match=r"reward 'r' returned nan for the prompt 'p66', and on more"):
         ask(reward, 66, 66, 66)
 
 
-def test_a_held_out_picture_that_a_watched_reward_cannot_score_is_named_and_left_out(
+def test_a_held_out_picture_that_cannot_be_scored_is_left_out_of_a_watch_and_the_worst_of_a_reward(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    poison = heldout_pairs(load_prompts("color", "tiny"), 4)[0][1].text
-    one = make(f"if {poison!r} in prompts: raise ValueError('no')\n" + MEAN)._workers[0]
+    best, poison = (prompt.text for prompt in heldout_pairs(load_prompts("color", "tiny"), 4)[0][2:])  # not trained on
+    body = f"if {poison!r} in prompts: raise ValueError('no')\nreturn [10.0 if p == {best!r} else 1.0 for p in prompts]"
+    one = make(body)._workers[0]
     environment = mock.Mock(place=one.place, sites=[], in_use=contextlib.nullcontext)
     registry = load_registry()
     registry.rewards["r", ""] = RewardInfo("r", one._start["factory"], "x", "1", environment=environment)
     monkeypatch.setattr(plan, "load_registry", lambda: registry)
-    options = "--samples-per-epoch 8 --group-size 4 --micro-batch 4 --grad-accum 1 --steps 2 --eval-images 4 --epochs 1"
+    options = "--samples-per-epoch 8 --group-size 4 --micro-batch 2 --grad-accum 1 --steps 2 --eval-images 4 --epochs 1"
     given = [*options.split(), "--prompts", "color", "--watch", "r", "--out", str(tmp_path / "run")]
-    assert run(["train", "--reward", "brightness", "--model", "tiny", *given]) == 0
+    assert run(["train", "--reward", "r", "--model", "tiny", *given]) == 0
     assert f"failed on a picture of the prompt '{poison}'" in " ".join(capsys.readouterr().err.split())
-    assert json.loads((tmp_path / "run" / "evaluations.jsonl").read_text())["watched"]["r"]["difference"]["n"] == 3
+    measured = json.loads((tmp_path / "run" / "evaluations.jsonl").read_text())
+    assert (measured["rewards"], measured["watched"]["r"]["difference"]["n"]) == ([1.0, 1.0, 10.0, 1.0], 3)
 
 
-def test_in_batches_of_one_picture_the_worst_so_far_is_given_and_three_in_a_row_end_it(make: Make) -> None:
+def test_the_judge_clip_has_no_verdict_on_a_picture_that_an_isolated_reward_cannot_score(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = make("if images.max() > 60: raise ValueError('no')\n" + MEAN)._workers[0]
+    environment = mock.Mock(place=one.place, sites=[], in_use=contextlib.nullcontext)
+    registry = Registry({("r", ""): RewardInfo("r", one._start["factory"], "x", "1", environment=environment)})
+    monkeypatch.setattr(offline, "load_registry", lambda: registry)
+    paths = [tmp_path / f"{level}.png" for level in (5, 66)]
+    for path, picture in zip(paths, images(5, 66), strict=True):
+        Image.fromarray(picture).save(path)
+    question = mock.Mock(files=paths, hashes=["a", "b"], prompt="p")
+    with contextlib.closing(offline.ClipJudge("r")) as judge:
+        judge.prepare([], "")
+        assert judge._score(question, 0) == 5.0
+        with pytest.raises(Failed, match=r"'66.png' could not be scored: .*ValueError: no"):
+            judge._score(question, 1)
+
+
+def test_in_batches_of_one_picture_three_failures_in_a_row_end_it(make: Make) -> None:
     reward = make("if images.max() > 60: raise ValueError('no')\n" + MEAN)
-    assert [ask(reward, level)[0] for level in (5, 3, 66, 9, 67)] == [5.0, 3.0, 3.0, 9.0, 3.0]
-    ask(reward, 68)
+    assert [ask(reward, level)[0] for level in (66, 3, 67, 68)] == [None, 3.0, None, None]
     with pytest.raises(TexforceError, match=r"raised ValueError: no\), and on more"):
         ask(reward, 69)
 

@@ -359,7 +359,8 @@ class DDPO:
                 for name, values in scored.items():
                     terms[name].append(values)
             so_far = self.rewards.weighted({name: np.concatenate(values) for name, values in terms.items()})
-            tell(float(so_far.mean()))
+            known = so_far[np.isfinite(so_far)]
+            tell(float(known.mean()) if known.size else None)
 
         while len(mine) < share:
             with self._timed("sampling"):

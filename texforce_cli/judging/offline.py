@@ -21,6 +21,7 @@ from texforce_cli.judging.judge import ALIGNMENT, Failed, Repair, Reply
 from texforce_cli.judging.questions import MODES, Case, Mode, Question
 from texforce_cli.judging.votes import read_votes
 from texforce_cli.report.pictures import BROKEN, read_picture
+from texforce_cli.rewards.isolation import WorkerSettings
 from texforce_cli.rewards.registry import load_registry
 from texforce_cli.rewards.terms import RewardSet, TermSpec, find
 
@@ -59,7 +60,8 @@ class ClipJudge:
         made_with = [info.origin, info.exact_version, *map(contents_hash, self._options.values())]
         self.identity = json.dumps(["clip", 1, self._name, *made_with])
         self.setting = json.dumps(["clip", self._name, *self._options.values()])
-        self._make = lambda: RewardSet([spec], registry)  # when it is asked first: a dry run loads nothing
+        # when it is asked first: a dry run loads nothing
+        self._make = lambda: RewardSet([spec], registry, workers=WorkerSettings(failures=1))
 
     def ask(self, question: Question, repairs: Sequence[Repair] = ()) -> Reply:
         """Its verdict, by the scores of the pictures."""

@@ -1,7 +1,7 @@
 """Rewards in processes of their own: started once, kept warm, timed, restarted, and asked again.
 
 To the trainer an `IsolatedReward` is a reward like any other. What one picture does to a worker costs that picture, not the
-run: the batch is asked again, then halved until the picture is found; it gets the lowest score of its batch and is named.
+run: the batch is asked again, then halved until the picture is found; it has no score and is named.
 """
 
 from __future__ import annotations
@@ -30,8 +30,6 @@ from texforce_cli.rewards.worker import FrameError, read_frame, write_frame
 
 _BACK_OFF = (0.0, 0.5, 2.0)
 """Seconds before the first, second, third start in a row; then no more."""
-_MOST_POISONED = 3
-"""So many pictures of one batch may fail alone; then it is the reward that is at fault, not they."""
 _LARGEST_NOISE = 2**16
 """So many bytes before the first frame are passed over: a login shell on another machine may greet."""
 _REMEMBERED_LINES = 30
@@ -47,8 +45,11 @@ class WorkerSettings:
     start_timeout: float = 900.0
     workers: int = 1
     memory_gb: float | None = None
+    failures: float = 3
+    """So many pictures that fail alone, in one batch or in a row, end it: then it is the reward that is at fault, not they."""
     substitute: bool = True
-    """Whether a picture that cannot be scored gets the worst score of its batch, as training needs it; else it is NaN."""
+    """Whether what cannot be scored gets the worst score of the others, as training needs it (`RewardSet.filled`), and a reward
+    may not answer NaN; else a picture of which it does has no score either."""
 
     @property
     def patience(self) -> float:
@@ -325,7 +326,7 @@ class _Batch:
 
 @dataclass
 class _Verdict:
-    """Scores in order, None for pictures that fail alone; and why they do."""
+    """Scores in order, None for pictures that have none; and why they have none."""
 
     scores: list[float | None] = field(default_factory=list)
     poisoned: list[str] = field(default_factory=list)
@@ -334,8 +335,10 @@ class _Verdict:
         return _Verdict(self.scores + other.scores, self.poisoned + other.poisoned)
 
 
-def _unscored(scores: Sequence[float], prompts: Sequence[str]) -> list[str]:
-    return [f"returned nan for the prompt '{p[:80]}'" for score, p in zip(scores, prompts) if np.isnan(score)]
+def _measured(scores: Sequence[float], prompts: Sequence[str]) -> _Verdict:
+    """Where a reward may answer NaN, that is no score."""
+    unscored = [f"returned nan for the prompt '{p[:80]}'" for score, p in zip(scores, prompts) if np.isnan(score)]
+    return _Verdict([None if np.isnan(score) else score for score in scores], unscored)
 
 
 class IsolatedReward:
@@ -354,9 +357,6 @@ class IsolatedReward:
         on_close: Callable[[], None] = lambda: None,
     ) -> None:
         self.name, self.settings, self._on_close = name, settings, on_close
-        self.worst: Callable[..., float] = min
-        """Of several scores the one that is paid least: min, or max where less is better."""
-        self._worst_seen: float | None = None
         self._failed_in_a_row = 0
         self._turn = threading.Lock()
         self._warnings: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -407,9 +407,9 @@ class IsolatedReward:
 
     def score(
         self, images: NDArray[np.uint8], prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
-    ) -> list[float]:
-        """One score an image [N], the batch split over the workers; of several threads one after the other. A picture that
-        fails gets the worst score of its batch, or NaN (`WorkerSettings.substitute`).
+    ) -> list[float | None]:
+        """One score an image [N], the batch split over the workers; of several threads one after the other. None for a picture
+        that fails.
 
         Raises:
             TexforceError: no worker can be kept alive, or too many pictures fail.
@@ -417,28 +417,21 @@ class IsolatedReward:
         with self._turn:
             return self._score(_Batch(images, prompts, metadata))
 
-    def _score(self, batch: _Batch) -> list[float]:
+    def _score(self, batch: _Batch) -> list[float | None]:
         bounds = np.linspace(0, len(batch), min(len(self._workers), len(batch)) + 1).round().astype(int).tolist()
         parts = [batch.part(start, stop) for start, stop in itertools.pairwise(bounds)]
         futures: list[Future[_Verdict]] = [
             self._pool.submit(self._judge, one, part) for one, part in zip(self._workers, parts)
         ]
         verdict = sum((future.result() for future in futures), _Verdict())
-        known = [value for value in verdict.scores if value is not None and np.isfinite(value)]
-        self._failed_in_a_row = len(verdict.poisoned) + (0 if known else self._failed_in_a_row)
-        if known and self._worst_seen is not None:
-            self._worst_seen = self.worst(self._worst_seen, *known)
-        elif known:
-            self._worst_seen = self.worst(known)
-        substitute = self.worst(known) if known else self._worst_seen
-        if not self.settings.substitute:
-            substitute = np.nan
-        if verdict.poisoned and (self._failed_in_a_row >= _MOST_POISONED or substitute is None):
+        scored = any(value is not None for value in verdict.scores)
+        self._failed_in_a_row = len(verdict.poisoned) + (0 if scored else self._failed_in_a_row)
+        if self._failed_in_a_row >= self.settings.failures:
             raise self._too_many(verdict)
-        given = "got the worst score of its batch" if self.settings.substitute else "has no score"
+        given = "gets the worst score of the others" if self.settings.substitute else "has no score"
         for sentence in verdict.poisoned:
             self._warnings.put(f"reward '{self.name}' {sentence}; it {given}")
-        return [float(substitute) if value is None else value for value in verdict.scores]  # type: ignore[arg-type]
+        return verdict.scores
 
     def close(self) -> None:
         """End all workers."""
@@ -465,7 +458,7 @@ class IsolatedReward:
         for _ in range(tries):
             try:
                 scores = one.score(batch.images, batch.prompts, batch.metadata)
-                return _Verdict([*scores], [] if self.settings.substitute else _unscored(scores, batch.prompts))
+                return _Verdict([*scores]) if self.settings.substitute else _measured(scores, batch.prompts)
             except WrongCount as error:
                 raise TexforceError(
                     f"reward '{self.name}' {error}", "it breaks the contract; see its author"
@@ -483,9 +476,9 @@ class IsolatedReward:
             return _Verdict([None], [f"failed on a picture of the prompt '{batch.prompts[0][:80]}' ({reason})"])
         middle = len(batch) // 2
         verdict = self._judge(one, batch.part(0, middle), tries=1)
-        if len(verdict.poisoned) < _MOST_POISONED:
+        if len(verdict.poisoned) < self.settings.failures:
             verdict += self._judge(one, batch.part(middle, len(batch)), tries=1)
-        if len(verdict.poisoned) >= _MOST_POISONED:
+        if len(verdict.poisoned) >= self.settings.failures:
             raise self._too_many(verdict)
         return verdict
 

@@ -35,8 +35,10 @@ if TYPE_CHECKING:
 class Reward(Protocol):
     """What a reward class offers; see `hookspecs`."""
 
-    def score(self, images: Any, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Sequence[float]:
-        """One finite number an image."""
+    def score(
+        self, images: Any, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    ) -> Sequence[float | None]:
+        """One finite number an image; None for one that a process of its own could not score."""
         ...
 
 

@@ -88,8 +88,8 @@ class Lent:
 
     def score(
         self, images: NDArray[np.uint8], prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
-    ) -> list[float]:
-        """One score an image [N].
+    ) -> list[float | None]:
+        """One score an image [N]; None for a picture that fails.
 
         Raises:
             TexforceError: as the owner's; it has ended.
@@ -102,7 +102,7 @@ class Lent:
             raise self._gone() from error
         if problem is not None:
             raise problem(*answer)
-        scores: list[float] = answer
+        scores: list[float | None] = answer
         return scores
 
     def close(self) -> None:

@@ -95,6 +95,11 @@ class _Term:
         """Whether another process scores."""
         return isinstance(self.reward, IsolatedReward | Lent)
 
+    @property
+    def worst(self) -> Callable[[NDArray[np.float64]], float]:
+        """Of several scores the one that is paid least."""
+        return np.min if self.info.higher_is_better == (self.spec.weight > 0) else np.max
+
 
 class RewardSet:
     """The rewards of a run, imported and made; callable on a batch of pictures."""
@@ -115,7 +120,6 @@ class RewardSet:
         """
         self.specs = tuple(specs)
         self.normalize = normalize
-        self._substitute = (workers or WorkerSettings()).substitute
         infos = [find(spec, registry) for spec in specs]  # every name is checked before anything is imported
         self._terms: list[_Term] = []
         self._room: dict[str, int] = {}
@@ -139,8 +143,6 @@ class RewardSet:
                     reward: Reward = Lent(spec.name, lender, (workers or WorkerSettings()).patience)
                 else:
                     reward = info.create(spec.arguments, workers, places)
-                if isinstance(reward, IsolatedReward) and info.higher_is_better != (spec.weight > 0):
-                    reward.worst = max
                 self._terms.append(_Term(spec, info, reward))
         except BaseException:
             self.close()
@@ -203,7 +205,7 @@ class RewardSet:
         self, images: NDArray[np.uint8], prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> dict[str, NDArray[np.float64]]:
         """The raw value of each term for uint8 `images` [N, height, width, 3]: name -> [N]; NaN only for a picture that an
-        isolated reward could not score, and only without `WorkerSettings.substitute`.
+        isolated reward could not score.
 
         Raises:
             TexforceError: a reward raised, returned another count, or a value that is not finite; it is named.
@@ -232,11 +234,35 @@ class RewardSet:
         return scores.result()
 
     def total(self, terms: Mapping[str, NDArray[np.float64]]) -> Scores:
-        """Sum the terms of a whole epoch, each standardised over it with `normalize`: what is trained on."""
+        """Sum the terms of a whole epoch, `filled`, each standardised over it with `normalize`: what is trained on.
+
+        Raises:
+            TexforceError: as `filled`.
+        """
+        raw = self.filled(terms)
         if not self.normalize:
-            return Scores(self.weighted(terms), dict(terms))
-        standard = {name: (values - values.mean()) / (values.std() + 1e-6) for name, values in terms.items()}
-        return Scores(self.weighted(standard), dict(terms))
+            return Scores(self.weighted(raw), raw)
+        standard = {name: (values - values.mean()) / (values.std() + 1e-6) for name, values in raw.items()}
+        return Scores(self.weighted(standard), raw)
+
+    def filled(self, terms: Mapping[str, NDArray[np.float64]]) -> dict[str, NDArray[np.float64]]:
+        """The terms of all images of an epoch or a measurement, each that could not be scored with the worst score of the
+        others: it depends on no batch and no process.
+
+        Raises:
+            TexforceError: a reward could score none.
+        """
+        whole = {}
+        for term in self._terms:
+            name, values = term.spec.name, terms[term.spec.name]
+            scored = np.isfinite(values)
+            if not scored.any():
+                raise TexforceError(
+                    f"reward '{name}' could score none of {len(values)} pictures",
+                    f"try it alone: texforce rewards check {name}",
+                )
+            whole[name] = np.where(scored, values, term.worst(values[scored]))
+        return whole
 
     def weighted(self, terms: Mapping[str, NDArray[np.float64]]) -> NDArray[np.float64]:
         """The sum of weight times value [N]; a term of which less is better counts negatively."""
@@ -290,9 +316,9 @@ class RewardSet:
             raise TexforceError(f"reward '{name}' wants the input '{wanted}'", "it must be 'pil' or 'uint8'")
         try:
             if term.elsewhere:
-                values = np.asarray(term.reward.score(images, prompts, metadata))
+                values = term.reward.score(images, prompts, metadata)
             else:
-                values = np.asarray(self._scored_here(term.reward, name, wanted, images, prompts, metadata))
+                values = self._scored_here(term.reward, name, wanted, images, prompts, metadata)
         except TexforceError:
             raise
         except worker.WrongCount as error:
@@ -300,14 +326,13 @@ class RewardSet:
             raise TexforceError(f"reward '{name}' {message}", remedy) from error
         except (Exception, SystemExit) as error:  # the plugin boundary
             raise TexforceError(f"reward '{name}' failed: {worker.describe(error)}", "see it with --debug") from error
-        unscored = term.elsewhere and not self._substitute
-        bad = np.flatnonzero(np.isinf(values) if unscored else ~np.isfinite(values))
-        if bad.size:
-            raise TexforceError(
-                f"reward '{name}' returned {values[bad[0]]} for the prompt '{prompts[bad[0]][:80]}'",
-                "a reward must be finite; the epochs before this one are saved",
-            )
-        return values
+        for value, prompt in zip(values, prompts):
+            if value is not None and not math.isfinite(value):
+                raise TexforceError(
+                    f"reward '{name}' returned {value} for the prompt '{prompt[:80]}'",
+                    "a reward must be finite; the epochs before this one are saved",
+                )
+        return np.asarray(values, np.float64)  # None becomes NaN
 
     def _scored_here(
         self,

@@ -45,7 +45,7 @@ def check_reward(name: str, options: Sequence[str], image: Path | None, prompt: 
     except TexforceError as error:
         raise UsageError(error.message, "check --image") from error
     begun = time.perf_counter()
-    rewards = RewardSet(terms, registry, workers=WorkerSettings(timeout))
+    rewards = RewardSet(terms, registry, workers=WorkerSettings(timeout, failures=1))
     loaded = time.perf_counter()
     try:
         score = rewards.score(pixels[None], [prompt], [{}])[name]

@@ -146,16 +146,13 @@ class HeldOut:
         self.policy.snapshot_unconditional()
         texts, total = [prompt.text for prompt in self.prompts], len(self.prompts)
         sets = {"": self.rewards, **self._judges}
-        parts: dict[int, tuple[NDArray[np.uint8], dict[str, Floats]]] = {}
+        parts: dict[int, tuple[NDArray[np.uint8], dict[str, dict[str, Floats]]]] = {}
         for start in range(self.team.rank * self.batch, total, self.team.size * self.batch):
             part = slice(start, min(start + self.batch, total))
             images = self._pictures(texts[part], self.seeds[part])
             batch = images, texts[part], [prompt.metadata for prompt in self.prompts[part]]
             waiting = functools.partial(progress, start - self.team.rank * self.batch, total)
-            scored = {
-                name: one.weighted(one.awaited(one.submit(*batch), waiting, self.team.get_on))
-                for name, one in sets.items()
-            }
+            scored = {name: one.awaited(one.submit(*batch), waiting, self.team.get_on) for name, one in sets.items()}
             parts[start] = images, scored
             progress(min(total, start + (self.team.size - self.team.rank) * self.batch), total)
         found = {start: batch for shared in self.team.each(parts) for start, batch in shared.items()}
@@ -166,11 +163,15 @@ class HeldOut:
             self.warn(text)
         self._halved = []
         drawn, scores = zip(*(found[start] for start in sorted(found)))
-        values = {name: np.concatenate([score[name] for score in scores]) for name in sets}
+        terms = {
+            name: {spec.name: np.concatenate([score[name][spec.name] for score in scores]) for spec in one.specs}
+            for name, one in sets.items()
+        }
+        values = {name: one.weighted(terms[name]) for name, one in self._judges.items()}
         pictures = np.concatenate(drawn)
         if DIVERSITY in self.watched:  # one value a prompt
             values[DIVERSITY] = np.array([diversity(list(pictures[places])) for places in self._repeated])
-        return pictures, values.pop(""), values
+        return pictures, self.rewards.weighted(self.rewards.filled(terms[""])), values
 
     def _pictures(self, texts: Sequence[str], seeds: Sequence[int]) -> NDArray[np.uint8]:
         """As many at once as there is room for."""
