@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import io
 import math
+import re
 import sys
 import threading
 import time
@@ -470,6 +471,9 @@ class Fake:
     answer: Any = None
     closed = False
 
+    def __init__(self, weights: str = "") -> None:
+        pass
+
     def score(self, images: Any, prompts: Any, metadata: Any) -> Any:
         answer = type(self).answer
         return answer(images, prompts, metadata) if callable(answer) else answer
@@ -614,15 +618,18 @@ def test_a_run_says_where_its_rewards_are_of_other_versions_than_it_began_with(
 ) -> None:
     fake.answer = staticmethod(lambda images, prompts, metadata: [float(np.asarray(image).mean()) for image in images])
     small = "--samples-per-epoch 4 --group-size 4 --micro-batch 4 --grad-accum 1 --steps 2 --epochs 1 --eval-images 4"
+    (weights := tmp_path / "weights").write_text("1")
     command = ["train", "--model", "tiny", "--reward", "brightness", "--watch", "fake", *small.split()]
-    assert run([*command, "--out", str(tmp_path / "a")]) == 0
+    assert run([*command, "--reward-option", f"fake.weights={weights}", "--out", str(tmp_path / "a")]) == 0
     begun = RunFolder(tmp_path / "a")
     record = begun.read_record()
     assert record["versions"]["fakes"] == "1.0"
     begun.write_record({**record, "versions": {**record["versions"], "fakes": "0.9"}})
+    weights.write_text("2")
     assert run(["train", "--resume", str(begun.path)]) == 0
     said = " ".join(capsys.readouterr().err.split())
-    assert "began with: fakes 0.9 then, 1.0 now; it may end with other bits and be rewarded differently" in said
+    changed = r"fakes 0\.9 then, 1\.0 now; fake files [0-9a-f]{16} then, [0-9a-f]{16} now"
+    assert re.search(f"began with: {changed}; it may end with other bits and be rewarded differently", said)
 
 
 def test_batches_that_are_submitted_finish_in_order(fake: type[Fake]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +18,7 @@ from PIL import Image
 
 from texforce_cli.devices import claim, claimed, if_room
 from texforce_cli.errors import TexforceError, UsageError
+from texforce_cli.files import contents_hash
 from texforce_cli.rewards import worker
 from texforce_cli.rewards.isolation import IsolatedReward, WorkerSettings
 from texforce_cli.rewards.places import Place
@@ -38,6 +41,12 @@ class TermSpec:
     def arguments(self) -> dict[str, str]:
         """What the reward is made with: `options` without `backend`, which says which reward it is."""
         return {key: value for key, value in self.options.items() if key != "backend"}
+
+    @property
+    def files(self) -> str:
+        """A hash of the files and folders that `options` name; "" where they name none."""
+        contents = [contents_hash(value) for _, value in sorted(self.options.items())]
+        return hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:16] if any(contents) else ""
 
 
 def parse_terms(rewards: Sequence[str], options: Sequence[str] = (), *, beside: Sequence[str] = ()) -> list[TermSpec]:
@@ -170,6 +179,11 @@ class RewardSet:
     def packages(self) -> dict[str, str]:
         """What the rewards come from, with its exact version."""
         return {term.info.origin: term.info.exact_version for term in self._terms}
+
+    @functools.cached_property
+    def made_from(self) -> dict[str, str]:
+        """`packages`, and by `NAME files` a hash of what the options of a reward name: copies of large folders differ in it."""
+        return self.packages | {f"{spec.name} files": found for spec in self.specs if (found := spec.files)}
 
     @property
     def unit(self) -> str:

@@ -41,6 +41,11 @@ class Scoring:
         """What all of them come from, with its version."""
         return {name: version for one in (self.rewards, *self.watches) for name, version in one.packages.items()}
 
+    @property
+    def made_from(self) -> dict[str, str]:
+        """`packages`, and by `NAME files` a hash of what the options of a reward name."""
+        return {name: version for one in (self.rewards, *self.watches) for name, version in one.made_from.items()}
+
     def close(self) -> None:
         """End every reward."""
         for one in (self.rewards, *self.watches):

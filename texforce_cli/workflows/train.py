@@ -257,11 +257,11 @@ def _refuse_other_model(folder: RunFolder, made: Plan, record: Mapping[str, Any]
 def _warn_of_other_versions(
     config: TrainConfig, scoring: Scoring, record: Mapping[str, Any], listener: Listener
 ) -> None:
-    here, there = {**made_with(), **scoring.packages}, dict(record.get("versions", {}))
+    here, there = {**made_with(), **scoring.made_from}, dict(record.get("versions", {}))
     if config.device != "cpu":
         there.pop("threads", None)
     other = {name: here.get(name, "none") for name in there if here.get(name) != there[name]}
     if other:
         listed = "; ".join(f"{name} {there[name]} then, {now} now" for name, now in other.items())
-        paid = " and be rewarded differently" if other.keys() & scoring.packages.keys() else ""
+        paid = " and be rewarded differently" if other.keys() & scoring.made_from.keys() else ""
         listener(Warned(f"other versions than the run began with: {listed}; it may end with other bits{paid}"))

@@ -81,7 +81,7 @@ class TrainingRun:
     ) -> None:
         self.folder, self.plan, self.config = folder, made, made.config
         self.rewards, self.listener, self.team = scoring.rewards, listener, team
-        self._packages = scoring.packages
+        self._made_from = scoring.made_from
         self.stop = StopRequest(self.config.save_within)
         team.shield, team.heed = self.stop.shielded, self.stop.heed
         self._begun, self._saving = 0.0, 0.0
@@ -263,7 +263,7 @@ class TrainingRun:
                 },
                 "preflight": dataclasses.asdict(self.preflight) if self.preflight else None,
                 "processes": self.team.size,
-                "versions": {**made_with(), **self._packages},
+                "versions": {**made_with(), **self._made_from},
             }
         )
 

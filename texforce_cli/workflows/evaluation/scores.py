@@ -18,7 +18,7 @@ from texforce_cli.config import DIVERSITY
 from texforce_cli.core.comparison import diversity
 from texforce_cli.devices import release
 from texforce_cli.errors import TexforceError, UsageError
-from texforce_cli.files import Lines, contents_hash, from_json
+from texforce_cli.files import Lines, from_json
 from texforce_cli.report.pictures import read_picture
 from texforce_cli.rewards.isolation import WorkerSettings
 from texforce_cli.rewards.registry import Registry, RewardInfo
@@ -57,8 +57,7 @@ class Metric:
         # a comma within a value is doubled: `a=1,b=2` is not two options
         options = ",".join(f"{key}={value.replace(',', ',,')}" for key, value in sorted(self.spec.options.items()))
         options = f" {options}" if options else ""
-        contents = [contents_hash(value) for _, value in sorted(self.spec.options.items())]
-        files = f" [{_hash(contents)}]" if any(contents) else ""
+        files = f" [{found}]" if (found := self.spec.files) else ""
         known = scores.versions(self.name)
         exact = f"{self.info.origin} {self.info.exact_version}{options}{files}"
         if exact in known:
