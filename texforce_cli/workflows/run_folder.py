@@ -236,6 +236,15 @@ def made_with() -> dict[str, str]:
     return {**versions(), "threads": str(torch.get_num_threads())}
 
 
+def versions_of(record: Mapping[str, Any], here: Mapping[str, str]) -> dict[str, Any]:
+    """`versions` of a run that goes on `here`: those that it began with, by its `record`; `resumed_with`: each time that they
+    changed, the new ones."""
+    known = [record["versions"], *record.get("resumed_with", [])] if "versions" in record else []
+    if here not in known[-1:]:
+        known.append(here)
+    return {"versions": known[0], **({"resumed_with": known[1:]} if known[1:] else {})}
+
+
 def versions() -> dict[str, str]:
     """The versions that made a run."""
     found = {"python": platform.python_version(), "platform": platform.platform(terse=True)}

@@ -41,7 +41,7 @@ from texforce_cli.workflows.events import (
 from texforce_cli.workflows.learner import Learner, memory_full
 from texforce_cli.workflows.loggers import open_logger
 from texforce_cli.workflows.plan import Plan
-from texforce_cli.workflows.run_folder import RunFolder, made_with, read_rows, write_rows
+from texforce_cli.workflows.run_folder import RunFolder, made_with, read_rows, versions_of, write_rows
 from texforce_cli.workflows.stopping import StopRequest
 
 FLAT_EPOCHS = 3
@@ -81,7 +81,8 @@ class TrainingRun:
     ) -> None:
         self.folder, self.plan, self.config = folder, made, made.config
         self.rewards, self.listener, self.team = scoring.rewards, listener, team
-        self._made_from = scoring.made_from
+        record = {} if checkpoint is None else folder.read_record()
+        self._versions = versions_of(record, {**made_with(), **scoring.made_from})
         self.stop = StopRequest(self.config.save_within)
         team.shield, team.heed = self.stop.shielded, self.stop.heed
         self._begun, self._saving = 0.0, 0.0
@@ -263,7 +264,7 @@ class TrainingRun:
                 },
                 "preflight": dataclasses.asdict(self.preflight) if self.preflight else None,
                 "processes": self.team.size,
-                "versions": {**made_with(), **self._made_from},
+                **self._versions,
             }
         )
 
