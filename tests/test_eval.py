@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -879,38 +880,52 @@ def test_a_picture_that_an_isolated_reward_cannot_score_has_no_score(
     (site / "paths.pth").write_text(f"{ours}\n")
     (site / "picky.py").write_text(
         "class R:\n    input = 'uint8'\n    def score(self, images, prompts, metadata):\n"
-        "        assert 'bad' not in prompts, 'not this one'\n        return [float(i.mean()) for i in images]\n"
+        "        assert not [p for p in prompts if 'bad' in p], 'not this one'\n        return [float(i.mean()) for i in images]\n"
     )
     create, place = RewardInfo.create, Place(str(tmp_path / "env/bin/python"))
     monkeypatch.setattr(RewardInfo, "create", lambda info, options, workers, _: create(info, options, workers, [place]))
     seen = {}
-    for number, text in enumerate(["good", "bad", "fine"]):
+    for number, text in enumerate(["good", "bad", "fine", "too bad", "also bad"]):
         path = Path(f"{number}.png")
         Image.new("RGB", (8, 8), (number, number, number)).save(path)
         seen[Item(text, 0)] = Found(path, str(number), f"pixels {number}")
     info = RewardInfo("picky", "picky:R", "third", "1")
-    metric, scores, failed = Metric(TermSpec("picky"), info), ScoreFile(Path("s.jsonl")), []
+    metric = Metric(TermSpec("picky"), info)
     monkeypatch.setattr(running, "score_pictures", lambda *given, **named: settings.append(named["workers"]))
     settings: list[WorkerSettings] = []
     running._score(
-        EvalRequest(Path()), metric, Registry(), scores, {}, running._Missing([]), lambda _: None, StopRequest()
-    )
-    assert settings == [WorkerSettings(300.0, substitute=False)]
-    score_pictures(
-        scores,
+        EvalRequest(Path()),
         metric,
-        Registry({("picky", ""): info}),
-        {"one": seen},
-        batch=8,
-        workers=settings[0],
-        failed=lambda variant, item, why: failed.append((variant, item.text, why)),
-        progress=lambda done, total: None,
-        check=lambda: None,
+        Registry(),
+        ScoreFile(Path("s.jsonl")),
+        {},
+        running._Missing([]),
+        lambda _: None,
+        StopRequest(),
     )
-    assert [(variant, text) for variant, text, _ in failed] == [("one", "bad")]
+    assert settings == [WorkerSettings(300.0, failures=math.inf, substitute=False)]
+    told = []
+    for _ in range(2):  # the second time they are asked among themselves
+        told.append([])
+        score_pictures(
+            ScoreFile(Path("s.jsonl")),
+            metric,
+            Registry({("picky", ""): info}),
+            {"one": seen},
+            batch=8,
+            workers=settings[0],
+            failed=lambda variant, item, why: told[-1].append((variant, item.text, why)),
+            progress=lambda done, total: None,
+            check=lambda: None,
+        )
+    failed, again = told
+    assert failed == again
+    assert [(variant, text) for variant, text, _ in failed] == [
+        ("one", text) for text in ("bad", "too bad", "also bad")
+    ]
     assert "not this one" in failed[0][2]
     values = [ScoreFile(Path("s.jsonl")).get(*score_key("picky", "third 1", item, one)) for item, one in seen.items()]
-    assert values == [0.0, None, 2.0]
+    assert values == [0.0, None, 2.0, None, None]
 
 
 def test_pictures_of_other_settings_are_missing(prompts: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -207,7 +208,7 @@ def _score(
         registry,
         found,
         batch=request.batch,
-        workers=WorkerSettings(_REWARD_TIMEOUT, substitute=False),
+        workers=WorkerSettings(_REWARD_TIMEOUT, failures=math.inf, substitute=False),
         failed=lambda variant, item, why: missing.tell(variant, item, f"{metric.name}: {why}"),
         progress=lambda done, total: listener(Progressed(metric.name, done, total)),
         check=stop.check,
