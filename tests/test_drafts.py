@@ -27,7 +27,7 @@ from texforce_cli.team.processes import Processes
 from texforce_cli.workflows import drafts
 from texforce_cli.workflows.drafts import Drafts
 from texforce_cli.workflows.learner import follow
-from texforce_cli.workflows.run_folder import RunFolder
+from texforce_cli.workflows.run_folder import RunFolder, versions
 from texforce_cli.workflows.stopping import StopRequest
 from texforce_cli.workflows.training_run import TrainingRun
 
@@ -77,7 +77,7 @@ def test_a_batch_is_the_same_bits_again(unconditional: bool) -> None:
     assert (again.images == drawn.images).all()
 
 
-def test_only_what_would_be_drawn_is_found() -> None:
+def test_only_what_would_be_drawn_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def seeds(epoch: int = 0, prompts: Mapping[int, str] = asked(), ours: Drafts = drafts_of()) -> list[int]:
         return [seed for drawn in ours.found(epoch, prompts, CPU) for seed in drawn.seeds]
 
@@ -89,6 +89,10 @@ def test_only_what_would_be_drawn_is_found() -> None:
     assert seeds(prompts=asked(0, 7, 2)) == [0]
     assert seeds(prompts={**asked(), 1: "another"}) == [0]
     assert seeds(ours=drafts_of("b")) == []
+    assert seeds(ours=Drafts(RunFolder(Path(), "a"), 60.0, "cpu", compiled=True)) == []
+    with monkeypatch.context() as patch:
+        patch.setattr(drafts, "versions", lambda: {**versions(), "diffusers": "0.1"})
+        assert seeds(ours=drafts_of()) == []
     [path] = Path("drawn").rglob("*.safetensors")
     whole = path.read_bytes()
     for damaged in (b"", whole[:-9], b"x" * 64, whole.replace(b"texforce", b"texfarce")):

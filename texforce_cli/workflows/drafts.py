@@ -19,10 +19,13 @@ import torch
 from texforce_cli.algorithms.ddpo import Kept
 from texforce_cli.diffusion.sampler import Trajectory
 from texforce_cli.files import NotWritten, write_bytes
-from texforce_cli.workflows.run_folder import RunFolder
+from texforce_cli.workflows.run_folder import RunFolder, versions
 
 _STATES = {"latents", "log_probs", "unconditional"}
 """What has a place for each image in its second dimension."""
+
+_DRAWN_WITH = ("texforce", "diffusers", "transformers", "peft")
+"""Beside torch, the packages by which a picture is drawn."""
 
 
 class Drafts(Kept):
@@ -32,12 +35,15 @@ class Drafts(Kept):
     An image that another run has drawn, or something else on which its last bits depend beside the weights, is not found.
     """
 
-    def __init__(self, folder: RunFolder, seconds: float, device: str) -> None:
+    def __init__(self, folder: RunFolder, seconds: float, device: str, *, compiled: bool = False) -> None:
         self.folder, self.seconds = folder, seconds
+        here = versions()
         self.made_by = {
             "run": folder.id,
             "torch": torch.__version__,
             "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
+            "compiled": compiled,
+            **{name: here.get(name) for name in _DRAWN_WITH},
         }
         self._pending: list[tuple[Path, Trajectory]] = []
         self._saved = time.monotonic()

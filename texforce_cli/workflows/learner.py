@@ -204,7 +204,7 @@ def follow(team: Processes) -> Any:
                 team=team,
                 progress=progress,
                 begin=False,
-                drafts=Drafts(folder, config.draft_every, team.device(config.device)),
+                drafts=Drafts(folder, config.draft_every, team.device(config.device), compiled=config.compile),
             )
             return learner.follow()
     except (Unsuited, torch.OutOfMemoryError) as error:

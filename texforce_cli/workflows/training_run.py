@@ -87,7 +87,7 @@ class TrainingRun:
         team.shield, team.heed = self.stop.shielded, self.stop.heed
         self._begun, self._saving = 0.0, 0.0
         """When the epoch under way began, and the seconds that saving the last one took."""
-        self.drafts = Drafts(folder, self.config.draft_every, self.config.device)
+        self.drafts = Drafts(folder, self.config.draft_every, self.config.device, compiled=self.config.compile)
         self.learner = Learner(
             self.config,
             made.prompts,
