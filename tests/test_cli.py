@@ -77,13 +77,17 @@ def test_a_signal_that_a_command_does_not_listen_for_is_a_sentence(
 ) -> None:
     from texforce_cli.workflows import sample as workflow
 
-    before = signal.getsignal(number)
     monkeypatch.setattr(workflow, "sample", lambda request, listener: signal.raise_signal(number))
-    assert run(["sample", "a cat"]) == run(["sample", "a cat", "--json"]) == code
+    ours = signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background of a shell ignore it
+    try:
+        before = signal.getsignal(number)
+        assert run(["sample", "a cat"]) == run(["sample", "a cat", "--json"]) == code
+        assert signal.getsignal(number) == before
+    finally:
+        signal.signal(signal.SIGINT, ours)
     said = capsys.readouterr()
     assert said.err == "stopped: what was finished is kept\n" * 2
     assert json.loads(said.out)["error"]["exit_code"] == code
-    assert signal.getsignal(number) == before
 
 
 def test_rewards_as_a_table_and_as_json(capsys: pytest.CaptureFixture[str]) -> None:

@@ -183,6 +183,8 @@ def test_an_environment_that_was_replaced_stays_while_a_run_uses_it() -> None:
         ("texforce-handd", "did you mean 'hand'.*: texforce-handd==1.0"),
         ("texforce-exampl", "did you mean 'texforce-example'"),
         ("clipscore", "did you mean 'clip-score'"),
+        ("hspv2", "did you mean 'hpsv2'"),
+        ("texforce-face-aqi", "did you mean 'face-iqa'"),
         ("pickscore", "'pickscore' is built in, there is nothing to install"),
         ("Tiny_CLIP", "'Tiny_CLIP' is built in"),
         ("scores-file", "is built in"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import json
 import multiprocessing
@@ -663,15 +664,21 @@ def test_a_worker_that_is_fed_nonsense_ends(make: Make) -> None:
 def test_an_option_has_the_type_of_its_annotation_or_is_refused() -> None:
     def factory(
         top: int | None = None, share: Optional[float] = None, names: Sequence[str] | str = "",
-        how: Literal["a", "b"] = "a", size: tuple[int, int] = (1, 2), plain=1,
+        how: Literal["a", "b"] = "a", file: Path = Path(), plain=1,
     ) -> None: ...  # fmt: skip
 
-    given = {"top": "3", "share": "0.5", "names": "x,y", "how": "b", "plain": "1"}
-    assert worker.typed_options(factory, given) == {"top": 3, "share": 0.5, "names": "x,y", "how": "b", "plain": "1"}
+    given = {"top": "3", "share": "0.5", "names": "x,y", "how": "b", "file": "f", "plain": "1"}
+    assert worker.typed_options(factory, given) == {**given, "top": 3, "share": 0.5}
     assert [option["type"] for option in worker.list_options(factory)][:3] == ["int", "float", "str"]
-    for key, text, why in (("top", "x", "give a int"), ("how", "c", "give a .*'b'"), ("size", "1", "no text can be")):
+    for key, text, why in (("top", "x", "give a int"), ("how", "c", "give a .*'b'")):
         with pytest.raises(ValueError, match=why):
             worker.typed_options(factory, {key: text})
+    for text, kind in (
+        ("int | None", int),
+        ("Optional[float]", float),
+        ("Optional[Path]", "Path"),
+    ):  # before Python 3.10
+        assert worker._kind(inspect.Parameter("top", inspect.Parameter.KEYWORD_ONLY, annotation=text)) == kind
 
 
 def test_the_worker_is_one_file_of_the_standard_library(tmp_path: Path) -> None:

@@ -407,10 +407,12 @@ def test_a_model_that_is_cut_off_while_it_thinks_is_given_up_soon_and_explained(
     pictures: list[str], capsys: Any
 ) -> None:
     with JudgeServer("length") as server:
-        assert run(openai_command(pictures, server, "--workers", "1", "--placebos", "0")) == 3
+        for prompts in (5, 9):  # what was cut in the run before is no answer; of one prompt some was left
+            assert run(openai_command(pictures, server, "--workers", "1", "--placebos", "0")) == 3
+            assert len({seen.prompt for seen in server.seen}) == prompts
     said = " ".join(capsys.readouterr().err.split())
     assert "5 questions in a row got no answer; the last: the answer was cut off before its verdict" in said
-    assert {seen.attempt for seen in server.seen} == {0} and len({seen.prompt for seen in server.seen}) == 5
+    assert {seen.attempt for seen in server.seen} == {0}
     assert (
         f"{len(server.seen)} answers were cut at 1000 tokens, before their verdict; give --max-output-tokens 4000"
         in said

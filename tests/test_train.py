@@ -236,7 +236,9 @@ def test_a_gpu_may_be_another_one_of_its_kind(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(workflow, "resolve_device", torch.device)
     config = TrainConfig(device="cuda:0")
-    assert workflow._unchanging(RunFolder(Path("a")), config, {"device": "cuda:1"}) == {"device": "cuda:1"}
+    assert workflow._unchanging(RunFolder(Path("a")), config, {"micro_batch": "default"}, {"device": "cuda:1"}) == {
+        "device": "cuda:1"
+    }
 
 
 def test_a_full_memory_proposes_nothing_that_a_resumed_run_refuses(

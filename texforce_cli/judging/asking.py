@@ -92,12 +92,13 @@ def ask_all(
         )
     distinct = {question.key(judge.identity): question for question in questions}
     run = _Run(judge, journal, budget, gate or Gate(), repairs, retries, check)
-    todo = deque(pair for pair in distinct.items() if isinstance(run.state(*pair), tuple))
+    states = [(pair, run.state(*pair)) for pair in distinct.items()]
+    todo = deque(pair for pair, state in states if isinstance(state, tuple))
     before = len(distinct) - len(todo)
     progress(before, len(distinct))
     with ThreadPoolExecutor(max(workers, 1)) as pool:
         try:
-            breaker = _Breaker(works=before > 0)
+            breaker = _Breaker(works=any(not isinstance(state, tuple | Missing) for _, state in states))
             _drive(run, pool, todo, max(workers, 1), breaker, lambda done: progress(before + done, len(distinct)))
         finally:
             run.stop.set()  # also where progress or Ctrl-C raised: no worker begins another request

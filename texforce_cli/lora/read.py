@@ -136,6 +136,7 @@ class _Scales:
 
     file: Path
     configs: Mapping[str, Mapping[str, Any]]
+    patterns: Mapping[str, _Patterns]
 
     @classmethod
     def of(cls, file: Path, metadata: Mapping[str, str], config: Mapping[str, Any]) -> _Scales:
@@ -147,13 +148,14 @@ class _Scales:
             configs[component] = {**configs.get(component, {}), name: value}
         for found in configs.values():
             _refuse_config(file, found)
-        return cls(file, configs)
+        return cls(file, configs, {key: _Patterns(file, found.get("alpha_pattern")) for key, found in configs.items()})
 
     def scale(self, component: str, path: str, rank: int) -> float:
         """alpha / rank of a module, alpha / sqrt(rank) with use_rslora; 1 where nothing is said."""
-        config = self.configs.get(component) or self.configs.get("") or {}
+        of = component if self.configs.get(component) else ""
+        config = self.configs.get(of, {})
         usual = config.get("lora_alpha", _PEFT_ALPHA if "" in self.configs else None)
-        alpha = _pattern(self.file, config.get("alpha_pattern"), path, usual)
+        alpha = self.patterns[of].get(path, usual) if of in self.patterns else usual
         if alpha is None:
             return 1.0
         known = isinstance(alpha, int | float) and not isinstance(alpha, bool) and abs(alpha) < _LARGEST_ALPHA
@@ -297,17 +299,33 @@ def _refuse_config(file: Path, config: Mapping[str, Any]) -> None:
         raise TexforceError(f"'{file}' is a PEFT adapter {what}", "only plain LoRAs can be added up")
 
 
-def _pattern(file: Path, patterns: Any, path: str, default: Any) -> Any:
+class _Patterns:
     """PEFT's rule: the first pattern that is the name, or the end of the name at a dot, decides."""
-    if not isinstance(patterns, dict):
-        return default
-    names = (path, path.removeprefix("text_model."))
-    for pattern, value in patterns.items():
-        literal = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
-        if set(literal) & set("*+?()[]{}|\\^$"):
+
+    def __init__(self, file: Path, patterns: Any) -> None:
+        self._file, self._odd = file, math.inf
+        self._items = list(patterns.items()) if isinstance(patterns, dict) else []
+        self._orders: dict[tuple[str, bool], int] = {}  # (name, whether it is the whole name) -> which pattern
+        for order, (pattern, _) in enumerate(self._items):
+            literal = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
+            if set(literal) & set("*+?()[]{}|\\^$"):
+                self._odd = order
+                break
+            self._orders.setdefault((literal, pattern.startswith("^")), order)
+
+    def get(self, path: str, default: Any) -> Any:
+        """The value of a module.
+
+        Raises:
+            TexforceError: a pattern that is no name comes before one that decides.
+        """
+        parts = path.split(".")
+        ends = [(".".join(parts[i:]), False) for i in range(1, len(parts))]
+        names = [(name, whole) for name in (path, path.removeprefix("text_model.")) for whole in (True, False)]
+        order = min((self._orders[key] for key in (*names, *ends) if key in self._orders), default=math.inf)
+        if order > self._odd:
             raise TexforceError(
-                f"'{file}' comes with the pattern '{shown(pattern)}'", "only names of modules are understood"
+                f"'{self._file}' comes with the pattern '{shown(self._items[int(self._odd)][0])}'",
+                "only names of modules are understood",
             )
-        if literal in names or (not pattern.startswith("^") and path.endswith(f".{literal}")):
-            return value
-    return default
+        return default if order == math.inf else self._items[int(order)][1]

@@ -159,7 +159,9 @@ def resolve(asked: str) -> Source:
         return Source(str(path.resolve()), False, path.resolve().name)
     # without what the packages of all rewards begin with: it makes strangers alike
     named = {name.removeprefix(_PREFIX): name for name in (*OURS.values(), *OURS, *built_in)}
-    if close := difflib.get_close_matches(normal(asked).removeprefix(_PREFIX), named, n=1, cutoff=_NEAR_MISS):
+    bare = normal(asked).removeprefix(_PREFIX)
+    swapped = [name for name in named if sorted(name) == sorted(bare)]
+    if close := swapped or difflib.get_close_matches(bare, named, n=1, cutoff=_NEAR_MISS):
         raise UsageError(
             f"unknown reward '{asked}'",
             f"did you mean '{named[close[0]]}'? Of ours there are {', '.join(OURS)}; of somebody's package, give the version "

@@ -207,6 +207,7 @@ def _code_hash(factory: str, environment: Environment | None) -> str:
             return ""
         folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
         files = {path.relative_to(folder).as_posix(): path for folder in folders for path in folder.rglob("*.py")}
+        files = {name: path for name, path in files.items() if path.is_file()}  # an editor's lock is a link to nothing
         if not folders and spec.origin:
             files = {"": Path(spec.origin)}
         code = [(name, path.read_bytes()) for name, path in sorted(files.items())]

@@ -15,6 +15,7 @@ import io
 import json
 import os
 import queue
+import re
 import signal
 import struct
 import sys
@@ -119,18 +120,18 @@ def typed_options(factory: Any, options: Mapping[str, str]) -> dict[str, Any]:
         kind = _kind(known[key])
         try:
             typed[key] = _convert(text, kind)
-        except TypeError as error:
-            raise ValueError(f"its option '{key}' is of the type {_named(kind)}, which no text can be") from error
         except ValueError as error:
             raise ValueError(f"'{text}' is no value for its option '{key}'; give a {_named(kind)}") from error
     return typed
 
 
 def _kind(option: inspect.Parameter) -> Any:
-    """The type of an option: of `X | None` it is X, and where a text will do, str."""
+    """The type of an option: of `X | None` it is X, and where a text will do, str. What is of no type that is known here
+    arrives as text."""
     kind = option.annotation
     if isinstance(kind, str):  # before Python 3.10
         known = {"bool": bool, "int": int, "float": float, "str": str}
+        kind = re.sub(r"^(?:typing\.)?Optional\[(.*)\]$", r"\1", kind)
         kinds = [known.get(one, one) for one in kind.split(" | ") if one != "None"]
     elif typing.get_origin(kind) in (typing.Union, getattr(types, "UnionType", typing.Union)):
         kinds = [one for one in typing.get_args(kind) if one is not type(None)]
@@ -152,11 +153,7 @@ def _convert(text: str, kind: Any) -> Any:
         if text not in typing.get_args(kind):
             raise ValueError(text)
         return text
-    if kind in (int, float):
-        return kind(text)
-    if kind not in (str, typing.Any, inspect.Parameter.empty):
-        raise TypeError(kind)
-    return text
+    return kind(text) if kind in (int, float) else text
 
 
 def score(reward: Any, images: Any, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> list[float]:
@@ -297,10 +294,10 @@ def registered() -> dict[str, Any]:
     seen: set[tuple[str, str]] = set()
     for point in group:
         distribution = getattr(point, "dist", None)
-        origin = distribution.name if distribution else point.name
+        origin = distribution.name if distribution else ""  # before Python 3.10
         hook = getattr(point.load(), "texforce_register_rewards", None)
         if hook is not None and (origin, point.value) not in seen:  # one module may have several names
-            hook(register=record(origin))
+            hook(register=record(origin or point.name))
         seen.add((origin, point.value))
     return {"rewards": calls, "python": sys.version.split()[0]}
 

@@ -436,7 +436,10 @@ def _cut_off(judge: Judge, found: _Found) -> list[str]:
     if not isinstance(judge, Metered):
         return [f"{len(cut)} answers were cut off before their verdict: let the judge give longer ones"]
     most = judge.size(cut[0]).output_tokens
-    return [f"{len(cut)} answers were cut at {most} tokens, before their verdict; give --max-output-tokens {4 * most}"]
+    return [
+        f"{len(cut)} answers were cut at {most} tokens, before their verdict; give --max-output-tokens {4 * most}, with which every "
+        "question is asked anew"
+    ]
 
 
 def _verdict_rows(questions: _Found) -> list[dict[str, Any]]:
