@@ -84,11 +84,11 @@ def test_only_what_would_be_drawn_is_found(monkeypatch: pytest.MonkeyPatch) -> N
     ours = drafts_of()
     ours.keep(0, 0, batch())
     ours.save()
-    assert seeds() == [0, 1]
+    assert seeds() == [0, 1] and ours.count() == 2
     assert seeds(1) == []  # another epoch
     assert seeds(prompts=asked(0, 7, 2)) == [0]
     assert seeds(prompts={**asked(), 1: "another"}) == [0]
-    assert seeds(ours=drafts_of("b")) == []
+    assert seeds(ours=drafts_of("b")) == [] and drafts_of("b").count() == 0
     assert seeds(ours=Drafts(RunFolder(Path(), "a"), 60.0, "cpu", compiled=True)) == []
     with monkeypatch.context() as patch:
         patch.setattr(drafts, "versions", lambda: {**versions(), "diffusers": "0.1"})

@@ -714,6 +714,11 @@ def test_separators_survive_paths(tmp_path: Path) -> None:
     assert variant.loras == (f"{odd}/x+y.safetensors:te=0.5,unet=1", "other:-2")
     assert variant.description == "sd15 + x+y.safetensors:te=0.5,unet=1 + other:-2"
     assert parse_variant(f"m={odd}").model == str(odd)
+    at = tmp_path / "10:20:30"
+    for path in (at, at / "adapter", odd):
+        path.mkdir(exist_ok=True)
+    loras = parse_variant(f"t=sd15+{at}/adapter+{odd}+{at}").loras
+    assert loras == (f"{at}/adapter", f"{odd}:1", f"{at}:1")  # what is a weight by itself has one behind it
     whole = parse_variant(f"refl-tex=sd15+unet={odd}+text-encoder=tuned+runs/a:0.5")
     assert (whole.unet, whole.text_encoder, whole.loras) == (str(odd), "tuned", ("runs/a:0.5",))
     with pytest.raises(UsageError, match="no or two weights of its unet"):

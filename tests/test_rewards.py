@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from texforce_cli.cli.app import run
-from texforce_cli.errors import TexforceError, UsageError
+from texforce_cli.errors import Terminated, TexforceError, UsageError
 from texforce_cli.judging.offline import ClipJudge
 from texforce_cli.rewards.environments import Environment
 from texforce_cli.rewards.hookspecs import hookimpl
@@ -344,6 +344,21 @@ def test_a_reward_that_ends_the_program_is_named(monkeypatch: pytest.MonkeyPatch
     info = module(monkeypatch, "quits", R=type("R", (), {where: leaves}))
     with pytest.raises(TexforceError, match=r"reward 'quits' (could not start|failed): SystemExit: 0"):
         RewardSet([TermSpec("quits")], Registry({("quits", ""): info})).score(pictures(1), ["a"], [{}])
+
+
+def test_a_signal_that_comes_while_a_plugin_works_is_not_its_fault(
+    plugins: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told(*_: Any) -> Any:
+        raise Terminated
+
+    for where in ("__init__", "score"):
+        info = module(monkeypatch, "slow", R=type("R", (), {where: told}))
+        with pytest.raises(Terminated):
+            RewardSet([TermSpec("slow")], Registry({("slow", ""): info})).score(pictures(1), ["a"], [{}])
+    plugins("slow", lambda register: told())
+    with pytest.raises(Terminated):
+        load_registry()
 
 
 def test_a_module_that_ends_the_program_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -51,6 +51,10 @@ class Unsuited(TexforceError):
     """The options do not suit what they were given for. `hint` says which would; no run that has begun goes on with those."""
 
 
+class Terminated(BaseException):
+    """SIGTERM, where the command does not listen for it itself. No boundary for what a plugin raises takes it for the plugin's."""
+
+
 class Interrupted(TexforceError):
     """The user or the system asked to stop; everything finished is on disk (exit code 130 or 143)."""
 

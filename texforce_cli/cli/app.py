@@ -18,7 +18,7 @@ from typing import Any
 import typer
 
 from texforce_cli.cli.console import show_error
-from texforce_cli.errors import Interrupted, TexforceError, UsageError
+from texforce_cli.errors import Interrupted, Terminated, TexforceError, UsageError
 
 _MODULES = {
     "train": "train",
@@ -91,6 +91,8 @@ def run(arguments: list[str]) -> int:
             raise
         show_error(error, as_json=as_json)
         return error.exit_code
+    except Terminated:
+        code = 143
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1
     except BrokenPipeError:
@@ -115,4 +117,4 @@ def _terminable() -> Iterator[None]:
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(143)
+    raise Terminated

@@ -79,6 +79,12 @@ def parse_lora(text: str) -> LoraSpec:
     return LoraSpec(source, weight, parts)
 
 
+def ends_as_if_with_a_weight(text: str) -> bool:
+    """Whether `parse_lora` takes its end for a weight where no path of this name is there."""
+    _, colon, tail = text.rpartition(":")
+    return bool(colon and (not tail or _PARTS.fullmatch(tail) or _NUMERIC.fullmatch(tail)))
+
+
 def telling(path: Path) -> tuple[str, ...]:
     """The last name of a path that tells it from others; a checkpoint's with that of its run before it."""
     while _UNTELLING.fullmatch(path.name) and path.parent.name not in ("", ".."):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from texforce_cli.errors import Interrupted, TexforceError, UsageError, first_line
+from texforce_cli.errors import Interrupted, Terminated, TexforceError, UsageError, first_line
 from texforce_cli.team import Team
 from texforce_cli.team.store import Store
 
@@ -318,6 +318,8 @@ def _told(error: BaseException) -> tuple[str, str | None, int]:
         return error.message, error.hint, 0
     if isinstance(error, KeyboardInterrupt):
         return "stopped", None, 130
+    if isinstance(error, Terminated):
+        return "stopped", None, 143
     return f"{type(error).__name__}: {error}", None, 0
 
 

@@ -24,6 +24,9 @@ from texforce_cli.workflows.run_folder import RunFolder, versions
 _STATES = {"latents", "log_probs", "unconditional"}
 """What has a place for each image in its second dimension."""
 
+_DAMAGED = (OSError, ValueError, LookupError, TypeError, safetensors.SafetensorError)
+"""What reading a file raises that is torn or none of ours."""
+
 _DRAWN_WITH = ("texforce", "diffusers", "transformers", "peft")
 """Beside torch, the packages by which a picture is drawn."""
 
@@ -105,8 +108,8 @@ class Drafts(Kept):
         return said
 
     def count(self) -> int:
-        """How many images are on the disk, of all processes."""
-        return sum(_images(path) for path in self.folder.drawn.glob("epoch_*/images_*.safetensors"))
+        """How many images are on the disk that a resumed run would take, of all processes."""
+        return sum(self._images(path) for path in self.folder.drawn.glob("epoch_*/images_*.safetensors"))
 
     def clear(self, *, but: int | None = None) -> None:
         """Forget every epoch, or every other one than `but`, whichever process has drawn it."""
@@ -116,6 +119,14 @@ class Drafts(Kept):
                 shutil.rmtree(path, ignore_errors=True)
         with contextlib.suppress(OSError):
             self.folder.drawn.rmdir()
+
+    def _images(self, path: Path) -> int:
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                about = json.loads(file.metadata()["texforce"])
+                return len(about["seeds"]) if about["made_by"] == self.made_by else 0
+        except _DAMAGED:
+            return 0
 
     def _read(self, path: Path, wanted: Mapping[int, str], device: torch.device) -> Trajectory | None:
         """Those of the images `wanted` that a file has; None where there are none, or it is damaged."""
@@ -136,7 +147,7 @@ class Drafts(Kept):
                     found.get("unconditional"),
                     file.get_tensor("images")[places].numpy(),
                 )
-        except (OSError, ValueError, LookupError, TypeError, safetensors.SafetensorError):
+        except _DAMAGED:
             return None
 
     def _write(self, path: Path, drawn: Trajectory) -> None:
@@ -149,11 +160,3 @@ class Drafts(Kept):
 
     def _folder(self, epoch: int) -> Path:
         return self.folder.drawn / f"epoch_{epoch + 1:04d}"
-
-
-def _images(path: Path) -> int:
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            return int(file.get_slice("log_probs").get_shape()[1])
-    except (OSError, safetensors.SafetensorError):
-        return 0

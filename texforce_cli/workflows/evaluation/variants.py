@@ -11,7 +11,7 @@ from typing import Any
 
 from texforce_cli.errors import UsageError, first_line
 from texforce_cli.files import placed
-from texforce_cli.lora.spec import parse_lora, telling
+from texforce_cli.lora.spec import ends_as_if_with_a_weight, parse_lora, telling
 
 _NAME = re.compile(r"(?!(?i:con|prn|aux|nul|com\d|lpt\d)(\.|$))[A-Za-z0-9]([\w.-]{0,58}[\w-])?")
 """A name that can be a folder's, on Windows too."""
@@ -157,7 +157,7 @@ def _checked(variant: Variant) -> Variant:
 
 def _weighted(lora: str) -> str:
     """A LoRA in a path that itself ends as if with a weight, `runs/a:1`, has its weight written behind that."""
-    return f"{lora}:1" if ":" in lora and parse_lora(lora).source == lora else lora
+    return f"{lora}:1" if ends_as_if_with_a_weight(lora) and parse_lora(lora).source == lora else lora
 
 
 def _divide(text: str) -> list[str]:
