@@ -206,8 +206,9 @@ def _code_hash(factory: str, environment: Environment | None) -> str:
         if spec is None:
             return ""
         folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
-        files = {path.relative_to(folder).as_posix(): path for folder in folders for path in folder.rglob("*.py")}
-        files = {name: path for name, path in files.items() if path.is_file()}  # an editor's lock is a link to nothing
+        found = [(folder, path) for folder in folders for path in folder.rglob("*.py")]
+        # an editor's lock is a link to nothing
+        files = {path.relative_to(folder).as_posix(): path for folder, path in found if path.is_file()}
         if not folders and spec.origin:
             files = {"": Path(spec.origin)}
         code = [(name, path.read_bytes()) for name, path in sorted(files.items())]

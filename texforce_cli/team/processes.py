@@ -91,9 +91,8 @@ class Processes(Team):
                 world_size=self.size,
                 timeout=timedelta(seconds=max(60.0, seconds)),
             )
-            dist.all_reduce(
-                torch.zeros(1, device="cuda" if self._nccl else "cpu")
-            )  # NCCL takes its memory at the first sum
+            # NCCL takes its memory at the first sum
+            dist.all_reduce(torch.zeros(1, device="cuda" if self._nccl else "cpu"))
         except (RuntimeError, ValueError) as error:
             raise TexforceError(
                 f"process {self.rank} cannot exchange gradients with the others ({first_line(error)})",
