@@ -610,6 +610,8 @@ def test_votes_are_one_more_judge(prompts: str, lora: str, capsys: Any) -> None:
         10,
     )  # of three prompts all, of one none
     assert summary()["wins"]["votes"] == {"tex": {"base": 0.75}, "base": {"tex": 0.25}}
+    by_group = {r["group"]: r["win_rate"] for r in summary()["rows"] if r["metric"] == "votes"}
+    assert by_group == {"all": 0.75, "seen": 1, "unseen": 0, "a": pytest.approx(2 / 3), "two": 1}
     capsys.readouterr()
     for wrong, sentence in (
         ({**document, "data": "0"}, "are about other pictures"),
@@ -1889,11 +1891,11 @@ def test_the_words_of_a_set_are_those_of_the_pictures_where_nothing_is_drawn() -
 def test_votes_on_the_same_pictures_are_averaged_before_they_are_counted() -> None:
     items = items_of([Prompt("x")], range(4))
     votes = [Vote(items[0].prompt_id, seed, "b", "a", points) for seed, points in enumerate((1.0, 1.0, 1.0, 0.0))]
-    once = count_votes(votes, ("a", "b"), "a", items)
+    once = count_votes(votes, ("a", "b"), "a", items, frozenset())
     assert once[1][0].difference_low is not None and once[1][0].label == "for this prompt only"
-    assert count_votes(votes * 5, ("a", "b"), "a", items)[1:] == once[1:]  # a file that is given five times
+    assert count_votes(votes * 5, ("a", "b"), "a", items, frozenset())[1:] == once[1:]  # a file that is given five times
     strange = [Vote(items[0].prompt_id, 0, "a", "a", 1.0), Vote("other", 0, "a", "b", 1.0), Vote(items[0].prompt_id, 0, "a", "z", 1.0)]  # fmt: skip
-    assert count_votes([*votes, *strange], ("a", "b"), "a", items) == once
+    assert count_votes([*votes, *strange], ("a", "b"), "a", items, frozenset()) == once
     assert once[0].version == "4 votes"
 
 

@@ -132,7 +132,7 @@ def evaluate(request: EvalRequest, listener: Listener = silent, *, beforehand: D
         summary = summarise(baseline, items, shared, unseen, values, missing.entries, about, identical)
         page = _page(request, summary, prompts, items, found, values, in_sample)
         if votes := _votes(request, page, listener):
-            summary = _with_votes(summary, tuple(found), votes, items)
+            summary = _with_votes(summary, tuple(found), votes, items, unseen)
             page = _page(request, summary, prompts, items, found, values, in_sample)
         page = replace(page, extra_tabs=ranking_tabs(request.out, pictures_hash(page)))
         write_summary(summary, request.out)
@@ -296,9 +296,11 @@ def _votes(request: EvalRequest, page: Page, listener: Listener) -> list[Vote]:
     return votes
 
 
-def _with_votes(summary: Summary, variants: Sequence[str], votes: Sequence[Vote], items: Sequence[Item]) -> Summary:
+def _with_votes(
+    summary: Summary, variants: Sequence[str], votes: Sequence[Vote], items: Sequence[Item], unseen: frozenset[str]
+) -> Summary:
     """The summary with what people chose as one more metric."""
-    about, rows, wins = count_votes(votes, variants, summary.baseline, items)
+    about, rows, wins = count_votes(votes, variants, summary.baseline, items, unseen)
     return replace(
         summary,
         metrics=(*summary.metrics, about),

@@ -83,7 +83,7 @@ def summarise(
     rows: list[Row] = []
     wins: dict[str, dict[str, dict[str, float]]] = {}
     unpaired: dict[str, int] = {}
-    groups = _groups(items, unseen)
+    groups = groups_of(items, unseen)
     variants = tuple(values[0][1]) if values else ()
     for metric, by_variant in values:
         asked = len(items) if metric.by_picture else len(groups["all"])
@@ -147,7 +147,7 @@ def write_scores(
     write_csv(folder / "scores.csv", [["variant", "prompt", "seed", "split", "category", "metric", "value"], *rows])
 
 
-def _groups(items: Sequence[Item], unseen: frozenset[str]) -> dict[str, set[str]]:
+def groups_of(items: Sequence[Item], unseen: frozenset[str]) -> dict[str, set[str]]:
     """Group -> texts: all; seen and unseen where there are both; categories but one that is all there is."""
     texts = {item.text for item in items}
     groups = {"all": texts}

@@ -15,7 +15,7 @@ from texforce_cli.judging.votes import Vote, read_votes
 from texforce_cli.report.page import Row
 from texforce_cli.workflows.evaluation.pictures import Item
 from texforce_cli.workflows.evaluation.request import EvalRequest
-from texforce_cli.workflows.evaluation.summary import MetricAbout, row_of
+from texforce_cli.workflows.evaluation.summary import MetricAbout, groups_of, row_of
 
 VOTES = "votes"
 
@@ -60,9 +60,10 @@ def _kept(request: EvalRequest, path: str) -> Path:
 
 
 def count_votes(
-    votes: Sequence[Vote], variants: Sequence[str], baseline: str, items: Sequence[Item]
+    votes: Sequence[Vote], variants: Sequence[str], baseline: str, items: Sequence[Item], unseen: frozenset[str]
 ) -> tuple[MetricAbout, list[Row], dict[str, dict[str, float]]]:
-    """Rows of each variant against the baseline, by the votes between those two, and the win rate of every pair.
+    """Rows of each variant against the baseline, by the votes between those two, over all prompts and over each group of them,
+    and the win rate of every pair.
 
     Votes on the same two pictures are averaged: who votes twice, or a file that is given twice, makes no interval narrower.
     """
@@ -80,9 +81,11 @@ def count_votes(
     }
     about = MetricAbout(VOTES, "", True, "the share of blind votes that it won", f"{len(usable)} votes")
     rows = [
-        _row(about, variant, duels[variant, baseline])
+        _row(group, about, variant, won)
+        for group, members in groups_of(items, unseen).items()
         for variant in variants
-        if variant != baseline and (variant, baseline) in duels
+        if variant != baseline
+        and (won := {text: points for text, points in duels.get((variant, baseline), {}).items() if text in members})
     ]
     wins: dict[str, dict[str, float]] = {}
     for (one, other), won in duels.items():
@@ -90,7 +93,7 @@ def count_votes(
     return about, rows, wins
 
 
-def _row(about: MetricAbout, variant: str, won: Mapping[str, Sequence[float]]) -> Row:
+def _row(group: str, about: MetricAbout, variant: str, won: Mapping[str, Sequence[float]]) -> Row:
     lost = {prompt: [1 - points for points in values] for prompt, values in won.items()}
-    row = row_of("all", variant, about, won, lost, sum(map(len, won.values())))
+    row = row_of(group, variant, about, won, lost, sum(map(len, won.values())))
     return replace(row, win_rate=row.mean)
