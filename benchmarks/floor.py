@@ -12,7 +12,8 @@ from texforce_cli.diffusion.policy import Policy
 
 
 class Floor:
-    """`steps` forwards an image and branch, then `trained` forwards with a backward to the text embeddings.
+    """`steps` forwards an image and branch, then `trained` forwards with a backward to the text embeddings, or to the U-Net's LoRA
+    where the policy trains one.
 
     `branches` of sampling and of training: 2 with guidance, 1 without; a kept unconditional branch leaves training 1.
     """
@@ -54,8 +55,10 @@ class Floor:
                 unet(embeddings)
 
         def forward_and_backward() -> None:
-            output = unet(embeddings.detach().requires_grad_())
-            torch.autograd.backward([output], [torch.ones_like(output)])
+            text = embeddings.detach()
+            learnt = [p for p in self.policy.unet.parameters() if p.requires_grad] or [text.requires_grad_()]
+            output = unet(text)
+            torch.autograd.grad([output], learnt, [torch.ones_like(output)])  # keeps no gradient
 
         return forward if phase == "sampling" else forward_and_backward
 

@@ -155,9 +155,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     p.add_argument("--out", type=Path, help="JSON file for everything that was measured")
     a = p.parse_args(argv)
     device, dtype = torch.device(a.device), _PRECISIONS[a.precision]
-    if device.type == "cuda":  # as a run does
-        claim(a.device)
-        same_bits()
+    claim(a.device)
+    same_bits()  # as a run does
     peak = peak_teraflops(device, dtype, 8192 if device.type == "cuda" else 512)
     rows: list[Mapping[str, Any]] = []
     print(

@@ -20,7 +20,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.train_speed import cpu_model
 from texforce_cli.files import write_json
+from texforce_cli.workflows.run_folder import versions
 
 OPTIONS = (
     "--reward brightness --model tiny --device cpu --samples-per-epoch 8 --group-size 4 --micro-batch 4 --grad-accum 1 "
@@ -107,6 +109,8 @@ def compare(folder: Path, kills: int, epochs: int, *, seed: int = 0, longest: fl
         "epochs": epochs,
         "differences": differences(whole, parts),
         "minutes": round((time.monotonic() - began) / 60, 1),
+        "cpu": cpu_model(),
+        "versions": versions(),
     }
 
 

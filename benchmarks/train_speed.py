@@ -33,7 +33,7 @@ from texforce_cli import tiny
 from texforce_cli.algorithms.ddpo import DDPO
 from texforce_cli.algorithms.reference import PlainDDPO
 from texforce_cli.config import TrainConfig
-from texforce_cli.devices import cpu_computes_bf16
+from texforce_cli.devices import cpu_computes_bf16, same_bits
 from texforce_cli.diffusion.models import load_pipeline
 from texforce_cli.diffusion.policy import Policy
 from texforce_cli.files import write_json
@@ -81,6 +81,7 @@ class TexforceArm:
 
     def __init__(self, made: Plan, kind: type[DDPO] = DDPO) -> None:
         config, prompts = made.config, made.prompts.seen
+        same_bits()  # as a run does
         pipeline = load_pipeline(made.source, device=torch.device(config.device), precision=config.precision)
         adapter = make_adapter(pipeline, config)
         policy, rewards = make_policy(pipeline, config, adapter), make_rewards(config, made.registry)
@@ -296,17 +297,13 @@ def floor_of(a: argparse.Namespace, policy: Policy, trained: int | None = None, 
 
 
 def make_floors(a: argparse.Namespace, arms: dict[str, Arm]) -> dict[str, Floor]:
-    """The floor of each arm that trains the text encoder, by name."""
-    policies = {name: arm.algorithm.policy for name, arm in arms.items() if isinstance(arm, TexforceArm)}
-    policy = policies["texforce"]
-    found = {"texforce": floor_of(a, policy)}
-    if "texforce-snapshot" in arms:
-        found["texforce-snapshot"] = floor_of(a, policy, kept=True)
-    if "texforce-window" in arms:
-        found["texforce-window"] = floor_of(a, policy, WINDOW)
-    if "texforce-bf16" in arms:
-        found["texforce-bf16"] = floor_of(a, policies["texforce-bf16"])
-    return found
+    """The floor of each of our arms, by name; the plain way's is that of `texforce`."""
+    different: dict[str, dict[str, Any]] = {"texforce-snapshot": {"kept": True}, "texforce-window": {"trained": WINDOW}}
+    return {
+        name: floor_of(a, arm.algorithm.policy, **different.get(name, {}))
+        for name, arm in arms.items()
+        if isinstance(arm, TexforceArm) and name != "plain"
+    }
 
 
 def measure(
@@ -331,13 +328,14 @@ def measure(
 
 
 def ceilings(results: dict[str, Result], least: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
-    """What `ratios` could be at most: the plain way's seconds over those of the other arm's U-Net passes alone."""
+    """What `ratios` could be at most: the slower way's seconds over those of the other arm's U-Net passes alone."""
     return {
-        f"plain/{name}": {
-            phase: results["plain"].median(phase) / statistics.median(one[phase] for one in rounds[1:])
+        f"{slow}/{quick}": {
+            phase: results[slow].median(phase) / statistics.median(one[phase] for one in least[quick][1:])
             for phase in ("sampling", "training", "total")
         }
-        for name, rounds in least.items()
+        for slow, quick in COMPARED
+        if slow in results and quick in results
     }
 
 

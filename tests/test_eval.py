@@ -1893,7 +1893,9 @@ def test_votes_on_the_same_pictures_are_averaged_before_they_are_counted() -> No
     votes = [Vote(items[0].prompt_id, seed, "b", "a", points) for seed, points in enumerate((1.0, 1.0, 1.0, 0.0))]
     once = count_votes(votes, ("a", "b"), "a", items, frozenset())
     assert once[1][0].difference_low is not None and once[1][0].label == "for this prompt only"
-    assert count_votes(votes * 5, ("a", "b"), "a", items, frozenset())[1:] == once[1:]  # a file that is given five times
+    assert (
+        count_votes(votes * 5, ("a", "b"), "a", items, frozenset())[1:] == once[1:]
+    )  # a file that is given five times
     strange = [Vote(items[0].prompt_id, 0, "a", "a", 1.0), Vote("other", 0, "a", "b", 1.0), Vote(items[0].prompt_id, 0, "a", "z", 1.0)]  # fmt: skip
     assert count_votes([*votes, *strange], ("a", "b"), "a", items, frozenset()) == once
     assert once[0].version == "4 votes"

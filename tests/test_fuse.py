@@ -172,7 +172,10 @@ def test_sdxl_in_kohyas_form_has_the_names_of_the_original_code_and_none_besides
     source, wanted = kohya_sdxl(tmp_path / "x")
     fused(tmp_path / "a.safetensors", source)  # in the names of diffusers
     assert close(fused(tmp_path / "b.safetensors", tmp_path / "a.safetensors", format="kohya"), wanted)
-    found = {key.partition(".")[0] for key in TensorFile.open(tmp_path / "b.safetensors").entries}
+    files = [TensorFile.open(tmp_path / f"{name}.safetensors") for name in "ab"]
+    told = [file.metadata["modelspec.implementation"] for file in files]
+    assert told == ["diffusers", "https://github.com/Stability-AI/generative-models"]
+    found = {key.partition(".")[0] for key in files[1].entries}
     text = {f"lora_{te}_text_model_encoder_layers_1_self_attn_q_proj" for te in ("te1", "te2")}
     assert found == text | {f"lora_unet_{name}" for name in SGM}
 

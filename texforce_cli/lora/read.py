@@ -29,6 +29,7 @@ _FULL = (
     "with `texforce fuse --extract BASE TUNED`"
 )
 _KNOWN = "LoRAs of SD 1.x, SD 2.x and SDXL are read, whole or not at all"
+_ALONE = "use it by itself in a tool that knows it, or merge it into a model there and use --extract"
 _LONGEST_CONFIG = 1_000_000
 _LARGEST_ALPHA = 1e30
 _PEFT_ALPHA = 8
@@ -251,7 +252,7 @@ def _refuse_kinds(file: Path, keys: Mapping[str, object]) -> None:
         if kind:
             raise TexforceError(
                 f"'{file}' is {kind} (key '{shown(key)}'), which no sum of LoRAs can hold",
-                "use it by itself in a tool that knows it, or merge it into a model there and use --extract",
+                _ALONE,
             )
     if not any("lora" in key.lower() for key in keys):
         whole = any(locate(key.rpartition(".")[0]) for key in keys)
@@ -296,7 +297,7 @@ def _refuse_config(file: Path, config: Mapping[str, Any]) -> None:
     wrong = [name for name, refused in said.items() if refused(config.get(name))]
     if kind != "LORA" or wrong:
         what = f"of the type {str(kind)[:20]}" if kind != "LORA" else f"made with {' and '.join(wrong)}"
-        raise TexforceError(f"'{file}' is a PEFT adapter {what}", "only plain LoRAs can be added up")
+        raise TexforceError(f"'{file}' is a PEFT adapter {what}, which no sum of LoRAs can hold", _ALONE)
 
 
 class _Patterns:
