@@ -16,7 +16,6 @@ ARCHITECTURES = {
     "SDXL": ("stable-diffusion-xl-v1-base/lora", "sdxl_base_v1-0"),
 }
 """Base model -> `modelspec.architecture` and `ss_base_model_version` of its LoRAs."""
-_ORIGINAL = "https://github.com/Stability-AI/generative-models"  # as ModelSpec calls the code whose names kohya's SDXL files have
 _BASE = ("modelspec.architecture", "ss_base_model_version")
 _V2 = {"SD 1.x": "False", "SD 2.x": "True"}  # by which the WebUI tells the two apart
 _CARRIED = re.compile(r"(modelspec\.|ss_)\w+")
@@ -36,7 +35,7 @@ def model_keys(
     description: str,
     rank: int,
     alpha: float,
-    format: str,
+    implementation: str,
 ) -> dict[str, str]:
     """What a fused file says of its base, rank and origin; what all the sources agree on, such as their author, is carried over."""
     base = next(iter(bases)) if len(bases) == 1 else ""
@@ -51,7 +50,7 @@ def model_keys(
         **{key: value for key, value in carried.items() if value and not _NEW.fullmatch(key)},
         **({"ss_v2": _V2[base]} if base in _V2 else {}),
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.implementation": _ORIGINAL if (base, format) == ("SDXL", "kohya") else "diffusers",
+        "modelspec.implementation": implementation,
         "modelspec.title": title[:500],
         "modelspec.description": description,
         "ss_network_module": "networks.lora",

@@ -84,6 +84,12 @@ class Layout:
         older = frozenset(COMPONENTS) - {"unet"} - {slot.component for slot in slots if ".self_attn." in slot.path}
         return cls(format, precision, stored, bases, format == "peft" and _has_level(), older)
 
+    @property
+    def implementation(self) -> str:
+        """ModelSpec's name of the code whose names the modules have."""
+        original = self.format == "kohya" and self.bases == {"SDXL"}
+        return "https://github.com/Stability-AI/generative-models" if original else "diffusers"
+
     def tensors(self, slot: Slot, pair: Pair) -> Iterator[tuple[str, Array]]:
         """The tensors of one module by their keys, in this format and precision.
 

@@ -118,7 +118,7 @@ def extract(request: ExtractRequest, listener: Listener = silent) -> ExtractResu
                 description="LoRA of the difference of two models, extracted by texforce",
                 rank=request.rank,
                 alpha=layout.alpha,
-                format=layout.format,
+                implementation=layout.implementation,
             )
             error = _relative(dropped, change)
             return {"texforce.extract": json.dumps({**about, "relative_error": error, "texforce": __version__}), **keys}

@@ -437,7 +437,7 @@ def _header(plan: FusePlan, sources: Sequence[Mapping[str, Any]], done: Mapping[
         description="LoRAs fused by texforce",
         rank=rank,
         alpha=alpha,
-        format=plan.layout.format,
+        implementation=plan.layout.implementation,
     )
     training = shared_training([lora.metadata for _, lora in plan.loras])
     return {"texforce.fuse": json.dumps(finite(about), sort_keys=True), **keys, **training}
