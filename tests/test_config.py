@@ -179,9 +179,9 @@ def test_the_computed_memory_by_hand() -> None:
 
 
 def test_the_computed_work_by_hand() -> None:
-    # 1000 calls of 0.8 TFLOP to sample, 500 forwards and 500 backwards to train: 2000 * 0.8 = 1.6 PFLOP
-    assert computed_petaflop(1000, 500, 512) == pytest.approx(1.6)
-    assert computed_petaflop(1000, 500, 256) == pytest.approx(0.4)
+    # the paper's 50 steps with guidance, half of them trained: 100 x 0.803 + 50 x 1.669 + 2.51 = 166.26 TFLOP an image
+    assert computed_petaflop(1, 100, 50, 512) == pytest.approx(0.16626)
+    assert computed_petaflop(1, 100, 50, 256) == pytest.approx(0.16626 / 4)
 
 
 def test_differences_name_old_and_new() -> None:

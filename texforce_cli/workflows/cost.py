@@ -8,17 +8,19 @@ from texforce_cli.config import TrainConfig
 from texforce_cli.core.train_steps import TrainSteps
 from texforce_cli.team import sharing
 
-_TFLOP_PER_CALL = 0.80
-"""One U-Net call of SD 1.x for one 512-pixel image and branch, computed from its layers (0.40 T multiply-adds)."""
+_FORWARD, _BACKWARD, _DECODING = 0.803, 0.866, 2.51
+"""TFLOP for an image of 512 pixels: a call of SD 1.5's U-Net (one branch), its backward to the text embeddings, and the VAE's decoder.
+PyTorch's own count (benchmarks/flops.py)."""
 _ACTIVATIONS = {"text-encoder": 0.42, "unet": 0.53, "both": 0.56}
 _CHECKPOINTED = 0.15
 """G numbers that a pass of training holds for a branch and an image of 512 pixels. Measured on a CPU on SD 1.5's layers, with fused
 attention: the peak of the process above its weights (docs/performance.md)."""
 
 
-def computed_petaflop(sampling_calls: float, training_calls: float, size: int) -> float:
-    """Work of a run on SD 1.x, computed: a training call is a forward and a backward, each as long as one call."""
-    return (sampling_calls + 2 * training_calls) * _TFLOP_PER_CALL * (size / 512) ** 2 / 1000
+def computed_petaflop(images: float, sampling_calls: float, training_calls: float, size: int) -> float:
+    """Work of a run on SD 1.x, computed: a training call is a forward and a backward."""
+    work = _DECODING * images + _FORWARD * sampling_calls + (_FORWARD + _BACKWARD) * training_calls
+    return work * (size / 512) ** 2 / 1000
 
 
 def computed_hours(petaflop: float, teraflops: float) -> float:

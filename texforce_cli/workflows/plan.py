@@ -130,7 +130,7 @@ class Plan:
         }
         if self.source.family == "sd":
             memory = memory_of(c, c.size or native_size(self.source))
-            work = computed_petaflop(sampling, training, memory.size)
+            work = computed_petaflop(images, sampling, training, memory.size)
             cost["computed_petaflop"] = work
             cost["computed_hours_at_100_tflops"] = computed_hours(work, 100)
             cost["computed_memory_gb"] = memory.gb(c.micro_batch)
