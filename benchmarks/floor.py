@@ -58,7 +58,9 @@ class Floor:
             text = embeddings.detach()
             learnt = [p for p in self.policy.unet.parameters() if p.requires_grad] or [text.requires_grad_()]
             output = unet(text)
-            torch.autograd.grad([output], learnt, [torch.ones_like(output)])  # keeps no gradient
+            torch.autograd.backward([output], [torch.ones_like(output)])
+            for parameter in learnt:
+                parameter.grad = None
 
         return forward if phase == "sampling" else forward_and_backward
 

@@ -33,7 +33,7 @@ from texforce_cli import tiny
 from texforce_cli.algorithms.ddpo import DDPO
 from texforce_cli.algorithms.reference import PlainDDPO
 from texforce_cli.config import TrainConfig
-from texforce_cli.devices import cpu_computes_bf16, same_bits
+from texforce_cli.devices import cpu_computes_bf16, keep_memory, same_bits
 from texforce_cli.diffusion.models import load_pipeline
 from texforce_cli.diffusion.policy import Policy
 from texforce_cli.files import write_json
@@ -52,6 +52,18 @@ COMPARED = (
     ("plain", "texforce-bf16"),
     ("trl", "texforce-unet"),
     ("trl-bf16", "texforce-unet-bf16"),
+)
+PLAIN = "plain"
+ARMS = (
+    "texforce",
+    "texforce-snapshot",
+    "texforce-window",
+    "texforce-bf16",
+    PLAIN,
+    "texforce-unet",
+    "texforce-unet-bf16",
+    "trl",
+    "trl-bf16",
 )
 TRL_SCRIPT = Path(__file__).parent / "trl_ddpo" / "run.py"
 
@@ -83,6 +95,7 @@ class TexforceArm:
         config, prompts = made.config, made.prompts.seen
         same_bits()  # as a run does
         pipeline = load_pipeline(made.source, device=torch.device(config.device), precision=config.precision)
+        keep_memory()
         adapter = make_adapter(pipeline, config)
         policy, rewards = make_policy(pipeline, config, adapter), make_rewards(config, made.registry)
         self.optimisation = make_optimisation(config, adapter)
@@ -196,6 +209,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     p = parser(__doc__)
     p.add_argument("--trl-python", type=Path, help="python of TRL's environment; without it the trl arm is left out")
+    p.add_argument("--arms", nargs="+", choices=ARMS, metavar="ARM", help=f"those to run (all): {', '.join(ARMS)}")
     p.add_argument("--trl-arguments", default="", help="more for the trl arm, such as '--lr 1e-2'")
     a = parsed(p, argv)
     if a.trl_python and not a.trl_python.is_file():
@@ -244,42 +258,46 @@ def trl_arguments(a: argparse.Namespace, config: TrainConfig, prompts: Path) -> 
 
 
 def make_arms(a: argparse.Namespace, stack: contextlib.ExitStack) -> dict[str, Arm]:
-    """Every arm that can run, in the order of a round."""
-    bf16 = cpu_computes_bf16()
-    unet = texforce_plan(a, train="unet", rank=4)
-    arms: dict[str, Arm] = {"texforce": TexforceArm(texforce_plan(a))}
-    if a.guidance > 1:
-        arms["texforce-snapshot"] = TexforceArm(texforce_plan(a, uncond_embedding="snapshot"))
-    if a.trained_steps > WINDOW:
-        arms["texforce-window"] = TexforceArm(texforce_plan(a, train_steps=f"window:{WINDOW}"))
-    if bf16:
-        arms["texforce-bf16"] = TexforceArm(texforce_plan(a, precision="bf16"))
-    arms["plain"] = TexforceArm(texforce_plan(a), PlainDDPO)
-    arms["texforce-unet"] = TexforceArm(unet)
-    if bf16:
-        arms["texforce-unet-bf16"] = TexforceArm(texforce_plan(a, train="unet", rank=4, precision="bf16"))
-    if a.trl_python:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        prompts = folder / "prompts.txt"
-        prompts.write_text("".join(f"{prompt.text}\n" for prompt in unet.prompts.seen), encoding="utf-8")
-        arguments = trl_arguments(a, unet.config, prompts)
-        arms["trl"] = TrlArm(a.trl_python, arguments, folder / "trl.log", stack)
-        if bf16:
-            arms["trl-bf16"] = TrlArm(a.trl_python, [*arguments, "--precision=bf16"], folder / "trl-bf16.log", stack)
+    """Every arm that can run and was asked for, in the order of a round."""
+    unet: dict[str, Any] = {"train": "unet", "rank": 4}
+    ways: dict[str, dict[str, Any]] = {
+        "texforce": {},
+        "texforce-snapshot": {"uncond_embedding": "snapshot"},
+        "texforce-window": {"train_steps": f"window:{WINDOW}"},
+        "texforce-bf16": {"precision": "bf16"},
+        PLAIN: {},
+        "texforce-unet": unet,
+        "texforce-unet-bf16": {**unet, "precision": "bf16"},
+    }
+    wanted, reasons = a.arms or ARMS, left_out(a)
+    arms: dict[str, Arm] = {
+        name: TexforceArm(texforce_plan(a, **way), PlainDDPO if name == PLAIN else DDPO)
+        for name, way in ways.items()
+        if name in wanted and name not in reasons
+    }
+    for name, more in (("trl", []), ("trl-bf16", ["--precision=bf16"])):
+        if name in wanted and name not in reasons:
+            made = texforce_plan(a, **unet)
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            prompts = folder / "prompts.txt"
+            prompts.write_text("".join(f"{prompt.text}\n" for prompt in made.prompts.seen), encoding="utf-8")
+            given = [*trl_arguments(a, made.config, prompts), *more]
+            arms[name] = TrlArm(a.trl_python, given, folder / "trl.log", stack)
     return arms
 
 
 def left_out(a: argparse.Namespace) -> dict[str, str]:
     """The arms that do not run, with the reason."""
-    reasons = {}
+    reasons = {name: "not in --arms" for name in ARMS if a.arms and name not in a.arms}
     if a.guidance == 1:
         reasons["texforce-snapshot"] = "guidance 1 has no unconditional branch"
     if a.trained_steps <= WINDOW:
         reasons["texforce-window"] = f"no more than {WINDOW} steps are trained"
-    if not cpu_computes_bf16():
-        reasons["those in bf16"] = "torch knows of no bf16 instructions of this processor"
-    if not a.trl_python:
-        reasons["trl"] = "no --trl-python was given"
+    for name in ARMS:
+        if name.endswith("bf16") and not cpu_computes_bf16():
+            reasons[name] = "torch knows of no bf16 instructions of this processor"
+        if name.startswith("trl") and not a.trl_python:
+            reasons[name] = "no --trl-python was given"
     return reasons
 
 
@@ -302,7 +320,7 @@ def make_floors(a: argparse.Namespace, arms: dict[str, Arm]) -> dict[str, Floor]
     return {
         name: floor_of(a, arm.algorithm.policy, **different.get(name, {}))
         for name, arm in arms.items()
-        if isinstance(arm, TexforceArm) and name != "plain"
+        if isinstance(arm, TexforceArm) and name != PLAIN
     }
 
 

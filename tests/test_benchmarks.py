@@ -46,7 +46,11 @@ def test_the_arms_of_an_epoch_take_turns(tmp_path: Path) -> None:
     usual = {"plain/texforce", "plain/texforce-snapshot"}
     bf16 = {"plain/texforce-bf16"} if cpu_computes_bf16() else set()
     assert found["ratios"].keys() == usual | bf16  # type: ignore[attr-defined]
-    assert found["left_out"].keys() - {"those in bf16"} == {"texforce-window", "trl"}  # type: ignore[attr-defined]
+    assert found["floors"].keys() == {"texforce", "texforce-snapshot", "texforce-unet"} | (
+        {"texforce-bf16", "texforce-unet-bf16"} if bf16 else set()
+    )  # type: ignore[attr-defined]
+    left = {"texforce-window", "trl", "trl-bf16"} | (set() if bf16 else {"texforce-bf16", "texforce-unet-bf16"})
+    assert found["left_out"].keys() == left  # type: ignore[attr-defined]
 
 
 def test_the_time_to_a_reward(tmp_path: Path) -> None:

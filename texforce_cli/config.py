@@ -107,7 +107,7 @@ class TrainConfig:
     process_timeout: float = option(
         600.0,
         MODEL,
-        "Seconds after which a process that does not answer, and gets no batch done, ends the job.",
+        "Seconds after which a process that does not answer, and makes no U-Net pass, ends the job.",
         _positive,
         unit="s",
     )
@@ -134,7 +134,7 @@ class TrainConfig:
 
     epochs: int | None = option(None, LEARNING, "Epochs, instead of --images.", _positive)
     samples_per_epoch: int = option(512, LEARNING, "Images drawn in an epoch.", _positive)
-    group_size: int = option(1, LEARNING, "Images of each prompt in an epoch.", _positive)
+    group_size: int = option(1, LEARNING, "Images of each prompt in an epoch (1: the paper's).", _positive)
     advantages: Literal["group", "prompt", "batch"] = option(
         "prompt", LEARNING, "Compare an image with its prompt's in this epoch, its prompt's so far (paper), or all."
     )

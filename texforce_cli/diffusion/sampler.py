@@ -20,7 +20,7 @@ class Trajectory:
 
     `latents` [T+1, N, C, H, W], x_T first, each stored once; `log_probs` [T, N] in fp32 of the stored latents, NaN where
     a step is deterministic; `unconditional` [T, N, C, H, W] outputs when the policy can reuse them, else None; `images`
-    uint8 [N, height, width, 3].
+    uint8 [N, height, width, 3], none where batches were joined: nothing is learnt from pixels.
     """
 
     prompts: tuple[str, ...]
@@ -32,7 +32,7 @@ class Trajectory:
 
     @classmethod
     def join(cls, parts: Sequence[Trajectory]) -> Trajectory:
-        """The images of several batches as one."""
+        """Several batches as one to learn from."""
         kept = [part.unconditional for part in parts if part.unconditional is not None]
         return cls(
             prompts=tuple(prompt for part in parts for prompt in part.prompts),
@@ -40,7 +40,7 @@ class Trajectory:
             latents=torch.cat([part.latents for part in parts], dim=1),
             log_probs=torch.cat([part.log_probs for part in parts], dim=1),
             unconditional=torch.cat(kept, dim=1) if kept else None,
-            images=np.concatenate([part.images for part in parts]),
+            images=np.empty((0, *parts[0].images.shape[1:]), np.uint8),
         )
 
 

@@ -45,11 +45,17 @@ class Memory:
 
     def gb(self, micro_batch: int) -> float:
         """With so many images in a pass."""
-        number, pixels = 4 if self.precision == "fp32" else 2, (self.size / 512) ** 2
-        one = (_CHECKPOINTED if self.checkpointing else _ACTIVATIONS[self.train]) * number * pixels
-        one *= self.branches * self.steps
-        trajectories = self.images * self.latents * 16384 * pixels * 4 / 1e9
-        return 1.07 * number + trajectories + max(trajectories, one * micro_batch)
+        trajectories = self.images * self.latents * 16384 * (self.size / 512) ** 2 * 4 / 1e9
+        return 1.07 * self._number + trajectories + max(trajectories, self.activations(micro_batch))
+
+    def activations(self, micro_batch: int) -> float:
+        """GB that a pass of training holds until its backward."""
+        numbers = _CHECKPOINTED if self.checkpointing else _ACTIVATIONS[self.train]
+        return numbers * self._number * (self.size / 512) ** 2 * self.branches * self.steps * micro_batch
+
+    @property
+    def _number(self) -> int:
+        return 4 if self.precision == "fp32" else 2
 
     def micro_batch(self, gb: float) -> int:
         """The largest of 8, 4, 2, 1 that fits into 90 % of `gb`."""

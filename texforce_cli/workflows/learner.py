@@ -14,7 +14,7 @@ from torch import Tensor
 from texforce_cli.algorithms.base import EpochReport, Preflight, Progress
 from texforce_cli.algorithms.ddpo import Kept
 from texforce_cli.config import DIVERSITY, TrainConfig
-from texforce_cli.devices import claim, same_bits
+from texforce_cli.devices import claim, keep_memory, same_bits
 from texforce_cli.diffusion.models import fingerprint, load_pipeline, resolve_model
 from texforce_cli.errors import TexforceError, Unsuited, first_line
 from texforce_cli.prompts import PromptSet
@@ -70,6 +70,8 @@ class Learner:
         device = torch.device(team.device(config.device))
         same_bits()
         pipeline = load_pipeline(resolve_model(config.model), device=device, precision=config.precision)
+        if device.type == "cpu":
+            keep_memory()
         self.adapter = make_adapter(pipeline, config, begin=begin)
         self.policy = make_policy(pipeline, config, self.adapter)
         self.policy.passed = team.get_on
