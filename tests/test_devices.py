@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import os
+import platform
+import subprocess
+import sys
 import threading
 import tomllib
 import warnings
@@ -499,3 +502,20 @@ def test_torch_is_required_as_new_as_the_libraries_want_it() -> None:
         for texts in (project["dependencies"], theirs)
     )
     assert ours >= wanted
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="what glibc does")
+def test_memory_that_was_freed_is_kept() -> None:
+    code = """
+import psutil
+from texforce_cli.devices import keep_memory
+rss, size = psutil.Process().memory_info, 200_000_000
+{}
+block = bytearray(b"1") * size
+held = rss().rss
+del block
+print(held - rss().rss > size / 2)
+"""
+    for call, given_back in (("", "True"), ("keep_memory()", "False")):
+        said = subprocess.run([sys.executable, "-c", code.format(call)], capture_output=True, text=True, check=True)
+        assert said.stdout.strip() == given_back
