@@ -382,7 +382,7 @@ def record(
     least: dict[str, list[dict[str, float]]],
 ) -> dict[str, Any]:
     """Everything that was measured, for the JSON file."""
-    trl = arms.get("trl")
+    trl = arms.get("trl") or arms.get("trl-bf16")
     ours = {name: version for name, version in versions().items() if name != "platform"}
     return {
         "benchmark": "train_speed",

@@ -70,13 +70,15 @@ def same_bits() -> None:
 
 
 def keep_memory() -> None:
-    """What this process frees it keeps from here on, for its next pass: glibc gives large blocks back and has them filled with
-    zeros again when it takes them, at every pass through a network. Nothing where the C library is another one.
+    """Up to a gigabyte that this process frees it keeps from here on, for its next pass: glibc gives blocks back and has them
+    filled with zeros again when it takes them, at every pass through a network. Nothing where the C library is another one.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: no block is a mapping of its own
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back
+        mallopt(
+            -3, 32 << 20
+        )  # M_MMAP_THRESHOLD: larger blocks alone are mappings of their own; glibc takes no more than this
+        mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
 
 _FULL = (

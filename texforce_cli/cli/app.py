@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import os
 import signal
 import sys
 import threading
@@ -19,6 +20,7 @@ import typer
 
 from texforce_cli.cli.console import show_error
 from texforce_cli.errors import Interrupted, Terminated, TexforceError, UsageError
+from texforce_cli.team import launched
 
 _MODULES = {
     "train": "train",
@@ -77,6 +79,10 @@ def run(arguments: list[str]) -> int:
     arguments = ["--debug"] * debug + [argument for argument in arguments if argument != "--debug"]
     if isinstance(sys.stdout, io.TextIOWrapper):  # a pipe on Windows has few letters; stderr escapes others by itself
         sys.stdout.reconfigure(errors="backslashreplace")
+    if (
+        launched()[1] > 1
+    ):  # before torch is loaded, which writes a line for each quarter of a second that it waits for others
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         with _terminable():
             # the parser's own way of telling what it does not understand is for people

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -145,12 +144,6 @@ def evaluate(
     from texforce_cli.cli.console import note, warn, write_json
     from texforce_cli.cli.live import View
     from texforce_cli.team import launched
-
-    if (
-        launched()[1] > 1
-    ):  # before torch is loaded, which writes a line for each quarter of a second that it waits for others
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-
     from texforce_cli.workflows.evaluation.plan import plan_eval
     from texforce_cli.workflows.evaluation.request import EvalRequest, Stage, gather_variants
     from texforce_cli.workflows.evaluation.sharing import evaluate_in
