@@ -836,7 +836,6 @@ def test_the_processes_of_a_launcher_share_a_run(launcher: list[str], by_one: Pa
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("run folder:") == 1  # one process speaks
-    assert "c10d" not in done.stderr  # nor torch of each wait
     assert json.loads((tmp_path / "run" / "run.json").read_text())["processes"] == 2
     same(tmp_path / "run", by_one)
 
