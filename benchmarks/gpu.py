@@ -31,9 +31,8 @@ from texforce_cli.workflows.assembly import make_adapter, make_algorithm, make_o
 from texforce_cli.workflows.cost import memory_of
 from texforce_cli.workflows.run_folder import versions
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _CHANNELS = {"sd15": ((320, 640, 1280, 1280), (128, 256, 512, 512), 768), "small": ((32, 64, 64, 64), (32,) * 4, 64)}
-SIZES = tuple(_CHANNELS)
 
 
 def pipeline_of(size: str, device: torch.device, dtype: torch.dtype) -> StableDiffusionPipeline:
@@ -147,15 +146,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """The command."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--device", default="cuda")
-    p.add_argument("--size", choices=SIZES, default="sd15")
-    p.add_argument("--precision", choices=tuple(PRECISIONS), default="bf16")
+    p.add_argument("--size", choices=tuple(_CHANNELS), default="sd15")
+    p.add_argument("--precision", choices=tuple(_PRECISIONS), default="bf16")
     p.add_argument("--micro-batches", default="1,2,4,8,16,32")
     p.add_argument("--steps", type=int, default=20, help="denoising steps, half of them trained (20)")
     p.add_argument("--images", type=int, help="images an epoch, a multiple of every micro-batch (two micro-batches)")
     p.add_argument("--rounds", type=int, default=2)
     p.add_argument("--out", type=Path, help="JSON file for everything that was measured")
     a = p.parse_args(argv)
-    device, dtype = torch.device(a.device), PRECISIONS[a.precision]
+    device, dtype = torch.device(a.device), _PRECISIONS[a.precision]
     claim(a.device)
     same_bits()  # as a run does
     peak = peak_teraflops(device, dtype, 8192 if device.type == "cuda" else 512)

@@ -52,7 +52,7 @@ def measured(size: int, meetings: int) -> dict[str, float]:
     ]
     for process in processes:
         process.start()
-    start, own = begun.get(), time.process_time()  # Ctrl-C ends it where one of them has died
+    start, own = begun.get(), time.process_time()
     seconds, computed = ended.get() - start, time.process_time() - own
     for process in processes:
         process.join()

@@ -75,9 +75,7 @@ def keep_memory() -> None:
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(
-            -3, 32 << 20
-        )  # M_MMAP_THRESHOLD: larger blocks alone are mappings of their own; glibc takes no more than this
+        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at its largest: only larger blocks are mappings of their own
         mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
 

@@ -79,9 +79,7 @@ def run(arguments: list[str]) -> int:
     arguments = ["--debug"] * debug + [argument for argument in arguments if argument != "--debug"]
     if isinstance(sys.stdout, io.TextIOWrapper):  # a pipe on Windows has few letters; stderr escapes others by itself
         sys.stdout.reconfigure(errors="backslashreplace")
-    if (
-        launched()[1] > 1
-    ):  # before torch is loaded, which writes a line for each quarter of a second that it waits for others
+    if launched()[1] > 1:  # torch, not loaded yet, may write a line for each quarter of a second that it waits
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         with _terminable():
