@@ -35,6 +35,18 @@ _PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.floa
 _CHANNELS = {"sd15": ((320, 640, 1280, 1280), (128, 256, 512, 512), 768), "small": ((32, 64, 64, 64), (32,) * 4, 64)}
 
 
+def scheduler() -> DDIMScheduler:
+    """That of Stable Diffusion 1.5."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
 def pipeline_of(size: str, device: torch.device, dtype: torch.dtype) -> StableDiffusionPipeline:
     """A Stable Diffusion 1.5 with random weights; `small` has its layers with few channels and 64-pixel pictures."""
     torch.manual_seed(0)
@@ -55,20 +67,12 @@ def pipeline_of(size: str, device: torch.device, dtype: torch.dtype) -> StableDi
         num_hidden_layers=12 if size == "sd15" else 2,
         num_attention_heads=width // 64,
     )
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
     pipeline = StableDiffusionPipeline(
         vae=vae,
         text_encoder=CLIPTextModel(text),
         tokenizer=CLIPTokenizer.from_pretrained(WEIGHTS / "tokenizer", model_max_length=77),
         unet=unet,
-        scheduler=scheduler,
+        scheduler=scheduler(),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

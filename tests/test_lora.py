@@ -9,6 +9,7 @@ import pickle
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -622,8 +623,12 @@ def test_loras_of_different_bases_are_told_apart(tmp_path: Path) -> None:
     with pytest.raises(TexforceError, match=r"'.*b.safetensors' and '.*a.safetensors' were made for different base"):
         common_bases([one, two])
     text = attention(1024, TEXT, "text_encoder")(tmp_path / "c.safetensors")
-    with pytest.raises(TexforceError, match=r"c.safetensors' was made for SD 2.x, '.*a.safetensors' for SD 1.x"):
+    shown = r"c.safetensors' was made for SD 2.x, as 'text_encoder\.\S+' shows, '.*a.safetensors' for SD 1.x"
+    with pytest.raises(TexforceError, match=shown):
         common_bases([one, text])
+    told = replace(text, modules={}, bases=frozenset({"SDXL"}))
+    with pytest.raises(TexforceError, match=r"c.safetensors' was made for SDXL, '.*a.safetensors' for SD 1.x"):
+        common_bases([one, told])
     either = attention(768, TEXT, "text_encoder")(tmp_path / "d.safetensors")
     assert common_bases([either, one]) == {"SD 1.x"}
 

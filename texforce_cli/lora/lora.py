@@ -237,8 +237,10 @@ def common_bases(loras: Iterable[Lora]) -> frozenset[str]:
                 )
         if candidates and lora.bases and not candidates & lora.bases:
             assert before is not None
+            foreign = (m.name for m in lora.modules.values() if not candidates & set(_fitting(m) or candidates))
+            shown = next((f", as '{name}' shows" for name in foreign), "")
             raise TexforceError(
-                f"'{lora.source}' was made for {lora.base}, '{before.source}' for {before.base}",
+                f"'{lora.source}' was made for {lora.base}{shown}, '{before.source}' for {before.base}",
                 "fuse LoRAs of one base model",
             )
         if lora.bases:

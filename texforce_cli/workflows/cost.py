@@ -11,10 +11,10 @@ from texforce_cli.team import sharing
 _FORWARD, _BACKWARD, _DECODING = 0.803, 0.866, 2.51
 """TFLOP for an image of 512 pixels: a call of SD 1.5's U-Net (one branch), its backward to the text embeddings, and the VAE's decoder.
 PyTorch's own count (benchmarks/flops.py)."""
-_ACTIVATIONS = {"text-encoder": 0.42, "unet": 0.53, "both": 0.56}
-_CHECKPOINTED = 0.15
-"""G numbers that a pass of training holds for a branch and an image of 512 pixels. Measured on a CPU on SD 1.5's layers, with fused
-attention: the peak of the process above its weights (docs/performance.md)."""
+_ACTIVATIONS = {"text-encoder": (0.80, 1.57), "unet": (1.08, 1.66), "both": (1.11, 1.70)}
+_CHECKPOINTED = (0.29, 0.51)
+"""GB that a pass of training holds for a branch and an image of 512 pixels, in half precision and in fp32: what is alive at once on
+SD 1.5's layers with fused attention, PyTorch's own count (benchmarks/memory.py). A LoRA keeps fp32 copies of its inputs."""
 
 
 def computed_petaflop(images: float, sampling_calls: float, training_calls: float, size: int) -> float:
@@ -46,16 +46,14 @@ class Memory:
     def gb(self, micro_batch: int) -> float:
         """With so many images in a pass."""
         trajectories = self.images * self.latents * 16384 * (self.size / 512) ** 2 * 4 / 1e9
-        return 1.07 * self._number + trajectories + max(trajectories, self.activations(micro_batch))
+        weights = 1.07 * (4 if self.precision == "fp32" else 2)
+        return weights + trajectories + max(trajectories, self.activations(micro_batch))
 
     def activations(self, micro_batch: int) -> float:
         """GB that a pass of training holds until its backward."""
-        numbers = _CHECKPOINTED if self.checkpointing else _ACTIVATIONS[self.train]
-        return numbers * self._number * (self.size / 512) ** 2 * self.branches * self.steps * micro_batch
-
-    @property
-    def _number(self) -> int:
-        return 4 if self.precision == "fp32" else 2
+        half, full = _CHECKPOINTED if self.checkpointing else _ACTIVATIONS[self.train]
+        one = full if self.precision == "fp32" else half
+        return one * (self.size / 512) ** 2 * self.branches * self.steps * micro_batch
 
     def micro_batch(self, gb: float) -> int:
         """The largest of 8, 4, 2, 1 that fits into 90 % of `gb`."""

@@ -96,8 +96,8 @@ class Plan:
         if needed and needed > (there := machine_memory_gb()):
             by = f" by {here} processes" if here > 1 else ""
             said.append(
-                f"about {needed:.0f} GB of memory are needed{by} at --micro-batch {self.config.micro_batch}, and this machine has "
-                f"{there:.0f}: take --precision bf16, --gradient-checkpointing, or a smaller --micro-batch"
+                f"about {needed:.1f} GB of memory are needed{by} at --micro-batch {self.config.micro_batch}, and this machine has "
+                f"{there:.1f}: take --precision bf16, --gradient-checkpointing, or a smaller --micro-batch"
             )
         return said
 
