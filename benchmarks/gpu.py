@@ -106,7 +106,7 @@ def measured(pipeline: StableDiffusionPipeline, config: TrainConfig, rounds: int
         config,
         policy,
         make_rewards(config, load_registry()),
-        make_optimisation(config, adapter),
+        make_optimisation(config, policy),
         [Prompt("a cat"), Prompt("a dog")],
         lambda *about, **more: None,
     )

@@ -98,7 +98,7 @@ class TexforceArm:
         keep_memory()
         adapter = make_adapter(pipeline, config)
         policy, rewards = make_policy(pipeline, config, adapter), make_rewards(config, made.registry)
-        self.optimisation = make_optimisation(config, adapter)
+        self.optimisation = make_optimisation(config, policy)
         usual = make_algorithm(
             config, policy, rewards, self.optimisation, prompts, progress=lambda *done, **reward: None
         )

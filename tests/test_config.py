@@ -207,6 +207,29 @@ def test_whatever_is_given_the_answer_is_a_configuration_or_one_sentence(flags: 
         assert config.rank > 0 and config.steps > 0 and config.total_epochs > 0
 
 
+@pytest.mark.parametrize(
+    ("asked", "batch"),
+    [
+        ({"micro_batch": 8}, (8, 8)),  # the preset's update of two times 32 images
+        ({"micro_batch": 24}, (24, 3)),
+        ({"micro_batch": 128}, (128, 1)),
+        ({"micro_batch": 4, "grad_accum": 2}, (4, 2)),
+        ({"micro_batch": 2, "preset": "many"}, (2, 256)),
+        ({"config": True, "micro_batch": "2"}, (2, 256)),  # over a run's own file, of micro-batches of 4, 128 an update
+        ({"config": True, "micro_batch": "auto"}, (4, 128)),
+        ({"config": True, "grad_accum": 1}, (4, 1)),
+    ],
+)
+def test_a_micro_batch_alone_leaves_an_update_its_images(
+    tmp_path: Path, asked: dict[str, object], batch: tuple[int, int]
+) -> None:
+    (tmp_path / "run.toml").write_text("micro_batch = 4\ngrad_accum = 128\n")
+    file = tmp_path / "run.toml" if asked.pop("config", None) else None
+    found = resolve({"reward": ["brightness"], **asked}, file, family="tiny").config
+    assert (found.micro_batch, found.grad_accum) == batch
+    assert found.fit_micro_batch is (asked.get("micro_batch") == "auto")
+
+
 def test_auto_is_the_micro_batch_of_the_preset_and_is_fitted_on_a_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     flags = {"reward": ["brightness"], "model": "tiny", "micro_batch": "auto"}
     resolved = resolve(flags, family="tiny")

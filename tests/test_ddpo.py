@@ -27,7 +27,7 @@ from texforce_cli.prompts import Prompt
 from texforce_cli.rewards.registry import load_registry
 from texforce_cli.rewards.terms import RewardSet, finished, parse_terms
 from texforce_cli.team import Team
-from texforce_cli.workflows.assembly import make_policy
+from texforce_cli.workflows.assembly import make_optimisation, make_policy
 
 PROMPTS = [Prompt("a cat"), Prompt("a red dog"), Prompt("two foxes")]
 
@@ -435,6 +435,37 @@ def test_an_overflow_of_fp16_halves_the_scale_and_leaves_the_update_out() -> Non
     assert parameter.item() == 1.0 and optimisation.loss_scale == 2.0 and optimisation.updates == 0
     optimisation.backward(parameter.sum() * 0.5)
     assert optimisation.step() == pytest.approx(0.5)
+
+
+def test_overflows_of_fp16_without_an_end_end_the_run() -> None:
+    parameter = torch.nn.Parameter(torch.ones(1))
+    optimisation = Optimisation([parameter], OptimiserSettings(0.1, 10, loss_scale=2.0**20))
+    for _ in range(2 * MOST_LOST - 1):
+        parameter.grad = torch.tensor([math.inf])
+        assert math.isnan(optimisation.step())
+    parameter.grad = torch.tensor([math.inf])
+    with pytest.raises(TexforceError, match="too many gradients were not finite: 10 in a row"):
+        optimisation.step()
+
+
+def test_fp16_keeps_the_gradient_of_a_run_of_full_size() -> None:
+    """The loss is divided by the images and steps of an update and by the elements of a latent: here by those of the paper's runs
+    on Stable Diffusion, of which 2^12 alone would leave numbers that fp16 cannot hold."""
+    policies = {precision: policy_of(precision) for precision in ("fp32", "fp16")}
+    drawn = policies["fp32"]._draw(0, range(4), [p.text for p in PROMPTS] + ["a cat"])
+    count = 256 * 25 * 16384 // math.prod(policies["fp32"].policy.latent_shape)
+    found = {}
+    for precision, algorithm in policies.items():
+        config = TrainConfig(precision=precision, micro_batch=1, grad_accum=count, train_steps="first:1")
+        algorithm.optimisation.loss_scale = make_optimisation(config, algorithm.policy).loss_scale
+        for _ in algorithm._accumulate(
+            drawn, torch.arange(4), torch.zeros(1, 4, dtype=torch.int64), torch.tensor([1.0, -1, 1, -1]), 1 / count
+        ):
+            pass
+        gradients = [parameter.grad for parameter in algorithm.optimisation.parameters if parameter.grad is not None]
+        found[precision] = torch.cat([one.flatten() for one in gradients]) / algorithm.optimisation.loss_scale
+    assert policies["fp16"].optimisation.loss_scale == 2.0**21 and policies["fp32"].optimisation.loss_scale == 1
+    assert ((found["fp16"] - found["fp32"]).norm() / found["fp32"].norm()).item() < 0.05
 
 
 def test_too_few_images_a_prompt_for_the_tracker_are_named(pipeline: Any) -> None:

@@ -246,6 +246,11 @@ def test_names_of_ours_come_from_the_table_and_strangers_are_strangers(tmp_path:
         ),
         ("ERROR: nope from https://me:secret@host/simple", r"refused: ERROR: nope from https://\*\*\*@host"),
         ("", "refused: no output"),
+        ("/usr/bin/python3.11: No module named pip", "has no pip to make an environment with"),
+        (
+            "because ensurepip is not available.\n\nFailing command: /x/bin/python3.11",
+            "has no pip to make an environment",
+        ),
     ],
 )
 def test_what_the_installer_says_becomes_one_sentence_without_passwords(output: str, sentence: str) -> None:

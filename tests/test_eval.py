@@ -284,6 +284,17 @@ def test_pictures_of_others(prompts: str, capsys: Any) -> None:
     Path("indexed/metadata.jsonl").write_text('{"file_name": "../drawn/x.png", "prompt": "a cat"}\n')
     assert evaluate(prompts, "--images", "b=indexed", out="other") == 2
     assert "names a file outside" in capsys.readouterr().err
+    Path("indexed/metadata.jsonl").write_text('{"file_name": "a\\u0000.png", "prompt": "a cat"}\n')
+    assert evaluate(prompts, "--images", "b=indexed", out="other") == 2
+    Path("blobs").mkdir()  # as the Hub's cache keeps a data set
+    for number in range(2):
+        Path(f"indexed/{number}.jpg").rename(f"blobs/{number}")
+        Path(f"indexed/{number}.jpg").symlink_to(f"../blobs/{number}")
+    Path("indexed/metadata.jsonl").write_text(
+        '{"file_name": "0.jpg", "text": "a cat"}\n{"file_name": "1.jpg", "text": "a dog"}\n'
+    )
+    assert evaluate(prompts, "--images", "b=indexed", "--images", "a=drawn", out="linked") == 3
+    assert row(summary("linked"), "b", "brightness")["pictures"] == 2
 
 
 def test_a_metric_that_raises_on_one_picture_costs_one_picture(prompts: str, monkeypatch: pytest.MonkeyPatch) -> None:

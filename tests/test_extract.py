@@ -361,6 +361,11 @@ def test_full_weights_are_read_from_every_place(tmp_path: Path) -> None:
     table = {"weight_map": {key: f"part{index}.safetensors" for index, half in enumerate(halves) for key in half}}
     (sharded / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(table))
     assert set(open_full(str(sharded)).places) == set(unet.places)
+    variant = (sharded / "diffusion_pytorch_model.safetensors.index.json").rename(
+        sharded / "diffusion_pytorch_model.safetensors.index.fp16.json"  # as save_pretrained(variant="fp16") calls it
+    )
+    assert set(open_full(str(sharded)).places) == set(unet.places)
+    variant.unlink()
     table["weight_map"]["x"] = "../../elsewhere.safetensors"
     (sharded / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(table))
     with pytest.raises(TexforceError, match="names files outside of its folder"):
@@ -382,6 +387,15 @@ def test_full_weights_are_read_from_every_place(tmp_path: Path) -> None:
     ]
     safetensors.torch.save_file({key: torch.ones(2) for key in [*original, *beside]}, tmp_path / "sd.safetensors")
     assert set(open_full(str(tmp_path / "sd.safetensors")).places) == set(original.values())
+
+
+def test_a_checkpoint_of_2022_has_its_text_encoder(tmp_path: Path) -> None:
+    keys = ["encoder.layers.0.mlp.fc1.bias", "embeddings.token_embedding.weight", "final_layer_norm.bias"]
+    keys = ["model.diffusion_model.out.0.weight", *(f"cond_stage_model.transformer.{key}" for key in keys)]
+    safetensors.torch.save_file({key: torch.ones(2) for key in keys}, tmp_path / "v1.safetensors")
+    found = open_full(str(tmp_path / "v1.safetensors"))
+    assert found.components == ("text_encoder", "unet") and not found.elsewhere
+    assert "text_encoder.text_model.encoder.layers.0.mlp.fc1.bias" in found.places
 
 
 def test_the_text_encoder_of_an_sd2_checkpoint_has_to_be_converted(tmp_path: Path) -> None:

@@ -166,6 +166,20 @@ def test_kohya_out_has_one_alpha_and_the_names_that_comfyui_looks_up(tmp_path: P
     assert found["lora_unet_up_blocks_2_upsamplers_0_conv.lora_up.weight"].shape[2:] == (1, 1)
 
 
+def test_a_small_layer_beside_a_large_one_keeps_its_precision_in_kohyas_form(tmp_path: Path) -> None:
+    """Its share of the one alpha, a 32nd, is divided between its factors: in one it would be below what fp16 holds exactly."""
+    made = Made()
+    for key, rank in ((f"unet.{UNET}.to_q", 128), (f"text_encoder.{TEXT}", 4)):
+        made.add(key, *(f"{key}.lora_{x}.weight" for x in "AB"), rank=rank, shape=(128, 128))
+    for x in "AB":
+        made.tensors[f"text_encoder.{TEXT}.lora_{x}.weight"] *= np.float32(4e-4)
+    source = made.save(tmp_path / "a.safetensors")
+    found = fused(tmp_path / "out.safetensors", source, format="kohya", precision="fp16")
+    exact = deltas(source)
+    for name, delta in exact.items():
+        assert np.linalg.norm(found[name] - delta) < 1e-3 * np.linalg.norm(delta)
+
+
 def test_sdxl_in_kohyas_form_has_the_names_of_the_original_code_and_none_besides(tmp_path: Path) -> None:
     """A1111 (networks.py: `lora_unet` -> `diffusion_model`) and ComfyUI look up the very modules of it; diffusers drops them
     where names of its own are among them."""
@@ -699,7 +713,7 @@ def test_a_folder_that_holds_anything_else_is_never_replaced(tmp_path: Path) -> 
         fused(out, source, format="peft")
         (out / stranger).parent.mkdir(exist_ok=True)
         (out / stranger).write_text("precious")
-        with pytest.raises(UsageError, match="which is no part of a PEFT adapter"):
+        with pytest.raises(UsageError, match="which is no part of the adapter and would be lost"):
             fused(out, source, format="peft", force=True)
         assert (out / stranger).read_text() == "precious"
     out = tmp_path / "again"

@@ -805,6 +805,22 @@ def test_a_refusal_is_final_and_counted(tmp_path: Path, how: str, api: str) -> N
     assert [found.count(Missing("refused")), sum(isinstance(one, dict) for one in found)] == [6, 6]
 
 
+def test_what_is_turned_away_unread_costs_nothing(tmp_path: Path) -> None:
+    budget = Budget(1.0, None, Price(10.0, 100.0, 400))
+    with JudgeServer("moderated") as server:
+        _, found, _ = put(judge_of(server), asked(tmp_path / "p"), tmp_path / "j", budget=budget)
+    assert set(found) == {Missing("refused")} and len(server.seen) == len(found) == budget.requests
+    assert budget.spent == 0
+
+
+def test_without_a_key_nothing_is_asked_and_nothing_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY")
+    budget = Budget(None, 1)
+    with pytest.raises(UsageError, match="there is no key"):
+        put(OpenAIJudge("judge"), asked(tmp_path / "p"), tmp_path / "j", budget=budget, workers=1)
+    assert budget.requests == 0
+
+
 def test_a_limit_in_dollars_holds_under_concurrency(tmp_path: Path) -> None:
     questions = asked(tmp_path / "p", prompts=10)
     price = Price(10.0, 100.0, 400)
@@ -1009,6 +1025,13 @@ def test_tokens_that_nobody_can_have_used_are_not_counted() -> None:
         "usage": {"prompt_tokens": 10**400, "completion_tokens": True},
     }
     assert read_chat(answer)[2] == (0, 0)
+
+
+@pytest.mark.parametrize(("total", "output"), [(103, 94), (10, 1), (None, 1), (-5, 1)])
+def test_what_a_model_thinks_is_paid_for_where_the_total_alone_tells_it(total: int | None, output: int) -> None:
+    """Gemini and Grok leave it out of the completion's tokens."""
+    usage = {"prompt_tokens": 9, "completion_tokens": 1, "total_tokens": total}
+    assert read_chat({"choices": [{"message": {"content": "x"}}], "usage": usage})[2] == (9, output)
 
 
 def test_all_that_the_server_sent_is_kept(tmp_path: Path) -> None:

@@ -594,8 +594,17 @@ def test_a_peft_adapter_that_was_renamed_keeps_its_config_while_that_can_be_of_n
     file = (folder / "adapter_model.safetensors").rename(folder / "style.safetensors")
     for source in (folder, file):
         assert close(deltas(source), {name: 4 * delta for name, delta in wanted.items()})
+    made, _ = kohya(tmp_path / "y")
+    made.rename(folder / "style-0.5.safetensors")
+    assert close(deltas(file), {name: 4 * delta for name, delta in wanted.items()})
+    (folder / "half.safetensors").write_bytes(b"")
+    assert "beside another adapter" in read_lora(str(file)).warnings[0]
+    (folder / "half.safetensors").unlink()
     (folder / "other.safetensors").write_bytes(file.read_bytes())
-    assert "comes without its adapter_config.json" in read_lora(str(file)).warnings[0]
+    assert (
+        "beside another adapter, and the adapter_config.json there may be of either: its alpha"
+        in read_lora(str(file)).warnings[0]
+    )
 
 
 def test_a_file_that_has_gone_while_it_was_to_be_hashed_is_one_sentence(tmp_path: Path) -> None:
@@ -631,6 +640,9 @@ def test_loras_of_different_bases_are_told_apart(tmp_path: Path) -> None:
         common_bases([one, told])
     either = attention(768, TEXT, "text_encoder")(tmp_path / "d.safetensors")
     assert common_bases([either, one]) == {"SD 1.x"}
+    second = attention(1280, TEXT, "text_encoder_2")(tmp_path / "e.safetensors")
+    with pytest.raises(TexforceError, match=r"e.safetensors' was made for SDXL, as .*, '.*a.safetensors' for SD 1.x"):
+        common_bases([one, either, second])
 
 
 def test_a_pickle_of_tensors_that_are_no_plain_arrays_is_one_sentence(tmp_path: Path) -> None:

@@ -97,6 +97,7 @@ def test_txt_jsonl_and_csv_say_the_same(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": "a"}', "is no text"),
         ("a.jsonl", b'{"prompt": 3}', "is no text"),
         ("a.jsonl", b'{"prompt": "a", "split": "test"}', "has the split 'test'"),
+        ("a.jsonl", b'{"prompt": "a", "split": ["unseen"]}', "has the split '\\['unseen'\\]'"),
         ("a.jsonl", b'{"prompt": "a", "split": "unseen"}', "no prompt to train on"),
         ("a.jsonl", b'{"prompt": "a"}\n{"prompt": "a ", "split": "unseen"}', "'a' is seen and unseen"),
         ("a.jsonl", b'{"prompt": "\\ud800"}', "line 1 of .* holds half a character"),

@@ -46,6 +46,7 @@ from texforce_cli.judging.answers import Opinion
 from texforce_cli.judging.ledger import Ledger
 from texforce_cli.judging.questions import Case, Mode, Question, questions_of
 from texforce_cli.report.verdicts import ranking_tabs
+from texforce_cli.workflows.ranking import run as ranking_run
 from texforce_cli.workflows.ranking.summary import case_ranks, rank, settled_duels, shown_duels
 
 VARIANTS = ["bright", "dark", "middle"]
@@ -755,3 +756,13 @@ def test_the_default_judge_ranks_an_evaluation_of_the_embedded_model_offline(
     assert set(mean_ranks(found).values()) == {1.5}  # the same model twice
     assert 'id="more-rank-clip' in Path("evals/color/report/index.html").read_text()
     assert "alignment" in capsys.readouterr().out
+
+    def evaluated_meanwhile(*arguments: Any, **options: Any) -> Any:
+        assert run(["eval", "--out", "evals/color", "--metric", "jpeg-compressibility"]) == 0
+        return asked(*arguments, **options)
+
+    asked = ranking_run.ask_all
+    monkeypatch.setattr(ranking_run, "ask_all", evaluated_meanwhile)
+    assert run(["gpt4v-rank", "evals/color", "--judge", "clip"]) == 0
+    for name in ("eval.json", "summary.json", "report/index.html"):
+        assert "jpeg-compressibility" in Path("evals/color", name).read_text()

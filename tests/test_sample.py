@@ -175,6 +175,8 @@ def test_prompts_from_a_file_and_hostile_ones(capsys: pytest.CaptureFixture[str]
     assert said.count("are beyond the limit") == 2 and "of the prompt 'an ugly dog, an ugly dog" in said
     found = [Image.open(path) for path in sorted(Path("p").glob("0*.png"))]
     assert [picture.text["prompt"] for picture in found] == hostile  # type: ignore[attr-defined]
+    Path("unseen.jsonl").write_text('{"prompt": "a cat", "split": "unseen"}')
+    assert run(["sample", "--prompts", "unseen.jsonl", "--out", "q", *FAST]) == 0
 
 
 @pytest.mark.parametrize(

@@ -149,7 +149,14 @@ def test_a_broken_file_is_one_sentence_with_its_name(
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
 
-@pytest.mark.parametrize("change", [lambda p: p.unlink(), lambda p: p.write_bytes(WHOLE[:-6])])
+def replace_by_its_like(path: Path) -> None:
+    new = path.with_name("new")
+    new.write_bytes(WHOLE)
+    os.utime(new, ns=(1, 1))
+    new.replace(path)
+
+
+@pytest.mark.parametrize("change", [Path.unlink, lambda p: p.write_bytes(WHOLE[:-6]), replace_by_its_like])
 def test_a_file_that_changes_while_it_is_read_is_told(tmp_path: Path, change: Callable[[Path], None]) -> None:
     path = tmp_path / "a.safetensors"
     path.write_bytes(WHOLE)

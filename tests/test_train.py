@@ -241,6 +241,25 @@ def test_a_gpu_may_be_another_one_of_its_kind(monkeypatch: pytest.MonkeyPatch) -
     }
 
 
+@pytest.mark.parametrize(
+    ("there", "remedy"),
+    [(["cuda:0 (a GPU)", "cpu"], "say --device cuda, or begin"), (["cpu"], "resume it where there is one")],
+)
+def test_a_gpu_that_is_not_here_has_a_remedy_that_can_be_followed(
+    there: list[str], remedy: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from texforce_cli.workflows import train as workflow
+
+    train("--out", "a", epochs=1)
+    record = json.loads(Path("a/run.json").read_text())
+    record["config"]["device"] = "cuda:1"
+    Path("a/run.json").write_text(json.dumps(record))
+    monkeypatch.setattr(workflow, "present", lambda: there)
+    assert run(["train", "--resume", "a"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "'a' runs on 'cuda:1', which is not available here" in said and remedy in said
+
+
 def test_a_full_memory_proposes_nothing_that_a_resumed_run_refuses(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -417,9 +436,9 @@ def test_the_memory_counts_the_denoising_steps_that_are_taken_together() -> None
         return plan.plan({**flags, **more}).cost()["computed_memory_gb"]
 
     one = memory()
-    assert memory(timestep_batch=8) == pytest.approx(one + 7 * 3.36)
+    assert memory(timestep_batch=8) == pytest.approx(one + 7 * 3.14)
     assert (
-        memory(timestep_batch=99) == memory(timestep_batch=25) == pytest.approx(one + 24 * 3.36)
+        memory(timestep_batch=99) == memory(timestep_batch=25) == pytest.approx(one + 24 * 3.14)
     )  # those that are trained
     assert memory(timestep_batch="auto") == one  # a CPU takes them one at a time
 
@@ -433,15 +452,15 @@ def test_the_memory_of_several_processes(monkeypatch: pytest.MonkeyPatch) -> Non
     alone, two = planning.plan(flags), planning.plan({**flags, "num_processes": 2})
     assert (alone.config.micro_batch, two.config.micro_batch) == (4, 1)
     image = 51 * 16384 * 4 / 1e9
-    assert two.cost()["computed_memory_gb"] == pytest.approx(4.28 + 3.36 + 4 * image)
+    assert two.cost()["computed_memory_gb"] == pytest.approx(4.28 + 3.14 + 4 * image)
     assert two.advice() == []
     monkeypatch.setattr(planning, "machine_memory_gb", lambda: 10.0)
-    assert "about 15 GB of memory are needed by 2 processes at --micro-batch 1" in two.advice()[-1]
+    assert "about 14.9 GB of memory are needed by 2 processes at --micro-batch 1" in two.advice()[-1]
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # two machines
-    assert alone.cost()["computed_memory_gb"] == pytest.approx(4.28 + 4 * 3.36 + image)
-    assert "about 71 GB of memory are needed by 4 processes at --micro-batch 4" in alone.advice()[-1]
+    assert alone.cost()["computed_memory_gb"] == pytest.approx(4.28 + 4 * 3.14 + image)
+    assert "about 67.4 GB of memory are needed by 4 processes at --micro-batch 4" in alone.advice()[-1]
 
 
 @pytest.mark.parametrize(("train", "branches"), [("text-encoder", 1), ("unet", 2)])
@@ -837,6 +856,7 @@ def test_a_resumed_run_needs_no_longer_what_it_started_from() -> None:
     train("--out", "a", "--init-lora", "first", epochs=1)
     before = adapter("a")
     shutil.rmtree("first")
+    assert run(["train", "--resume", "a", "--dry-run"]) == 0
     assert run(["train", "--resume", "a"]) == 0
     assert adapter("a") == before
 
@@ -1032,6 +1052,20 @@ def test_diversity_is_watched_beside_rewards_and_measured_in_its_own_number_of_s
     alike = [drawn[[i for i, p in enumerate(prompts) if p.text == text]] for text in {p.text for p in prompts[20:]}]
     assert found["difference"]["n"] == 10
     assert found["base_mean"] == pytest.approx(np.mean([diversity(list(pictures)) for pictures in alike]), rel=1e-3)
+
+
+@pytest.mark.parametrize(("prompts", "enough"), [(100, 102), (2, 4), (1, None)])
+def test_how_many_pictures_diversity_needs_is_told(
+    prompts: int, enough: int | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("p.txt").write_text("".join(f"{number} cats\n" for number in range(prompts)))
+    command = "train --model tiny --reward brightness --prompts p.txt --watch diversity --dry-run --eval-images".split()
+    assert run([*command, "3"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "the 3 held-out ones are not enough" in said
+    assert (f"give --eval-images {enough}" if enough else "give two prompts or more") in said
+    if enough:
+        assert run([*command, str(enough - 1)]) == 2 and run([*command, str(enough)]) == 0
 
 
 def test_a_run_ends_when_what_is_watched_has_fallen(

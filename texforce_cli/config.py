@@ -155,7 +155,12 @@ class TrainConfig:
         "Steps of an image in one pass of training; auto (the default): on a CUDA or ROCm GPU as many as fit, else 1.",
         _not_negative,
     )
-    grad_accum: int = option(32, LEARNING, "Micro-batches in one update.", _positive)
+    grad_accum: int = option(
+        32,
+        LEARNING,
+        "Micro-batches in one update; by default as many as have the images of the preset's update.",
+        _positive,
+    )
     inner_epochs: int = option(1, LEARNING, "Passes over an epoch's images.", _positive)
     clip_range: float = option(1e-4, LEARNING, "lambda of Eq. 5.", _positive)
     clip_convention: Literal["mean", "joint"] = option(
@@ -311,7 +316,8 @@ class Resolved:
 def resolve(flags: Mapping[str, Any], config_file: Path | None = None, *, family: Family | None = None) -> Resolved:
     """Flag > environment > file > preset > default.
 
-    `family` (tiny or sd) is that of the resolved model; it chooses the preset where none is given. Without it, options
+    `family` (tiny or sd) is that of the resolved model; it chooses the preset where none is given. A given micro-batch alone leaves
+    an update as many images as the preset's has. Without it, options
     that contradict each other are not looked for: the preset may mend that.
 
     Raises:
@@ -329,7 +335,10 @@ def resolve(flags: Mapping[str, Any], config_file: Path | None = None, *, family
             f"unknown preset '{preset}' ({did_you_mean(preset, PRESET_NAMES)}presets: {', '.join(PRESET_NAMES)})"
         )
     elif preset != "auto":
-        for name, value in preset_values(preset, values.get("train", "text-encoder"), family, prompts).items():
+        settings = preset_values(preset, values.get("train", "text-encoder"), family, prompts)
+        if "micro_batch" in values and "grad_accum" not in values:
+            settings["grad_accum"] = -(-TrainConfig(**settings).update_batch // values["micro_batch"])
+        for name, value in settings.items():
             if (name == "images" and "epochs" in values) or (name == "epochs" and "images" in values):
                 continue
             if name not in values:
@@ -365,8 +374,11 @@ def _given(
     ]
     for origin, layer in layers:
         for name, value in layer.items():
+            update = 0
             if name == "micro_batch":  # auto and a number exclude each other: the stronger layer's holds
-                for other in ("micro_batch", "fit_micro_batch"):
+                if {"micro_batch", "grad_accum"} <= values.keys() and "grad_accum" not in layer:
+                    update = values["micro_batch"] * values["grad_accum"]  # of a run's own file: it keeps its images
+                for other in ("fit_micro_batch",) if update and value == "auto" else ("micro_batch", "fit_micro_batch"):
                     values.pop(other, None), origins.pop(other, None)
             if (name, value) == ("micro_batch", "auto"):
                 name, value = "fit_micro_batch", True
@@ -375,6 +387,8 @@ def _given(
             converted = _convert(name, value, origin, mistakes)
             if converted is not None:
                 values[name], origins[name] = converted, origin
+                if update and name == "micro_batch":
+                    values["grad_accum"] = -(-update // converted)
     if "epochs" in values and "images" in values and origins["epochs"] != origins["images"]:
         weaker = min(("epochs", "images"), key=lambda name: ("file", "environment", "flag").index(origins[name]))
         del values[weaker], origins[weaker]
@@ -482,7 +496,7 @@ def _contradictions(config: TrainConfig) -> list[str]:
     if config.kl_target and config.lr_schedule != "constant":
         found.append("--kl-target steers the learning rate itself (use --lr-schedule constant)")
     if config.kl_target and config.updates_per_epoch < 2:
-        found.append("--kl-target needs two updates an epoch or more (lower --grad-accum)")
+        found.append("--kl-target needs two updates an epoch or more (lower --grad-accum or --micro-batch)")
     if config.watch_patience and not config.watch:
         found.append(f"--watch-patience {config.watch_patience} needs something to --watch")
     if config.watch_patience and not config.eval_every:

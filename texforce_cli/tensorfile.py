@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -63,6 +64,8 @@ class TensorFile:
     path: Path
     entries: Mapping[str, Entry]
     metadata: Mapping[str, str]
+    written: tuple[int, int]
+    """Its size and when it was written (ns): with others it is another file."""
 
     @classmethod
     def open(cls, path: Path) -> TensorFile:
@@ -78,7 +81,7 @@ class TensorFile:
                 raise UsageError(f"'{path}' is a folder, not a file", "name the .safetensors file in it")
             if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for without end
                 raise UsageError(f"'{path}' is a pipe or a device, not a file", "copy what it gives into a file")
-            size = status.st_size
+            size, written = status.st_size, _written(status)
             with path.open("rb") as handle:
                 start = handle.read(64)
                 refuse_impostors(path, start)
@@ -99,7 +102,7 @@ class TensorFile:
             raise TexforceError(f"'{path}' has metadata that is no table of texts", _AGAIN)
         entries = {key: _entry(path, key, value, 8 + length) for key, value in header.items()}
         _check_layout(path, entries, 8 + length, size)
-        return cls(path, entries, metadata)
+        return cls(path, entries, metadata, written)
 
     def read(self, key: str) -> Array:
         """A tensor as it is stored; bfloat16 and float8 as the dtypes of ml_dtypes.
@@ -113,9 +116,10 @@ class TensorFile:
             with self.path.open("rb") as handle:
                 handle.seek(entry.start)
                 count = handle.readinto(_bytes(data))
+                same = _written(os.fstat(handle.fileno())) == self.written
         except OSError as error:
             raise TexforceError(f"'{self.path}' could not be read ({error.strerror or error})", _AGAIN) from error
-        if count != data.nbytes:
+        if count != data.nbytes or not same:
             raise TexforceError(f"'{self.path}' has changed while '{shown(key)}' was read", "run the command again")
         return data
 
@@ -130,6 +134,10 @@ class TensorFile:
         if not self.entries[key].dtype.startswith(("F", "BF")) and (data.size != 1 or data.dtype == np.bool_):
             raise TexforceError(f"'{self.path}' holds '{shown(key)}' as {self.entries[key].dtype}", "it is no weight")
         return finite(self.path, key, data)
+
+
+def _written(status: os.stat_result) -> tuple[int, int]:
+    return status.st_size, status.st_mtime_ns
 
 
 def finite(path: Path, key: str, data: Array) -> Array:

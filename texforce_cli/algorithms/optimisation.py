@@ -21,7 +21,8 @@ LRSchedule = Literal["constant", "cosine", "linear"]
 class OptimiserSettings:
     """`warmup` is a share of all `updates`; `ema` a decay, 0 for none.
 
-    `loss_scale` keeps fp16 gradients from vanishing; it is halved, and the update left out, when one overflows.
+    `loss_scale` keeps fp16 gradients from vanishing (Micikevicius et al. 2018); it is halved, and the update left out, when one
+    overflows.
     """
 
     learning_rate: float
@@ -46,7 +47,7 @@ def learning_rate_factor(step: int, updates: int, warmup: float, schedule: LRSch
 
 
 MOST_LOST = 5
-"""So many gradients that are not finite end a run, where two that are make up for one."""
+"""So many gradients that are not finite end a run, where two that are make up for one; one of a scaled loss counts half."""
 
 
 _FUSED = ("cpu", "cuda")
@@ -110,13 +111,12 @@ class Optimisation:
         norm = float(nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm))
         if not math.isfinite(norm):
             self._adam.zero_grad()
-            if self.loss_scale > 1:
-                self.loss_scale /= 2
-                return math.nan
-            self._lost += 1
+            scaled = self.loss_scale > 1
+            self.loss_scale /= 2 if scaled else 1
+            self._lost += 0.5 if scaled else 1
             if self._lost >= MOST_LOST:
                 raise Unsuited(
-                    f"too many gradients were not finite: {MOST_LOST} in a row, or more than a third of the last ones",
+                    f"too many gradients were not finite: {MOST_LOST * (1 + scaled)} in a row, or more than a third of the last ones",
                     "use --precision fp32 or bf16, or a lower --lr",
                 )
             return math.nan

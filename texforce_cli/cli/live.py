@@ -152,15 +152,15 @@ def result_document(result: TrainResult) -> dict[str, Any]:
     return {"run": dataclasses.asdict(result)}
 
 
-def describe_plan(plan: Plan, *, as_json: bool) -> None:
-    """The plan of a dry run: every option with its origin, and what it costs."""
+def describe_plan(plan: Plan, *, begun: bool, as_json: bool) -> None:
+    """The plan of a dry run: every option with its origin, and what it costs; to a run that has `begun` no advice is given."""
     cost = plan.cost()
     if as_json:
         document = {"config": dataclasses.asdict(plan.config), "origins": dict(plan.origins), "cost": cost}
         write_json({"plan": document})
         return
     note(f"model: {plan.source.name} ({plan.source.reason})")
-    for sentence in plan.advice():
+    for sentence in plan.of_this_machine() if begun else plan.advice():
         note(sentence)
     note(f"prompts: {plan.prompts.name}, {len(plan.prompts.seen)} to train on, {len(plan.prompts.unseen)} held out")
     table = Table("option", "value", "from", box=None, header_style="bold")

@@ -57,13 +57,13 @@ def _train(
     from texforce_cli.workflows.plan import plan
     from texforce_cli.workflows.run_folder import RunFolder
 
-    if auto_resume and not resume:
+    follower = launched()[0] > 0  # of a launcher's processes the first one decides and speaks
+    if auto_resume and not resume and not follower:
         resume = workflow.begun(flags, config)
     if dry_run:
         made = workflow.recorded_plan(RunFolder.open(resume), given(flags, config)) if resume else plan(flags, config)
-        describe_plan(made, as_json=json)
+        describe_plan(made, begun=bool(resume), as_json=json)
         return
-    follower = launched()[0] > 0  # of a launcher's processes the first one speaks
     with nullcontext(silent) if follower else View() as view:
         if resume:
             result = workflow.resume(resume, flags, config_file=config, listener=view)

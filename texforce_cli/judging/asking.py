@@ -288,8 +288,14 @@ class _Run:
                 if error.seconds:
                     self.gate.busy(sent, error.seconds)
                 raise
+            except (Hopeless, Interrupted):
+                raise
+            except TexforceError:  # a key or a package is missing: nothing has left
+                reservation.sent(False)
+                raise
             used = (value if is_count(value) else 0 for value in (reply.input_tokens, reply.output_tokens))
-            reservation.settle(*used)
+            if reply.charged:
+                reservation.settle(*used)
             check_reply(reply)
             self.last_reply = time.monotonic()
             self.gate.fine()

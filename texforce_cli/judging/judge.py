@@ -16,7 +16,7 @@ AESTHETIC, ALIGNMENT = "aesthetic", "alignment"
 @dataclass(frozen=True)
 class Reply:
     """A raw answer. `model` is who the server says that it is; `refused` where it would not answer; `raw` all that a server
-    sent, where there is more than the text."""
+    sent, where there is more than the text. Not `charged`: it was turned away before anything was computed."""
 
     text: str
     model: str = ""
@@ -25,6 +25,7 @@ class Reply:
     refused: bool = False
     cut: bool = False
     raw: str = ""
+    charged: bool = True
 
 
 @dataclass(frozen=True)

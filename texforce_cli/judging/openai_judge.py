@@ -156,7 +156,7 @@ class OpenAIJudge:
             said = self._scrubbed(error.said)
             adapted = self._adapted(form, error.status, said, error.body)
             if adapted is None and is_refusal(error.status, error.body, said):
-                return Reply("", refused=True, raw=said)
+                return Reply("", refused=True, raw=said, charged=False)
             problem = adapted or of_status(error.status, error.headers, error.body, said)
         except openai.APIConnectionError as error:
             problem = of_connection(error, isinstance(error, openai.APITimeoutError))

@@ -137,8 +137,7 @@ def _again(repairs: Sequence[Repair]) -> list[dict[str, Any]]:
 
 
 def _usage(answer: dict[str, Any], *names: str) -> tuple[int, int]:
-    """Tokens in and out; 0 where a server does not count."""
+    """Tokens in and out; 0 where a server does not count. Some count what a model thinks in the total alone."""
     usage = answer.get("usage") or {}
-    found = [usage.get(name) for name in names]
-    first, second = (value if is_count(value) else 0 for value in found)
-    return first, second
+    first, second, total = (value if is_count(value := usage.get(name)) else 0 for name in (*names, "total_tokens"))
+    return first, max(second, total - first) if first else second

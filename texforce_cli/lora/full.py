@@ -25,6 +25,7 @@ _ELSEWHERE = ("first_stage_model.", "vae.", "model_ema.", OPEN_CLIP, "conditione
 _ORIGINAL = (
     "model.diffusion_model.",
     "cond_stage_model.transformer.text_model.",
+    *(f"cond_stage_model.transformer.{part}." for part in ("embeddings", "encoder", "final_layer_norm")),  # of 2022
     "conditioner.embedders.0.transformer.text_model.",
 )
 _NO_WEIGHTS = (
@@ -153,16 +154,16 @@ def _files(source: str, path: Path) -> list[tuple[Path, str | None]]:
 def _weight_files(folder: Path) -> list[Path]:
     """The weights of one component: a file, or the shards that an index names."""
     for ending in (".safetensors", ".bin"):
-        for stem in (f"{name}{variant}" for variant in _VARIANTS for name in _FILES):
-            whole, index = folder / f"{stem}{ending}", folder / f"{stem}{ending}.index.json"
+        for name, variant in ((name, variant) for variant in _VARIANTS for name in _FILES):
+            whole, index = folder / f"{name}{variant}{ending}", folder / f"{name}{ending}.index{variant}.json"
             if whole.is_file():
                 return [whole]
             if index.is_file():
                 try:
-                    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+                    shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
                 except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                     raise TexforceError(f"'{index}' cannot be read", "download it again") from error
-                if any(not isinstance(name, str) or Path(name).name != name for name in names):
+                if any(not isinstance(shard, str) or Path(shard).name != shard for shard in shards):
                     raise TexforceError(f"'{index}' names files outside of its folder", "do not trust it")
-                return [folder / name for name in names]
+                return [folder / shard for shard in shards]
     return []

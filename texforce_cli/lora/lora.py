@@ -243,8 +243,9 @@ def common_bases(loras: Iterable[Lora]) -> frozenset[str]:
                 f"'{lora.source}' was made for {lora.base}{shown}, '{before.source}' for {before.base}",
                 "fuse LoRAs of one base model",
             )
-        if lora.bases:
-            candidates, before = (candidates & lora.bases or lora.bases), lora
+        narrowed = candidates & lora.bases or candidates or lora.bases
+        if narrowed != candidates:
+            candidates, before = narrowed, lora
     return candidates
 
 

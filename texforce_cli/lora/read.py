@@ -119,9 +119,10 @@ def read_lora(source: str, *, allow_pickle: bool = False) -> Lora:
                 )
             formats[format] += 1
         if not scales.configs and any(format == "PEFT" for _, format in own):
-            warnings.append(
-                f"'{file}' comes without its {PEFT_CONFIG}: its alpha is not known and taken to be its rank"
-            )
+            lost = f"comes without its {PEFT_CONFIG}"
+            if not beside and (file.parent / PEFT_CONFIG).is_file():
+                lost = f"lies beside another adapter, and the {PEFT_CONFIG} there may be of either"
+            warnings.append(f"'{file}' {lost}: its alpha is not known and taken to be its rank")
         metadata.update(about)
         if isinstance(config.get("base_model_name_or_path"), str):
             metadata["base_model_name_or_path"] = config["base_model_name_or_path"]
@@ -264,9 +265,21 @@ def _config_of(tensors: Tensors) -> Path | None:
     file, path = tensors.path, tensors.path.parent / PEFT_CONFIG
     if not path.is_file():
         return None
-    its_keys = any(key.startswith("base_model.model.") for key in tensors.entries)
-    own = file.name.startswith("adapter_model.") or (its_keys and _weights_in(file.parent) == [file])
-    return path if own else None
+    if file.name.startswith("adapter_model."):
+        return path
+    others = (other for other in _weights_in(file.parent) if other != file)
+    return path if _has_pefts_names(tensors) and not any(map(_may_be_pefts, others)) else None
+
+
+def _may_be_pefts(file: Path) -> bool:
+    try:
+        return _has_pefts_names(TensorFile.open(file))
+    except TexforceError:
+        return True
+
+
+def _has_pefts_names(tensors: Tensors) -> bool:
+    return any(key.startswith("base_model.model.") for key in tensors.entries)
 
 
 def _adapter_config(path: Path) -> dict[str, Any]:

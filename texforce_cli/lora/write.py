@@ -97,9 +97,11 @@ class Layout:
             TexforceError: a number does not fit into the precision.
         """
         rank = len(pair[0])
-        a, b = pair if self.precision == "fp32" else balance(pair)
+        a, b = pair
         if self.format == "kohya" and rank != self.alpha:
             b = b * (rank / self.alpha)
+        if self.precision != "fp32":
+            a, b = balance((a, b))
         down, up, alpha = self._keys(slot)
         for key, value, shape in zip((down, up), (a, b), slot.shapes(rank)):
             stored = value.astype(DTYPES[self.precision], copy=False)

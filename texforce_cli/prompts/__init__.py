@@ -111,7 +111,7 @@ def read_prompts(path: Path) -> PromptSet:
         prompt, split = values.pop("prompt", None), values.pop("split", "seen") or "seen"
         if not isinstance(prompt, str) or not prompt.strip():
             raise UsageError(f"prompt {number} of '{path}' is no text", "give each row a 'prompt'")
-        if split not in splits:
+        if not isinstance(split, str) or split not in splits:
             raise UsageError(f"prompt {number} of '{path}' has the split '{split}'", "write seen or unseen")
         splits[split].append(Prompt(prompt.strip(), values))
     if not any(splits.values()):

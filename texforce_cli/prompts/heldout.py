@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from texforce_cli.core.seeds import derive
@@ -21,6 +22,19 @@ def heldout_pairs(prompts: PromptSet, count: int) -> tuple[list[Prompt], list[in
 
 def _spread(prompts: tuple[Prompt, ...], count: int, index: int) -> Prompt:
     return prompts[index * len(prompts) // count] if len(prompts) > count else prompts[index % len(prompts)]
+
+
+def enough_to_repeat(prompts: PromptSet, wanted: int) -> int | None:
+    """The fewest pairs among which so many texts come more than once; None where there are not so many texts."""
+
+    def found(count: int) -> int:
+        half = count // 2 if prompts.unseen else 0
+        sides = ((len(prompts.seen), count - half), (len(prompts.unseen), half))
+        return sum(max(0, min(texts, places - texts)) for texts, places in sides)
+
+    if len(prompts.seen) + len(prompts.unseen) < wanted:
+        return None
+    return next(count for count in itertools.count(2) if found(count) >= wanted)
 
 
 def repeated(prompts: Sequence[Prompt]) -> list[list[int]]:

@@ -413,6 +413,11 @@ def _refusal(output: str, free: int = _LITTLE) -> TexforceError:
             f"the package index could not be reached ({errors[-1][:300]})",
             "look at the network, or at PIP_INDEX_URL; nothing half-made is left",
         )
+    if "ensurepip is not available" in output or "No module named pip" in output:
+        return TexforceError(
+            "this Python has no pip to make an environment with",
+            "install uv, or the package of its venv (apt install python3-venv), or name another with --python",
+        )
     return TexforceError(f"the installer refused: {errors[-1][:500]}", "nothing half-made is left")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from texforce_cli.core.ppo import mean_clip_range
 from texforce_cli.core.train_steps import TrainSteps
 from texforce_cli.diffusion.adapters import Adapter
 from texforce_cli.diffusion.policy import Denoising, Policy
+from texforce_cli.errors import UsageError
 from texforce_cli.prompts import Prompt
 from texforce_cli.rewards.isolation import WorkerSettings
 from texforce_cli.rewards.registry import Registry
@@ -96,18 +98,28 @@ def make_adapter(pipeline: Any, config: TrainConfig, *, begin: bool = True) -> A
 
 
 def make_policy(pipeline: Any, config: TrainConfig, adapter: Adapter) -> Policy:
-    """The pipeline as the policy of Eq. (1), drawing as the configuration says."""
+    """The pipeline as the policy of Eq. (1), drawing as the configuration says.
+
+    Raises:
+        UsageError: none of its steps draws noise, so that there is nothing to learn from.
+    """
     if config.gradient_checkpointing:
         pipeline.unet.enable_gradient_checkpointing()
     denoising = Denoising(config.steps, config.guidance, config.eta, config.size, config.negative_prompt)
     policy = Policy(pipeline, denoising, adapter=adapter, unconditional=config.uncond_embedding)
+    if not policy.schedule.stochastic:
+        raise UsageError(
+            f"with --steps {config.steps} no denoising step of this model draws noise",
+            f"use --steps {config.steps + 1}",
+        )
     if config.compile:
         policy.compile()
     return policy
 
 
-def make_optimisation(config: TrainConfig, adapter: Adapter, team: Team | None = None) -> Optimisation:
+def make_optimisation(config: TrainConfig, policy: Policy, team: Team | None = None) -> Optimisation:
     """AdamW over the LoRA with the schedule of the whole run."""
+    assert policy.adapter is not None
     settings = OptimiserSettings(
         learning_rate=config.lr,
         updates=config.total_epochs * config.updates_per_epoch,
@@ -116,9 +128,20 @@ def make_optimisation(config: TrainConfig, adapter: Adapter, team: Team | None =
         weight_decay=config.weight_decay,
         max_grad_norm=config.grad_norm,
         ema=config.ema,
-        loss_scale=2.0**12 if config.precision == "fp16" else 1.0,
+        loss_scale=_loss_scale(config, policy) if config.precision == "fp16" else 1.0,
     )
-    return Optimisation(adapter.parameters(), settings, team)
+    return Optimisation(policy.adapter.parameters(), settings, team)
+
+
+def _loss_scale(config: TrainConfig, policy: Policy) -> float:
+    """A power of two with which the loss has gradients of some hundredths at the U-Net's output, where fp16 has room on both sides.
+
+    The loss is a mean over an update's images and steps, and each log-probability one over the elements of a latent: their
+    product divides the gradient, by 10^8 with the paper's settings.
+    """
+    steps = TrainSteps.parse(config.train_steps).count(len(policy.schedule.stochastic))
+    elements = config.update_batch * steps * math.prod(policy.latent_shape)
+    return float(2 ** max(0, round(math.log2(elements / 64))))
 
 
 def make_algorithm(

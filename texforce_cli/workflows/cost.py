@@ -50,7 +50,7 @@ class Memory:
         return weights + trajectories + max(trajectories, self.activations(micro_batch))
 
     def activations(self, micro_batch: int) -> float:
-        """GB that a pass of training holds until its backward."""
+        """GB that a pass of training holds at most."""
         half, full = _CHECKPOINTED if self.checkpointing else _ACTIVATIONS[self.train]
         one = full if self.precision == "fp32" else half
         return one * (self.size / 512) ** 2 * self.branches * self.steps * micro_batch
@@ -58,6 +58,14 @@ class Memory:
     def micro_batch(self, gb: float) -> int:
         """The largest of 8, 4, 2, 1 that fits into 90 % of `gb`."""
         return max((n for n in (8, 4, 2) if self.gb(n) < 0.9 * gb), default=1)
+
+
+def ways_to_save(config: TrainConfig, micro_batch: int) -> str:
+    """What a run can be given to hold less, where so many images in a pass are too many."""
+    ways = [] if config.gradient_checkpointing else ["--gradient-checkpointing"]
+    ways += ["--precision bf16"] if config.precision == "fp32" else []
+    ways += ["a smaller --micro-batch"] if micro_batch > 1 else []
+    return " or ".join([*ways, "a smaller --size", "fewer --samples-per-epoch"])
 
 
 def memory_of(config: TrainConfig, size: int) -> Memory:

@@ -110,7 +110,7 @@ def _model(wanted: dict[str, Any], listener: Listener) -> list[Finding]:
         pipeline = load_pipeline(made.source, device=device, precision=config.precision)
         adapter = make_adapter(pipeline, config)
         policy = make_policy(pipeline, config, adapter)
-        optimisation = make_optimisation(config, adapter)
+        optimisation = make_optimisation(config, policy)
         result = make_algorithm(
             config, policy, rewards, optimisation, made.prompts.seen, lambda *done, **more: listener(Progressed(*done))
         ).preflight()

@@ -373,7 +373,8 @@ def refuse_output(out: Path, inputs: Iterable[Path], *, folder: bool, force: boo
     stranger = _stranger(out) if is_folder else None
     if stranger:
         raise UsageError(
-            f"the folder '{out}' holds '{stranger}', which is no part of a PEFT adapter", "choose another --out"
+            f"the folder '{out}' holds '{stranger}', which is no part of the adapter and would be lost",
+            "choose another --out",
         )
 
 

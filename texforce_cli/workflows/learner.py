@@ -29,6 +29,7 @@ from texforce_cli.workflows.assembly import (
     make_policy,
     make_scoring,
 )
+from texforce_cli.workflows.cost import ways_to_save
 from texforce_cli.workflows.drafts import Drafts
 from texforce_cli.workflows.events import Evaluation
 from texforce_cli.workflows.heldout import HeldOut
@@ -75,7 +76,7 @@ class Learner:
         self.adapter = make_adapter(pipeline, config, begin=begin)
         self.policy = make_policy(pipeline, config, self.adapter)
         self.policy.passed = team.get_on
-        self.optimisation = make_optimisation(config, self.adapter, team)
+        self.optimisation = make_optimisation(config, self.policy, team)
         self.drafts = drafts or Kept()
         self.algorithm = make_algorithm(
             config, self.policy, scoring.rewards, self.optimisation, prompts.seen, progress, team, self.drafts
@@ -155,12 +156,10 @@ class Learner:
 
 def memory_full(config: TrainConfig, error: torch.OutOfMemoryError) -> Unsuited:
     """What is said of a memory that is full whatever was halved. What takes less changes the result."""
-    ways = [] if config.gradient_checkpointing else ["--gradient-checkpointing"]
-    ways += ["--precision bf16"] if config.precision == "fp32" else []
     cause = f" ({first_line(error)})" if error.__cause__ else ""
     return Unsuited(
         f"the memory of {config.device} is full, even for few images at once{cause}",
-        f"use {' or '.join([*ways, 'a smaller --size', 'fewer --samples-per-epoch'])}",
+        f"use {ways_to_save(config, 1)}",
     )
 
 

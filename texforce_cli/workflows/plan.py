@@ -22,11 +22,11 @@ from texforce_cli.files import user_path
 from texforce_cli.lora.read import find_lora, read_lora
 from texforce_cli.lora.spec import parse_lora
 from texforce_cli.prompts import PromptSet, load_prompts
-from texforce_cli.prompts.heldout import heldout_pairs, repeated
+from texforce_cli.prompts.heldout import enough_to_repeat, heldout_pairs, repeated
 from texforce_cli.rewards.registry import Registry, RewardInfo, load_registry
 from texforce_cli.rewards.terms import find, parse_hosts, parse_terms
 from texforce_cli.team import sharing
-from texforce_cli.workflows.cost import computed_hours, computed_petaflop, memory_of
+from texforce_cli.workflows.cost import computed_hours, computed_petaflop, memory_of, ways_to_save
 from texforce_cli.workflows.loras import open_lora
 
 
@@ -92,12 +92,12 @@ class Plan:
                 f"{self.config.micro_batch}"
             )
         here = sharing(self.config.num_processes)[1]
-        needed = here * self.cost().get("computed_memory_gb", 0.0) if self.config.device == "cpu" else 0.0
+        needed = here * self.cost().get("computed_memory_gb", 0.0) if self.config.device in ("cpu", "mps") else 0.0
         if needed and needed > (there := machine_memory_gb()):
             by = f" by {here} processes" if here > 1 else ""
             said.append(
                 f"about {needed:.1f} GB of memory are needed{by} at --micro-batch {self.config.micro_batch}, and this machine has "
-                f"{there:.1f}: take --precision bf16, --gradient-checkpointing, or a smaller --micro-batch"
+                f"{there:.1f}: use {ways_to_save(self.config, self.config.micro_batch)}"
             )
         return said
 
@@ -165,10 +165,11 @@ def plan(flags: Mapping[str, Any], config_file: Path | None = None) -> Plan:
         origins["prompts"] = f"reward {wanting[0].name}"
     prompts = load_prompts(config.prompts, source.family)
     if config.watches_diversity and len(repeated(heldout_pairs(prompts, config.eval_images)[0])) < 2:
+        enough = enough_to_repeat(prompts, 2)
         raise UsageError(
-            f"--watch diversity compares pictures of one prompt, and the {config.eval_images} held-out ones are of different "
-            "prompts",
-            f"give more: --eval-images {4 * max(len(prompts.unseen), 2)}",
+            f"--watch diversity compares pictures of the same prompt, for two prompts or more, and the {config.eval_images} "
+            "held-out ones are not enough for it",
+            f"give --eval-images {enough}" if enough else "give two prompts or more",
         )
     chosen = _chosen(config, origins, source)
     for name, value in chosen.items():

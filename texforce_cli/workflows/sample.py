@@ -151,7 +151,7 @@ def _refuse_embedded(source: ModelSource, loras: Sequence[LoadedLora]) -> None:
 def _pairs(request: SampleRequest, source: ModelSource) -> list[tuple[str, int]]:
     prompts = list(request.prompts)
     if request.prompt_set:
-        found = load_prompts(request.prompt_set, source.family)
+        found = load_prompts(request.prompt_set, source.family, to_train=False)
         prompts += [prompt.text for prompt in (*found.seen, *found.unseen)]
     if not prompts:
         raise UsageError("there is no prompt to draw", 'give one, as in: texforce sample "a cat"')

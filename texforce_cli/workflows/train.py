@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from texforce_cli.config import FIELDS, TrainConfig, differences, given, resolve
-from texforce_cli.devices import claim, resolve_device
+from texforce_cli.devices import claim, present, resolve_device
 from texforce_cli.diffusion.models import fingerprint, pinned, resolve_model
 from texforce_cli.errors import TexforceError, UsageError
 from texforce_cli.files import held, user_path, write_text
@@ -208,7 +208,21 @@ def _unchanging(
 ) -> dict[str, Any]:
     """Those of the options `wanted` that may change; the others must be as they were."""
     asked, free = dict(wanted), set(_FREE)
-    device = resolve_device(asked.get("device", config.device))
+    try:
+        device = resolve_device(asked.get("device", config.device))
+    except UsageError as error:
+        if "device" in asked:
+            raise
+        kind = config.device.partition(":")[0]
+        other = (
+            f"say --device {kind}"
+            if any(name.startswith(kind) for name in present())
+            else "resume it where there is one"
+        )
+        raise UsageError(
+            f"'{folder.path}' runs on '{config.device}', which is not available here",
+            f"{other}, or begin a new run with --config {folder.config}",
+        ) from error
     if "model" in asked:
         source = resolve_model(asked["model"], str(device))
         if asked["model"] == config.model.partition("@")[0]:

@@ -197,16 +197,16 @@ def _indexed(folder: Path, index: Path) -> Iterator[tuple[Path, str, int]]:
         try:
             row = from_json(line)
             name, prompt, seed = row["file_name"], row.get("prompt", row.get("text")), row.get("seed", 0)
-            if not isinstance(seed, int | str) or isinstance(seed, bool):
-                raise TypeError("no seed")
-            path = (folder / name).resolve()
-            inside = path.is_relative_to(folder.resolve())
+            if not isinstance(seed, int | str) or isinstance(seed, bool) or "\0" in name:
+                raise TypeError("no seed, or no name")
+            told = Path(name)  # by the words: in the Hub's cache pictures are links to elsewhere
+            inside = not told.anchor and ".." not in told.parts
             seed = int(seed)
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise UsageError(f"line {number} of '{index}' is no row", _ROW) from error
         if not isinstance(prompt, str) or not inside:
             raise UsageError(f"line {number} of '{index}' has no prompt, or names a file outside", "correct the line")
-        yield path, prompt, seed
+        yield folder / told, prompt, seed
 
 
 def collect(

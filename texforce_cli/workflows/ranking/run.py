@@ -138,7 +138,8 @@ def rank_pictures(request: RankRequest, listener: Listener = silent) -> RankResu
             _write(work.folder, summary, _verdict_rows(found))
         page = None
         try:
-            page = evaluate(replace(work.evaluation, stage="report", single_file=request.single_file), listener).page
+            now = _evaluation(request)  # in the meantime it may have been measured anew
+            page = evaluate(replace(now, stage="report", single_file=request.single_file), listener).page
         except Interrupted:
             raise
         except TexforceError as error:  # what was paid for is shown all the same
