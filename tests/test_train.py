@@ -1130,7 +1130,7 @@ def test_what_cannot_be_watched_is_told_beforehand(capsys: pytest.CaptureFixture
     assert "--eval-images is 0" in capsys.readouterr().err
     few = ["--watch", "diversity", "--eval-images", "12", "--prompts", "color"]
     assert run(["train", "--reward", "brightness", "--model", "tiny", *few]) == 2
-    assert "give more: --eval-images 40" in capsys.readouterr().err
+    assert "give --eval-images 24" in capsys.readouterr().err
     for without in (["--watch-patience", "3"], ["--watch-patience", "3", "--watch", "tiny-judge", "--eval-every", "0"]):
         assert run(["train", "--reward", "brightness", "--model", "tiny", *without]) == 2
         assert "--watch-patience 3" in capsys.readouterr().err
