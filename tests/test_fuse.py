@@ -169,7 +169,7 @@ def test_kohya_out_has_one_alpha_and_the_names_that_comfyui_looks_up(tmp_path: P
 def test_a_small_layer_beside_a_large_one_keeps_its_precision_in_kohyas_form(tmp_path: Path) -> None:
     """Its share of the one alpha, a 32nd, is divided between its factors: in one it would be below what fp16 holds exactly."""
     made = Made()
-    for key, rank in ((f"unet.{UNET}.to_q", 128), (f"text_encoder.{TEXT}", 4)):
+    for key, rank in ((f"unet.{UNET}.to_q", 128), (f"unet.{UNET}.to_v", 128), (f"text_encoder.{TEXT}", 4)):
         made.add(key, *(f"{key}.lora_{x}.weight" for x in "AB"), rank=rank, shape=(128, 128))
     for x in "AB":
         made.tensors[f"text_encoder.{TEXT}.lora_{x}.weight"] *= np.float32(4e-4)
