@@ -61,6 +61,7 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
         ({"images": 100, "samples_per_epoch": 200}, "less than one epoch"),
         ({"advantages": "group"}, "needs --group-size 2"),
         ({"kl_target": 1e-7, "samples_per_epoch": 8, "lr_schedule": "constant"}, "needs two updates an epoch"),
+        ({"negative_prompt": "caf\udce9"}, "--negative-prompt is no UTF-8 text"),
         ({"kl_target": 1e-7}, "use --lr-schedule constant"),
         ({"eval_images": 1}, "must be 0, or 2 and more"),
         ({"eta": 1.5}, "must be between"),

@@ -183,6 +183,8 @@ def test_prompts_from_a_file_and_hostile_ones(capsys: pytest.CaptureFixture[str]
     ("arguments", "sentence", "code"),
     [
         ([], "there is no prompt to draw", 2),
+        (["caf\udce9"], "the prompt 'caf\\udce9' is no UTF-8 text", 2),
+        (["a cat", "--negative-prompt", "caf\udce9"], "the negative prompt 'caf\\udce9' is no UTF-8 text", 2),
         (["a cat", "--seeds", "4:2"], "LAST above FIRST", 2),
         (["a cat", "--seeds", "x"], "cannot be read", 2),
         (["a cat", "--lora", "nowhere"], "there is no LoRA 'nowhere'", 2),

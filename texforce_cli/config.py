@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from texforce_cli.core.train_steps import TrainSteps
-from texforce_cli.errors import UsageError, did_you_mean
+from texforce_cli.errors import UsageError, did_you_mean, is_utf8
 from texforce_cli.presets import PRESET_NAMES, PRESETS, Family, automatic_preset, preset_values
 
 ENVIRONMENT = "TEXFORCE_"
@@ -491,6 +491,8 @@ def _contradictions(config: TrainConfig) -> list[str]:
         found.append(
             f"--images {config.images} is less than one epoch (--samples-per-epoch {config.samples_per_epoch})"
         )
+    if not is_utf8(config.negative_prompt):
+        found.append("--negative-prompt is no UTF-8 text")
     if config.advantages == "group" and config.group_size < 2:
         found.append("--advantages group needs --group-size 2 or more")
     if config.kl_target and config.lr_schedule != "constant":

@@ -14,6 +14,11 @@ def quoted(text: object) -> str:
     return subprocess.list2cmdline([str(text)]) if sys.platform == "win32" else shlex.quote(str(text))
 
 
+def is_utf8(text: str) -> bool:
+    """Whether a text can be encoded: an argument that is no UTF-8 holds halves of characters."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def first_line(error: BaseException) -> str:
     """What an error of another library says, short enough for a sentence."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

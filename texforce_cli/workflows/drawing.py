@@ -12,7 +12,7 @@ from PIL import Image
 from texforce_cli.diffusion.models import ModelSource, Precision, known_model, resolve_model
 from texforce_cli.diffusion.policy import PIXELS, Denoising, Policy, latent_side
 from texforce_cli.diffusion.sampler import draw
-from texforce_cli.errors import UsageError
+from texforce_cli.errors import UsageError, is_utf8
 from texforce_cli.presets import Family
 from texforce_cli.workflows.loras import LoadedLora
 from texforce_cli.workflows.run_folder import versions
@@ -61,8 +61,10 @@ def denoising_for(options: DrawingOptions, trained: Mapping[str, Any], family: F
     """As asked for, else as the LoRA was trained, else as is usual.
 
     Raises:
-        UsageError: no picture has that size.
+        UsageError: no picture has that size, or the negative prompt is no text.
     """
+    if not is_utf8(options.negative_prompt or ""):
+        raise UsageError(f"the negative prompt {options.negative_prompt!a} is no UTF-8 text", "write it in UTF-8")
     if options.size is not None:
         latent_side(options.size, PIXELS[family])
     usual: dict[str, Any] = {"steps": 50, "guidance": 7.5, "eta": 1.0, "negative_prompt": ""}

@@ -24,7 +24,7 @@ from texforce_cli.diffusion.models import (
 )
 from texforce_cli.diffusion.policy import Denoising, Policy
 from texforce_cli.diffusion.sampler import too_full
-from texforce_cli.errors import TexforceError, UsageError
+from texforce_cli.errors import TexforceError, UsageError, is_utf8
 from texforce_cli.lora.lora import GENERATIONS
 from texforce_cli.prompts import load_prompts
 from texforce_cli.report.pictures import picture_grid, save_png
@@ -153,6 +153,9 @@ def _pairs(request: SampleRequest, source: ModelSource) -> list[tuple[str, int]]
     if request.prompt_set:
         found = load_prompts(request.prompt_set, source.family, to_train=False)
         prompts += [prompt.text for prompt in (*found.seen, *found.unseen)]
+    for prompt in prompts:
+        if not is_utf8(prompt):
+            raise UsageError(f"the prompt {prompt!a} is no UTF-8 text", "write it in UTF-8")
     if not prompts:
         raise UsageError("there is no prompt to draw", 'give one, as in: texforce sample "a cat"')
     return list(dict.fromkeys((prompt, seed) for prompt in prompts for seed in request.seeds))
