@@ -163,6 +163,9 @@ def test_only_what_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     (tmp_path / "a.toml").write_text("steps = 4\n")
     monkeypatch.setenv("TEXFORCE_LR", "0.5")
     assert given({"rank": "8", "lr": None, "reward": []}, tmp_path / "a.toml") == {"rank": 8, "steps": 4}
+    monkeypatch.setenv("TEXFORCE_MICRO_BATCH", "2")
+    (tmp_path / "a.toml").write_text("micro_batch = 4\ngrad_accum = 128\n")
+    assert given({}, tmp_path / "a.toml") == {"micro_batch": 4, "grad_accum": 128}
 
 
 def test_the_computed_memory_by_hand() -> None:

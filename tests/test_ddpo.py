@@ -456,7 +456,9 @@ def test_fp16_keeps_the_gradient_of_a_run_of_full_size() -> None:
     count = 256 * 25 * 16384 // math.prod(policies["fp32"].policy.latent_shape)
     found = {}
     for precision, algorithm in policies.items():
-        config = TrainConfig(precision=precision, micro_batch=1, grad_accum=count, train_steps="first:1")
+        config = TrainConfig(
+            precision=precision, micro_batch=1, grad_accum=count, samples_per_epoch=count, train_steps="first:1"
+        )
         algorithm.optimisation.loss_scale = make_optimisation(config, algorithm.policy).loss_scale
         for _ in algorithm._accumulate(
             drawn, torch.arange(4), torch.zeros(1, 4, dtype=torch.int64), torch.tensor([1.0, -1, 1, -1]), 1 / count

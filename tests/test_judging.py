@@ -41,6 +41,7 @@ from texforce_cli.judging.openai_problems import (
     of_connection,
     of_status,
     retry_after,
+    was_read,
 )
 from texforce_cli.judging.openai_wire import read_chat
 from texforce_cli.judging.pixels import data_url
@@ -991,6 +992,7 @@ def test_a_missing_bundle_of_certificates_is_told_in_a_sentence() -> None:
 )
 def test_what_is_a_refusal_to_look_at_this(status: int, code: str | None, said: str, refused: bool) -> None:
     assert is_refusal(status, {"error": {"code": code}}, said) is refused
+    assert was_read({"error": {"code": code}}) is (code == "content_filter")  # Azure's filter is paid for what it reads
 
 
 def test_all_workers_wait_the_time_that_a_broken_server_names(tmp_path: Path) -> None:

@@ -597,14 +597,14 @@ def test_a_peft_adapter_that_was_renamed_keeps_its_config_while_that_can_be_of_n
     made, _ = kohya(tmp_path / "y")
     made.rename(folder / "style-0.5.safetensors")
     assert close(deltas(file), {name: 4 * delta for name, delta in wanted.items()})
+    torch.save({"base_model.model.x": torch.ones(1)}, folder / "adapter_model.bin")
+    assert "surely its own" in read_lora(str(file)).warnings[0]
+    (folder / "adapter_model.bin").unlink()
     (folder / "half.safetensors").write_bytes(b"")
-    assert "beside another adapter" in read_lora(str(file)).warnings[0]
+    assert "surely its own" in read_lora(str(file)).warnings[0]
     (folder / "half.safetensors").unlink()
     (folder / "other.safetensors").write_bytes(file.read_bytes())
-    assert (
-        "beside another adapter, and the adapter_config.json there may be of either: its alpha"
-        in read_lora(str(file)).warnings[0]
-    )
+    assert "has no adapter_config.json that is surely its own: its alpha" in read_lora(str(file)).warnings[0]
 
 
 def test_a_file_that_has_gone_while_it_was_to_be_hashed_is_one_sentence(tmp_path: Path) -> None:

@@ -243,7 +243,13 @@ def test_a_gpu_may_be_another_one_of_its_kind(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize(
     ("there", "remedy"),
-    [(["cuda:0 (a GPU)", "cpu"], "say --device cuda, or begin"), (["cpu"], "resume it where there is one")],
+    [
+        (["cuda:0 (a GPU)", "cuda:1 (full)", "cpu"], "say --device cuda:0, or begin"),
+        (
+            ["cuda:1 (full)", "cpu"],
+            "resume it where it is, or begin a new run with --config a/config.toml --device auto",
+        ),
+    ],
 )
 def test_a_gpu_that_is_not_here_has_a_remedy_that_can_be_followed(
     there: list[str], remedy: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -257,7 +263,8 @@ def test_a_gpu_that_is_not_here_has_a_remedy_that_can_be_followed(
     monkeypatch.setattr(workflow, "present", lambda: there)
     assert run(["train", "--resume", "a"]) == 2
     said = " ".join(capsys.readouterr().err.split())
-    assert "'a' runs on 'cuda:1', which is not available here" in said and remedy in said
+    assert "begun on a device that cannot be used: the device 'cuda:1' is not available here" in said and remedy in said
+    assert run(["train", "--config", "a/config.toml", "--device", "auto", "--out", "b", "--dry-run"]) == 0
 
 
 def test_a_full_memory_proposes_nothing_that_a_resumed_run_refuses(

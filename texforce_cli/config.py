@@ -147,7 +147,7 @@ class TrainConfig:
         _positive,
     )
     fit_micro_batch: bool = option(
-        False, "", "What --micro-batch auto stands for: start from the preset's and double it."
+        False, "", "What --micro-batch auto stands for: start from the preset's or the file's and double it."
     )
     timestep_batch: int = option(
         0,
@@ -316,9 +316,9 @@ class Resolved:
 def resolve(flags: Mapping[str, Any], config_file: Path | None = None, *, family: Family | None = None) -> Resolved:
     """Flag > environment > file > preset > default.
 
-    `family` (tiny or sd) is that of the resolved model; it chooses the preset where none is given. A given micro-batch alone leaves
-    an update as many images as the preset's has. Without it, options
-    that contradict each other are not looked for: the preset may mend that.
+    `family` (tiny or sd) is that of the resolved model; it chooses the preset where none is given. Without it, options that contradict
+    each other are not looked for: the preset may mend that. A given micro-batch alone leaves an update the images of the preset's,
+    rounded up.
 
     Raises:
         UsageError: everything that is wrong, in one message.
@@ -338,11 +338,13 @@ def resolve(flags: Mapping[str, Any], config_file: Path | None = None, *, family
         settings = preset_values(preset, values.get("train", "text-encoder"), family, prompts)
         if "micro_batch" in values and "grad_accum" not in values:
             settings["grad_accum"] = -(-TrainConfig(**settings).update_batch // values["micro_batch"])
+            origins["grad_accum"] = f"preset {preset}, by micro_batch"
         for name, value in settings.items():
             if (name == "images" and "epochs" in values) or (name == "epochs" and "images" in values):
                 continue
             if name not in values:
-                values[name], origins[name] = value, f"preset {preset}"
+                values[name] = value
+                origins.setdefault(name, f"preset {preset}")
     config = TrainConfig(**values)
     if family or preset in PRESETS:
         mistakes += _contradictions(config)
@@ -357,19 +359,19 @@ def given(flags: Mapping[str, Any], config_file: Path | None = None) -> dict[str
         UsageError: everything that is wrong, in one message.
     """
     mistakes: list[str] = []
-    values, origins = _given(flags, config_file, mistakes)
+    values, _ = _given(flags, config_file, mistakes, environment=False)
     _refuse(mistakes)
-    return {name: value for name, value in values.items() if origins[name] != "environment"}
+    return values
 
 
 def _given(
-    flags: Mapping[str, Any], config_file: Path | None, mistakes: list[str]
+    flags: Mapping[str, Any], config_file: Path | None, mistakes: list[str], *, environment: bool = True
 ) -> tuple[dict[str, Any], dict[str, str]]:
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
     layers = [
         ("file", _from_file(config_file, mistakes)),
-        ("environment", _from_environment()),
+        ("environment", _from_environment() if environment else {}),
         ("flag", {name: value for name, value in flags.items() if value is not None and value != []}),
     ]
     for origin, layer in layers:
@@ -388,7 +390,7 @@ def _given(
             if converted is not None:
                 values[name], origins[name] = converted, origin
                 if update and name == "micro_batch":
-                    values["grad_accum"] = -(-update // converted)
+                    values["grad_accum"], origins["grad_accum"] = -(-update // converted), f"{origin}, by micro_batch"
     if "epochs" in values and "images" in values and origins["epochs"] != origins["images"]:
         weaker = min(("epochs", "images"), key=lambda name: ("file", "environment", "flag").index(origins[name]))
         del values[weaker], origins[weaker]
@@ -498,7 +500,9 @@ def _contradictions(config: TrainConfig) -> list[str]:
     if config.kl_target and config.lr_schedule != "constant":
         found.append("--kl-target steers the learning rate itself (use --lr-schedule constant)")
     if config.kl_target and config.updates_per_epoch < 2:
-        found.append("--kl-target needs two updates an epoch or more (lower --grad-accum or --micro-batch)")
+        found.append(
+            "--kl-target needs two updates an epoch or more (--micro-batch times --grad-accum below --samples-per-epoch)"
+        )
     if config.watch_patience and not config.watch:
         found.append(f"--watch-patience {config.watch_patience} needs something to --watch")
     if config.watch_patience and not config.eval_every:

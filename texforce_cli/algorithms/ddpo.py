@@ -262,7 +262,9 @@ class DDPO:
         step = torch.full_like(images, self.policy.schedule.stochastic[0])
         signs = 1.0 - 2.0 * (torch.arange(len(images), device=images.device) % 2)
         self.optimisation.forget()
-        for _ in self._accumulate(drawn, images, step[None], signs, 1 / len(images)):
+        # as small as in an update, for which the scale of fp16's loss is made
+        count = self.settings.update_batch * self.settings.train_steps.count(len(self.policy.schedule.stochastic))
+        for _ in self._accumulate(drawn, images, step[None], signs, 1 / count):
             pass
         found = [parameter.grad for parameter in self.optimisation.parameters if parameter.grad is not None]
         gradient = torch.cat([one.flatten().float() for one in found])

@@ -116,7 +116,8 @@ class Optimisation:
             self._lost += 0.5 if scaled else 1
             if self._lost >= MOST_LOST:
                 raise Unsuited(
-                    f"too many gradients were not finite: {MOST_LOST * (1 + scaled)} in a row, or more than a third of the last ones",
+                    f"too many gradients were not finite: {MOST_LOST * (1 + scaled)} in a row, or more than "
+                    f"{'half' if scaled else 'a third'} of the last ones",
                     "use --precision fp32 or bf16, or a lower --lr",
                 )
             return math.nan

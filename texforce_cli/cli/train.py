@@ -60,6 +60,8 @@ def _train(
     follower = launched()[0] > 0  # of a launcher's processes the first one decides and speaks
     if auto_resume and not resume and not follower:
         resume = workflow.begun(flags, config)
+    if dry_run and follower:
+        return
     if dry_run:
         made = workflow.recorded_plan(RunFolder.open(resume), given(flags, config)) if resume else plan(flags, config)
         describe_plan(made, begun=bool(resume), as_json=json)

@@ -272,6 +272,9 @@ class _Run:
 
     def _once(self, question: Question, repairs: tuple[Repair, ...], size: Size) -> Reply:
         """One request, with its worst cost set aside."""
+        getattr(
+            self.judge, "connect", lambda: None
+        )()  # where a key or a package is missing nothing leaves, and nothing counts
         with self.budget.reserve(size, self.check) as reservation:
             sent = self.gate.wait(self.check)
             reservation.sent()
@@ -288,13 +291,8 @@ class _Run:
                 if error.seconds:
                     self.gate.busy(sent, error.seconds)
                 raise
-            except (Hopeless, Interrupted):
-                raise
-            except TexforceError:  # a key or a package is missing: nothing has left
-                reservation.sent(False)
-                raise
             used = (value if is_count(value) else 0 for value in (reply.input_tokens, reply.output_tokens))
-            if reply.charged:
+            if getattr(reply, "charged", True):
                 reservation.settle(*used)
             check_reply(reply)
             self.last_reply = time.monotonic()

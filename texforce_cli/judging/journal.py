@@ -40,7 +40,7 @@ class Entry:
 _TYPES: dict[str, type] = {
     name: kind for name, kind in get_type_hints(Entry).items() if name not in ("mode", "variants")
 }
-_OF_REPLY: dict[str, type] = get_type_hints(Reply)
+_KEPT = [name for name in Reply.__dataclass_fields__ if name in _TYPES]
 
 
 def check_reply(reply: Reply) -> None:
@@ -49,8 +49,8 @@ def check_reply(reply: Reply) -> None:
     Raises:
         TexforceError: the judge filled in something of another type.
     """
-    for name, kind in _OF_REPLY.items():
-        value = getattr(reply, name, None)
+    for name in _KEPT:
+        value, kind = getattr(reply, name, None), _TYPES[name]
         if type(value) is not kind or (kind is int and not is_count(value)):
             must = "a count of tokens" if kind is int else kind.__name__
             raise TexforceError(
@@ -76,7 +76,7 @@ def entry_of(key: str, attempt: int, question: Question, reply: Reply) -> Entry:
         question.round,
         question.variants,
         question.placebo,
-        **{name: getattr(reply, name) for name in _OF_REPLY.keys() & _TYPES.keys()},
+        **{name: getattr(reply, name) for name in _KEPT},
     )
 
 

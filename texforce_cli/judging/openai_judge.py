@@ -25,6 +25,7 @@ from texforce_cli.judging.openai_problems import (
     message_of,
     of_connection,
     of_status,
+    was_read,
 )
 from texforce_cli.judging.openai_wire import Form, chat_body, read_chat, read_responses, responses_body
 from texforce_cli.judging.pixels import data_url
@@ -156,7 +157,7 @@ class OpenAIJudge:
             said = self._scrubbed(error.said)
             adapted = self._adapted(form, error.status, said, error.body)
             if adapted is None and is_refusal(error.status, error.body, said):
-                return Reply("", refused=True, raw=said, charged=False)
+                return Reply("", refused=True, raw=said, charged=was_read(error.body))
             problem = adapted or of_status(error.status, error.headers, error.body, said)
         except openai.APIConnectionError as error:
             problem = of_connection(error, isinstance(error, openai.APITimeoutError))

@@ -87,6 +87,11 @@ def is_refusal(status: int, body: Any, said: str) -> bool:
     )
 
 
+def was_read(body: Any) -> bool:
+    """Whether a refusal came from a filter that is paid for what it reads, as Azure's is."""
+    return "content_filter" in _codes(body)
+
+
 def is_about_format(said: str, body: Any) -> bool:
     """Whether an error says that the server knows no JSON schemas."""
     return bool(_FORMAT.search(said) or any(_FORMAT.search(code) for code in _codes(body)))

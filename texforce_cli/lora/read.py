@@ -121,7 +121,7 @@ def read_lora(source: str, *, allow_pickle: bool = False) -> Lora:
         if not scales.configs and any(format == "PEFT" for _, format in own):
             lost = f"comes without its {PEFT_CONFIG}"
             if not beside and (file.parent / PEFT_CONFIG).is_file():
-                lost = f"lies beside another adapter, and the {PEFT_CONFIG} there may be of either"
+                lost = f"has no {PEFT_CONFIG} that is surely its own"
             warnings.append(f"'{file}' {lost}: its alpha is not known and taken to be its rank")
         metadata.update(about)
         if isinstance(config.get("base_model_name_or_path"), str):
@@ -267,6 +267,8 @@ def _config_of(tensors: Tensors) -> Path | None:
         return None
     if file.name.startswith("adapter_model."):
         return path
+    if file.suffix in PICKLES or (file.parent / "adapter_model.bin").exists():
+        return None
     others = (other for other in _weights_in(file.parent) if other != file)
     return path if _has_pefts_names(tensors) and not any(map(_may_be_pefts, others)) else None
 

@@ -32,7 +32,7 @@ def enough_to_repeat(prompts: PromptSet, wanted: int) -> int | None:
         sides = ((len(prompts.seen), count - half), (len(prompts.unseen), half))
         return sum(max(0, min(texts, places - texts)) for texts, places in sides)
 
-    if len(prompts.seen) + len(prompts.unseen) < wanted:
+    if len({prompt.text for prompt in (*prompts.seen, *prompts.unseen)}) < wanted:
         return None
     return next(count for count in itertools.count(2) if found(count) >= wanted)
 

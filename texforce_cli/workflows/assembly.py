@@ -140,7 +140,8 @@ def _loss_scale(config: TrainConfig, policy: Policy) -> float:
     product divides the gradient, by 10^8 with the paper's settings.
     """
     steps = TrainSteps.parse(config.train_steps).count(len(policy.schedule.stochastic))
-    elements = config.update_batch * steps * math.prod(policy.latent_shape)
+    images = min(config.update_batch, config.samples_per_epoch)
+    elements = images * steps * math.prod(policy.latent_shape)
     return float(2 ** max(0, round(math.log2(elements / 64))))
 
 

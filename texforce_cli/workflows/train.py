@@ -13,7 +13,7 @@ from typing import Any
 from texforce_cli.config import FIELDS, TrainConfig, differences, given, resolve
 from texforce_cli.devices import claim, present, resolve_device
 from texforce_cli.diffusion.models import fingerprint, pinned, resolve_model
-from texforce_cli.errors import TexforceError, UsageError
+from texforce_cli.errors import TexforceError, UsageError, quoted
 from texforce_cli.files import held, user_path, write_text
 from texforce_cli.prompts import read_prompts
 from texforce_cli.rewards.registry import load_registry
@@ -213,15 +213,12 @@ def _unchanging(
     except UsageError as error:
         if "device" in asked:
             raise
-        kind = config.device.partition(":")[0]
-        other = (
-            f"say --device {kind}"
-            if any(name.startswith(kind) for name in present())
-            else "resume it where there is one"
-        )
+        kind, _, number = config.device.partition(":")
+        others = [name.partition(" ")[0] for name in present() if number and name.startswith(f"{kind}:")]
+        there = next((f"say --device {name}" for name in others if name != config.device), "resume it where it is")
         raise UsageError(
-            f"'{folder.path}' runs on '{config.device}', which is not available here",
-            f"{other}, or begin a new run with --config {folder.config}",
+            f"'{folder.path}' was begun on a device that cannot be used: {error.message}",
+            f"{there}, or begin a new run with --config {quoted(folder.config)} --device auto",
         ) from error
     if "model" in asked:
         source = resolve_model(asked["model"], str(device))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -199,14 +200,16 @@ def _indexed(folder: Path, index: Path) -> Iterator[tuple[Path, str, int]]:
             name, prompt, seed = row["file_name"], row.get("prompt", row.get("text")), row.get("seed", 0)
             if not isinstance(seed, int | str) or isinstance(seed, bool) or "\0" in name:
                 raise TypeError("no seed, or no name")
-            told = Path(name)  # by the words: in the Hub's cache pictures are links to elsewhere
-            inside = not told.anchor and ".." not in told.parts
+            path = Path(
+                os.path.normpath(folder.absolute() / name)
+            )  # by the words: in the Hub's cache pictures are links
+            inside = path.is_relative_to(os.path.normpath(folder.absolute()))
             seed = int(seed)
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise UsageError(f"line {number} of '{index}' is no row", _ROW) from error
         if not isinstance(prompt, str) or not inside:
             raise UsageError(f"line {number} of '{index}' has no prompt, or names a file outside", "correct the line")
-        yield folder / told, prompt, seed
+        yield path, prompt, seed
 
 
 def collect(
