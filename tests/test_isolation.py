@@ -556,7 +556,10 @@ def test_ten_thousand_batches_leave_nothing_behind(make: Make) -> None:
     ask_often(10_000)
     after = [measure(p) for measure in (descriptors, resident) for p in (pid, "self")]
     assert reward.pids == [pid]
-    assert after[:2] == before[:2]
+    assert all(now <= then for then, now in zip(before[:2], after[:2])), (
+        before,
+        after,
+    )  # of other tests some may close
     assert all(now - then < 4e6 for then, now in zip(before[2:], after[2:])), (before, after)
 
 

@@ -108,7 +108,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]
         log.close()
 
 
-def test_a_model_that_says_anything_is_asked_three_times_and_never_guessed(
+def test_a_model_that_says_anything_until_it_is_cut_off_is_asked_once_and_never_guessed(
     server: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -136,12 +136,12 @@ def test_a_model_that_says_anything_is_asked_three_times_and_never_guessed(
     assert run([*command, "--workers", "2"]) == 3
     (folder,) = Path("out/ranks").iterdir()
     summary = json.loads((folder / "summary.json").read_text())
-    assert summary["missing_by_variant"] == {"unusable": {"one": 4, "two": 4}}
+    assert summary["missing_by_variant"] == {"cut": {"one": 4, "two": 4}}
     lines = [json.loads(line) for line in (folder / "judgments.jsonl").read_text().splitlines()]
-    assert len(lines) == 12  # each of four questions, and two repairs
+    assert len(lines) == 4 and all(line["cut"] for line in lines)  # asked again they would be cut off again
     assert all(line["input_tokens"] > 100 for line in lines)  # the server counted text and pictures
     assert summary["answered"] == 0
     assert all(row["all"] is None for row in summary["results"]["alignment"]["mean_rank"].values())
-    assert "unusable" in capsys.readouterr().err
+    assert "cut off" in capsys.readouterr().err
     assert run(command) == 3  # nothing is asked again
-    assert len((folder / "judgments.jsonl").read_text().splitlines()) == 12
+    assert len((folder / "judgments.jsonl").read_text().splitlines()) == 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import multiprocessing
 import os
@@ -774,7 +775,8 @@ def test_a_process_that_is_killed_is_named_before_the_others_have_drawn_their_sh
 @pytest.mark.slow
 def test_ctrl_c_while_the_processes_start_is_no_traceback(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "texforce_cli", *SMALL, "--out", str(tmp_path / "run"), "--num-processes", "2"]
-    job = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    heeds = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # which in the background nobody does
+    job = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heeds)
     try:
         deadline = time.monotonic() + 120
         while not any(b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children(job.pid)):
