@@ -376,12 +376,13 @@ def _given(
     ]
     for origin, layer in layers:
         for name, value in layer.items():
-            update = 0
+            update = 0  # images of a weaker layer's, as of a run's own file, which a micro-batch alone does not change
             if name == "micro_batch":  # auto and a number exclude each other: the stronger layer's holds
+                values.pop("fit_micro_batch", None), origins.pop("fit_micro_batch", None)
                 if {"micro_batch", "grad_accum"} <= values.keys() and "grad_accum" not in layer:
-                    update = values["micro_batch"] * values["grad_accum"]  # of a run's own file: it keeps its images
-                for other in ("fit_micro_batch",) if update and value == "auto" else ("micro_batch", "fit_micro_batch"):
-                    values.pop(other, None), origins.pop(other, None)
+                    update = values["micro_batch"] * values["grad_accum"]
+                if not (update and value == "auto"):
+                    values.pop("micro_batch", None), origins.pop("micro_batch", None)
             if (name, value) == ("micro_batch", "auto"):
                 name, value = "fit_micro_batch", True
             if (name, value) == ("timestep_batch", "auto"):

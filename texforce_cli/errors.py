@@ -16,7 +16,11 @@ def quoted(text: object) -> str:
 
 def is_utf8(text: str) -> bool:
     """Whether a text can be encoded: an argument that is no UTF-8 holds halves of characters."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def first_line(error: BaseException) -> str:
